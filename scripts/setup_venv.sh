@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sets up the virtual environment that the Makefile's targets use: VENV (folder), PYTHON (3.10+), TORCH (what pip installs).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH:=torch==2.13.0}"
+
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "error: $PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is needed (set PYTHON=...)" >&2
+  exit 1
+}
+if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
+  # Debian and Ubuntu keep venv in a package of its own.
+  package="python$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+  echo "$PYTHON has no venv module; installing $package"
+  sudo=""
+  [ "$(id -u)" = 0 ] || sudo=sudo
+  $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package" || {
+    echo "error: could not install $package; install it and run again" >&2
+    exit 1
+  }
+fi
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+"$VENV/bin/python" -m pip install --quiet --upgrade pip
+# shellcheck disable=SC2086  # TORCH may carry options
+"$VENV/bin/python" -m pip install --quiet $TORCH
+"$VENV/bin/python" -m pip install --quiet --editable ".[dev]"
+"$VENV/bin/python" -c 'import megatron.core, torch; print(f"ready: torch {torch.__version__}, megatron-core {megatron.core.__version__}")' 2>/dev/null
