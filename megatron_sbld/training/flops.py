@@ -1,0 +1,105 @@
+"""Floating-point operations of a GPT by Megatron's formula, and what they say about the gain of dropping layers.
+
+Two counts are in use, and they differ in one place. Megatron-LM (`num_floating_point_operations`, core 0.16.1) counts
+the half of the attention matrix that a causal mask leaves; its 2021 paper (arXiv 2104.04473), and with it equations.md
+section 7, counts all of it. The model FLOPs here follow the former, the layers' share the latter. Norms, activations,
+embedding look-ups, the optimizer and communication are counted by neither.
+"""
+
+from __future__ import annotations
+
+from megatron_sbld.training.config import ModelConfig
+
+_FLOPS_PER_MAC = 2  # one multiplication and one addition
+_FORWARD_AND_BACKWARD = 3  # forward, gradient of the input, gradient of the weights
+_RECOMPUTED = 4  # the same, and the forward pass once more
+
+
+def layer_flops_per_token(model: ModelConfig, *, causal: bool = True) -> float:
+    """FLOPs of one transformer layer's forward pass for one token of a sample of `seq_length` tokens.
+
+    causal: count the half of the attention matrix below the diagonal (Megatron-LM today); False counts all of it.
+    """
+    hidden = model.hidden_size
+    head = model.kv_channels or hidden // model.num_attention_heads
+    query = head * model.num_attention_heads
+    key_and_value = 2 * head * (model.num_query_groups or model.num_attention_heads)
+    attended = model.seq_length / 2 if causal else model.seq_length
+    projections = hidden * (query + key_and_value) + query * hidden
+    attention = 2 * query * attended  # scores, and their product with the values
+    mlp = (3 if model.swiglu else 2) * hidden * _ffn_hidden_size(model)
+    return _FLOPS_PER_MAC * (projections + attention + mlp)
+
+
+def logits_flops_per_token(model: ModelConfig, padded_vocab_size: int) -> float:
+    """FLOPs of the output layer's forward pass for one token."""
+    return _FLOPS_PER_MAC * model.hidden_size * padded_vocab_size
+
+
+def model_flops_per_token(model: ModelConfig, padded_vocab_size: int) -> float:
+    """FLOPs of one token's forward and backward pass through the undropped model, without recomputation.
+
+    Megatron-LM's `num_floating_point_operations` divided by the tokens of a batch. Dropped layers are counted as if
+    they had run, as the paper counts: tokens/s times this is the throughput of an undropped model that trains as fast.
+    """
+    forward = model.num_layers * layer_flops_per_token(model) + logits_flops_per_token(model, padded_vocab_size)
+    return _FORWARD_AND_BACKWARD * forward
+
+
+def model_flops_per_iteration(model: ModelConfig, padded_vocab_size: int, global_batch_size: int) -> float:
+    """FLOPs of an iteration of the undropped model: `model_flops_per_token` for every token of a global batch."""
+    return model_flops_per_token(model, padded_vocab_size) * global_batch_size * model.seq_length
+
+
+def layer_share(model: ModelConfig, padded_vocab_size: int, recompute: bool = False) -> float:
+    """phi: the transformer layers' share of an iteration's FLOPs, in (0, 1] (equations.md section 7).
+
+    Counted as in Megatron's 2021 paper, with the whole attention matrix. recompute: the layers' forward pass is done
+    twice (full activation recomputation of every layer), the logits' once.
+    """
+    layers = (_RECOMPUTED if recompute else _FORWARD_AND_BACKWARD) * model.num_layers
+    layer_flops = layers * layer_flops_per_token(model, causal=False)
+    return layer_flops / (layer_flops + _FORWARD_AND_BACKWARD * logits_flops_per_token(model, padded_vocab_size))
+
+
+def ideal_speedup(phi: float, mean_keep_prob: float) -> float:
+    """Throughput over the undropped model's if a dropped layer cost nothing (equations.md section 7).
+
+    phi: the layers' share of an iteration, in [0, 1]; mean_keep_prob: over layers and iterations, in [0, 1]. Raises
+    ValueError outside of these, and where nothing of the iteration would be left (phi = 1, mean_keep_prob = 0).
+    """
+    _check_unit("phi", phi)
+    _check_unit("mean_keep_prob", mean_keep_prob)
+    remaining = 1 - phi * (1 - mean_keep_prob)
+    if remaining <= 0:
+        raise ValueError("phi = 1 with mean_keep_prob = 0 leaves nothing to run; the speed-up is not defined")
+    return 1 / remaining
+
+
+def implied_keep_prob(phi: float, speedup: float) -> float:
+    """Mean keep probability at which an ideal implementation would reach `speedup`: the inverse of `ideal_speedup`.
+
+    Negative when dropping every layer would not suffice, above 1 for a slow-down. Raises ValueError unless phi is in
+    (0, 1] and speedup positive.
+    """
+    _check_unit("phi", phi)
+    if phi == 0:
+        raise ValueError(
+            "phi is 0; dropping layers that cost nothing implies no keep probability, so it must be above 0"
+        )
+    if speedup <= 0:
+        raise ValueError(f"speedup is {speedup}; it must be above 0")
+    return 1 - (1 - 1 / speedup) / phi
+
+
+def _ffn_hidden_size(model: ModelConfig) -> int:
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    if model.swiglu:
+        return -(-8 * model.hidden_size // (3 * 64)) * 64
+    return 4 * model.hidden_size
+
+
+def _check_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be in [0, 1]")
