@@ -1,0 +1,178 @@
+"""Decisions: which layers run in which microbatch, drawn from keep probabilities without any state (equations.md 6).
+
+Random numbers come from Philox4x32-10, a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as
+1, 2, 3", 2011): its output is a fixed function of a key and a counter, written out here in integer arithmetic, so a
+decision is the same on every machine, rank, NumPy version and resume. The key is the seed; the counter is (iteration,
+microbatch, layer, stream). Microbatches count from 0, as in Megatron's schedules; layers count from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_sbld.checks import check_choice, check_integer, check_layers
+
+Scope = Literal["iteration", "microbatch"]
+Sampler = Literal["bernoulli", "balanced"]
+
+MAX_SEED = 2**63 - 1
+"""The largest seed: what fits the signed 64 bits of checkpoints and messages."""
+
+# Streams: what a number is drawn for. The permutation's is shared with the replica's number, in the upper bits.
+_KEPT, _OFFSET, _PERMUTATION = 0, 1, 2
+_REPLICA_SHIFT = 8
+_MAX_REPLICA = 2 ** (32 - _REPLICA_SHIFT) - 1
+
+_ONE = 2**48
+"""Fixed-point 1 of the balanced sampler; sums over up to 2^15 layers stay exact in 64 bits."""
+
+
+def draw_plan(
+    keep_probs: ArrayLike,
+    seed: int,
+    iteration: int,
+    num_microbatches: int,
+    scope: Scope = "iteration",
+    sampler: Sampler = "bernoulli",
+    stages: int | Sequence[Sequence[int]] | None = None,
+    replica: int = 0,
+) -> NDArray[np.bool_]:
+    """Draw the decisions of an iteration: bool [num_microbatches, L], True where the layer runs.
+
+    keep_probs: keep probability of each layer, [L], in [0, 1]; 1 is always kept, 0 never.
+    seed: 0 to 2^63 - 1.  iteration: 0 to 2^32 - 1.
+    scope: `microbatch` draws each row; `iteration` draws row 0 of it and repeats it.
+    sampler: `bernoulli` draws each layer by itself. `balanced` keeps as many layers on each stage as its keep
+        probabilities sum to, give or take less than one; the marginals are the same.
+    stages: for `balanced`: a number of equal stages of consecutive layers, or one list of 1-based layer numbers for
+        each stage, in pipeline order; None is one stage.
+    replica: for `balanced`: replicas of other numbers keep as many layers on each stage, but different ones.
+
+    A row depends on nothing but its own microbatch: with more microbatches the first rows stay the same.
+    Raises ValueError for an argument out of range, or one that the sampler would ignore.
+    """
+    probs = _checked_keep_probs(keep_probs)
+    check_integer("seed", seed, 0, MAX_SEED)
+    check_integer("iteration", iteration, 0, 2**32 - 1)
+    check_integer("num_microbatches", num_microbatches, 1, 2**32 - 1)
+    check_integer("replica", replica, 0, _MAX_REPLICA)
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("sampler", sampler, get_args(Sampler))
+
+    microbatches = np.arange(num_microbatches if scope == "microbatch" else 1)
+    if sampler == "balanced":
+        stage_of_layer = _stage_of_layer(stages, len(probs))
+        rows = _draw_balanced(probs, seed, iteration, microbatches, stage_of_layer, replica)
+    elif stages is not None or replica != 0:
+        raise ValueError(
+            f"sampler 'bernoulli' does not use stages = {stages!r} and replica = {replica}: use 'balanced'"
+        )
+    else:
+        rows = _uniforms(seed, iteration, microbatches, np.arange(1, len(probs) + 1), _KEPT) < probs
+    return np.repeat(rows, num_microbatches, axis=0) if scope == "iteration" else rows
+
+
+def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """Philox4x32-10: four random 32-bit words for each counter of four 32-bit words, uint64 [..., 4] to the same."""
+    low_word, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x0, x1, x2, x3 = (counter[..., word] for word in range(4))
+    key0, key1 = key
+    for _ in range(10):
+        product0 = x0 * np.uint64(0xD2511F53)
+        product1 = x2 * np.uint64(0xCD9E8D57)
+        x0, x1, x2, x3 = (
+            (product1 >> shift) ^ x1 ^ np.uint64(key0),
+            product1 & low_word,
+            (product0 >> shift) ^ x3 ^ np.uint64(key1),
+            product0 & low_word,
+        )
+        key0 = (key0 + 0x9E3779B9) & 0xFFFFFFFF
+        key1 = (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([x0, x1, x2, x3], axis=-1)
+
+
+def _random_bits(
+    seed: int, iteration: int, microbatches: NDArray[np.int64], layers: NDArray[np.int64], stream: int
+) -> NDArray[np.uint64]:
+    """64 random bits for each microbatch and layer, [M, L]: Philox's first two words, the first one on top."""
+    counter = np.empty((len(microbatches), len(layers), 4), dtype=np.uint64)
+    counter[..., 0] = iteration
+    counter[..., 1] = microbatches[:, None]
+    counter[..., 2] = layers[None, :]
+    counter[..., 3] = stream
+    words = philox4x32(counter, key=(seed & 0xFFFFFFFF, seed >> 32))
+    return words[..., 0] << np.uint64(32) | words[..., 1]
+
+
+def _uniforms(
+    seed: int, iteration: int, microbatches: NDArray[np.int64], layers: NDArray[np.int64], stream: int
+) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 bits, [M, L]."""
+    bits = _random_bits(seed, iteration, microbatches, layers, stream) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def _draw_balanced(
+    probs: NDArray[np.float64],
+    seed: int,
+    iteration: int,
+    microbatches: NDArray[np.int64],
+    stage_of_layer: NDArray[np.int64],
+    replica: int,
+) -> NDArray[np.bool_]:
+    """Systematic sampling, [M, L]: lay the layers end to end, each as long as its keep_prob, and keep those that hold
+    one of the points offset, offset + 1, offset + 2, ...
+
+    Stages lie in order, so their borders are the same for every permutation within them, and a stage of length s holds
+    floor(s) or ceil(s) points. Lengths are integers (multiples of 2^-48), so that this holds without rounding error and
+    a keep_prob of 1 holds exactly one point.
+    """
+    layers = np.arange(1, len(probs) + 1)
+    shuffle = _random_bits(seed, iteration, microbatches, layers, _PERMUTATION | replica << _REPLICA_SHIFT)
+    stages = np.broadcast_to(stage_of_layer, shuffle.shape)
+    order = np.lexsort((shuffle, stages), axis=-1)  # [M, L], by stage, at random within it
+    lengths = np.rint(probs * _ONE).astype(np.int64)[order]
+    offset = _random_bits(seed, iteration, microbatches, np.zeros(1, np.int64), _OFFSET)  # [M, 1]
+    offset = (offset >> np.uint64(16)).astype(np.int64)  # [0, 2^48)
+    ends = np.cumsum(lengths, axis=-1)
+    points_before_end = (ends - offset + _ONE - 1) // _ONE
+    points_before_start = (ends - lengths - offset + _ONE - 1) // _ONE
+    kept = np.empty(order.shape, dtype=bool)
+    np.put_along_axis(kept, order, points_before_end > points_before_start, axis=-1)
+    return kept
+
+
+def _stage_of_layer(stages: int | Sequence[Sequence[int]] | None, num_layers: int) -> NDArray[np.int64]:
+    """Index of each layer's stage, [L]."""
+    if stages is None:
+        return np.zeros(num_layers, dtype=np.int64)
+    if not isinstance(stages, Sequence):
+        check_integer("stages", stages, 1, num_layers)
+        if num_layers % stages:
+            raise ValueError(f"stages = {stages} is not allowed: {num_layers} layers are not divisible by it")
+        return np.arange(num_layers) // (num_layers // stages)
+    if not all(isinstance(stage, Sequence) for stage in stages):
+        raise ValueError(f"stages = {stages!r} is not allowed: it must be a number, or a list of layers for each stage")
+    layers = [layer for stage in stages for layer in stage]
+    if check_layers("stages", layers, num_layers) != tuple(range(1, num_layers + 1)):
+        missing = sorted(set(range(1, num_layers + 1)) - set(layers))
+        raise ValueError(f"stages leave out layers {missing}: they must hold each of the {num_layers} layers once")
+    stage_of_layer = np.empty(num_layers, dtype=np.int64)
+    for index, stage in enumerate(stages):
+        stage_of_layer[np.array(stage, dtype=int) - 1] = index
+    return stage_of_layer
+
+
+def _checked_keep_probs(keep_probs: ArrayLike) -> NDArray[np.float64]:
+    probs = np.asarray(keep_probs, dtype=np.float64)
+    if probs.ndim != 1 or probs.size == 0:
+        raise ValueError(f"keep_probs has shape {probs.shape}: it must be a list of one value for each layer")
+    outside = np.flatnonzero(~((probs >= 0.0) & (probs <= 1.0)))
+    if outside.size:
+        layer = int(outside[0]) + 1
+        raise ValueError(f"keep_prob of layer {layer} = {probs[outside[0]]!r} is not allowed: it must be in [0, 1]")
+    return probs
