@@ -10,7 +10,7 @@ from typing import Any
 
 def check_number(name: str, value: Any, allowed: str) -> float:
     """Return value as a float, or raise ValueError unless it is a finite number in `allowed`, such as "(0, 1]"."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _contains(allowed, float(value)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _contains(allowed, value):
         raise ValueError(f"{name} = {value!r} is not allowed: it must be a number in {allowed}")
     return float(value)
 
@@ -40,7 +40,11 @@ def check_layers(name: str, layers: Iterable[Any], num_layers: int) -> tuple[int
     return tuple(sorted(numbers_given))
 
 
-def _contains(interval: str, value: float) -> bool:
+def _contains(interval: str, value: Any) -> bool:
+    try:
+        value = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
