@@ -1,0 +1,127 @@
+"""Run a function on several gloo processes, and set up Megatron's parallel state in them.
+
+Starting processes costs seconds (each imports torch and Megatron), so start them once and run many cases inside:
+
+    def cases() -> dict[str, list[float]]:
+        with model_parallel(tp=2):
+            tensor = train(...)
+        with model_parallel(pp=2):
+            pipeline = train(...)
+        return {"tensor": tensor, "pipeline": pipeline}
+
+    per_rank = run_distributed(cases, world_size=2)      # a list with each rank's return value
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SEED = 1234
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
+    """Call `fn(*args)` on every rank of `world_size` new processes and return what each returned, by rank.
+
+    `fn` must be importable (module level), its arguments and its return value picklable.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank raised; the message holds its traceback. The others are
+            ended.
+        TimeoutError: not all ranks came to an end within `timeout` seconds. They are ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _run_rank, (world_size, folder, fn, args, timeout), nprocs=world_size, join=False, start_method="spawn"
+        )
+        try:
+            _join(context, deadline=time.monotonic() + timeout, description=f"{fn.__qualname__} on {world_size} ranks")
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(_result_file(folder, rank).read_bytes()) for rank in range(world_size)]
+
+
+def _join(context: mp.ProcessContext, deadline: float, description: str) -> None:
+    """Wait for all ranks; the first that raises ends the others, since they may be waiting for it."""
+    while not context.join(timeout=1.0, grace_period=1.0):
+        if time.monotonic() > deadline:
+            waiting = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+            raise TimeoutError(f"{description}: ranks {waiting} did not finish in time")
+
+
+def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float) -> None:
+    """One process: join the group, run the function, leave the result in a file."""
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    install_standins_if_needed()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    result = fn(*args)
+    _result_file(folder, rank).write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _result_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank{rank}.pickle"
+
+
+def install_standins_if_needed() -> None:
+    """Let megatron-core run on the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        from megatron_sbld.mcore.standins import install_cpu_standins
+
+        install_cpu_standins()
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """A process group of this one process, for unit tests of modules that ask for Megatron's groups."""
+    install_standins_if_needed()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def model_parallel(tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, seed: int = SEED) -> Iterator[None]:
+    """Megatron's parallel state for one case: data parallelism takes what tp, pp and cp leave of the world.
+
+    `vpp` is the number of model chunks of a pipeline rank. Random states are seeded as Megatron seeds a run.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+    )
+    try:
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
