@@ -1,0 +1,253 @@
+"""The drop controller: draws the decisions of an iteration, proves that all ranks drew the same, answers "kept?".
+
+Every rank draws from (seed, iteration, keep probabilities) alone (plan.py), so a decision needs no communication. What
+can go wrong is that ranks were given different settings; then tensor-parallel collectives would pair wrongly and others
+hang. So the ranks exchange one small record for each window of iterations, and a rank that differs from rank 0 is named
+in an error on every rank. Knows nothing about models (see mcore) and nothing about the formulas (see policy.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_sbld.plan import Sampler, Scope, draw_plan
+from megatron_sbld.policy import Policy
+
+_RECORD_INTEGERS = ("iteration", "num_microbatches", "num_layers", "seed")
+_DIGEST_BYTES = 16
+
+
+class DropDisagreementError(RuntimeError):
+    """Ranks drew different decisions; the message names them. Raised on every rank."""
+
+
+class DropController:
+    """Decides, for each iteration and microbatch, which layers run.
+
+    Args:
+        policy: gives the keep probability of each layer at each iteration.
+        seed: seed of the decisions (not of the weights or the data).
+        scope: one draw an `iteration`, or one for each `microbatch`.
+        sampler: `bernoulli` or `balanced` (equations.md, section 6).
+        stages: what the balanced sampler balances: a number of equal stages, or lists of 1-based layer numbers.
+        replicas: `shared`, or `distinct`: data-parallel replicas drop different layers, as many on each stage.
+        replica: this process's data-parallel rank; used with `distinct` only.
+        residual_scale: `none` or `inverse_keep_prob`; None takes the policy's.
+        window: iterations that one check covers.
+        group: process group whose ranks must agree; None is the default group.
+
+    Raises:
+        ValueError: `distinct` without the balanced sampler, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        seed: int = 1234,
+        *,
+        scope: Scope = "iteration",
+        sampler: Sampler = "bernoulli",
+        stages: int | Sequence[Sequence[int]] | None = None,
+        replicas: Literal["shared", "distinct"] = "shared",
+        replica: int = 0,
+        residual_scale: Literal["none", "inverse_keep_prob"] | None = None,
+        window: int = 64,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if replicas == "distinct" and sampler != "balanced":
+            raise ValueError(f"replicas 'distinct' needs sampler 'balanced', got sampler {sampler!r}")
+        if sampler == "bernoulli" and stages is not None:
+            raise ValueError(f"stages = {stages!r} is used by sampler 'balanced' only, got sampler 'bernoulli'")
+        if window < 1:
+            raise ValueError(f"window must be at least 1 iteration, got {window}")
+        self.policy = policy
+        self.seed = seed
+        self.scope: Scope = scope
+        self.sampler: Sampler = sampler
+        self.stages = stages
+        self.replicas = replicas
+        self.replica = replica
+        self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
+        self.window = window
+        self.group = group
+        self.iteration = 0
+        self.num_microbatches = 0
+        self.keep_probs = np.ones(policy.num_layers)
+        self.plan = np.ones((0, policy.num_layers), dtype=bool)
+        self._rows: list[list[bool]] = []
+        self._scales = [1.0] * policy.num_layers
+        self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return self.policy.num_layers
+
+    @property
+    def theta(self) -> float:
+        """The schedule's value at the present iteration."""
+        return self.policy.theta(self.iteration)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of (microbatch, layer) pairs that this iteration runs."""
+        return float(self.plan.mean())
+
+    def begin_iteration(self, iteration: int, num_microbatches: int) -> None:
+        """Draw the decisions of `iteration` (1..T); call on every rank before each forward-backward pass.
+
+        Raises:
+            ValueError: an iteration below 1 or fewer than one microbatch.
+            DropDisagreementError: a rank was given another configuration; once for each window of iterations.
+        """
+        if iteration < 1:
+            raise ValueError(f"iteration counts from 1, got {iteration}")
+        if num_microbatches < 1:
+            raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+        if not self._is_verified(iteration, num_microbatches):
+            self._verify_window(iteration, num_microbatches)
+        self.iteration = iteration
+        self.num_microbatches = num_microbatches
+        self.keep_probs = self.policy.keep_probs(iteration)
+        self.plan = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
+        self._rows = self.plan.tolist()
+        if self.scales_residual:
+            self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
+
+    def kept(self, layer_number: int, microbatch: int) -> bool:
+        """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration."""
+        if not self._rows:
+            raise RuntimeError(
+                "DropController.begin_iteration(iteration, num_microbatches) must be called before each "
+                "forward-backward pass in training mode"
+            )
+        if self.scope == "iteration":
+            return self._rows[0][layer_number - 1]
+        if not 0 <= microbatch < self.num_microbatches:
+            raise RuntimeError(
+                f"microbatch {microbatch} of layer {layer_number} is outside of the {self.num_microbatches} that "
+                "begin_iteration was told of; with scope 'microbatch' Megatron's schedules must number them"
+            )
+        return self._rows[microbatch][layer_number - 1]
+
+    def branch_scale(self, layer_number: int) -> float:
+        """Factor of a kept layer's attention and MLP branches: 1, or 1 / keep_prob (equations.md, section 4)."""
+        return self._scales[layer_number - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to take the same decisions, also on another parallel layout."""
+        return {
+            "seed": self.seed,
+            "scope": self.scope,
+            "sampler": self.sampler,
+            "stages": self.stages,
+            "replicas": self.replicas,
+            "num_layers": self.num_layers,
+            "iteration": self.iteration,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Take over the stages of a saved run; return a line for each setting that now differs from the saved one.
+
+        Settings that a user changed on purpose (another seed, sampler or scope) stay as configured now.
+
+        Raises:
+            ValueError: the state is of a model with another number of layers.
+        """
+        if state["num_layers"] != self.num_layers:
+            raise ValueError(
+                f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"
+            )
+        if self.sampler == "balanced" and state["sampler"] == "balanced":
+            self.stages = state["stages"]
+        self._verified = None
+        present = self.state_dict()
+        return [
+            f"drop {name}: {state[name]!r} when saved, {present[name]!r} now"
+            for name in ("seed", "scope", "sampler", "replicas")
+            if state[name] != present[name]
+        ]
+
+    def _draw(self, iteration: int, num_microbatches: int, keep_probs: np.ndarray, replica: int) -> np.ndarray:
+        return draw_plan(
+            keep_probs,
+            seed=self.seed,
+            iteration=iteration,
+            num_microbatches=num_microbatches,
+            scope=self.scope,
+            sampler=self.sampler,
+            stages=self.stages,
+            replica=replica if self.replicas == "distinct" else 0,
+        )
+
+    def _is_verified(self, iteration: int, num_microbatches: int) -> bool:
+        if self._verified is None:
+            return False
+        start, end, microbatches = self._verified
+        return start <= iteration < end and num_microbatches == microbatches
+
+    def _verify_window(self, iteration: int, num_microbatches: int) -> None:
+        """Compare this rank's decisions for the coming window with every other rank's."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            records = self._exchange(self._record(iteration, num_microbatches))
+            _raise_on_disagreement(records)
+        self._verified = (iteration, iteration + self.window, num_microbatches)
+
+    def _record(self, iteration: int, num_microbatches: int) -> np.ndarray:
+        """This rank's view of the window as bytes: _RECORD_INTEGERS, mean keep probability, digest of all decisions.
+
+        The digest is of the decisions themselves, so it covers every setting without a list of them; for `distinct`
+        replicas it is of replica 0's. Keep probabilities stay out of it, because their last bit may differ between
+        machines: their mean is compared with a tolerance.
+        """
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        digest.update(repr((self.scope, self.sampler, self.replicas, self.scales_residual)).encode())
+        mean_keep_prob = 0.0
+        for t in range(iteration, iteration + self.window):
+            keep_probs = self.policy.keep_probs(t)
+            mean_keep_prob += float(keep_probs.mean()) / self.window
+            digest.update(np.packbits(self._draw(t, num_microbatches, keep_probs, replica=0)).tobytes())
+        integers = np.array([iteration, num_microbatches, self.num_layers, self.seed], dtype="<i8")
+        mean = np.array([mean_keep_prob], dtype="<f8")
+        return np.frombuffer(integers.tobytes() + mean.tobytes() + digest.digest(), dtype=np.uint8)
+
+    def _exchange(self, record: np.ndarray) -> np.ndarray:
+        """All ranks' records, [ranks, bytes]."""
+        backend = dist.get_backend(self.group)
+        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
+        mine = torch.from_numpy(record.copy()).to(device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(everyone, mine, group=self.group)
+        return torch.stack(everyone).cpu().numpy()
+
+
+def _raise_on_disagreement(records: np.ndarray) -> None:
+    """Raise on every rank, naming each rank whose record [ranks, bytes] differs from rank 0's and in what."""
+    split = 8 * len(_RECORD_INTEGERS)
+    integers = np.ascontiguousarray(records[:, :split]).view("<i8")
+    means = np.ascontiguousarray(records[:, split : split + 8]).view("<f8")[:, 0]
+    digests = records[:, split + 8 :]
+    findings = []
+    for rank in range(1, len(records)):
+        differing = [
+            f"{name} {found} instead of {expected}"
+            for name, found, expected in zip(_RECORD_INTEGERS, integers[rank], integers[0], strict=True)
+            if found != expected
+        ]
+        if not np.isclose(means[rank], means[0], rtol=1e-9):
+            differing.append(f"mean keep probability {means[rank]:.6f} instead of {means[0]:.6f}")
+        elif not differing and not np.array_equal(digests[rank], digests[0]):
+            differing.append("other decisions from the same mean keep probability (sampler, scope, stages or lists)")
+        if differing:
+            findings.append(f"rank {rank}: " + ", ".join(differing))
+    if findings:
+        raise DropDisagreementError(
+            "these ranks would drop other layers than rank 0, because they were given another configuration:\n  "
+            + "\n  ".join(findings)
+        )

@@ -1,0 +1,207 @@
+"""The switchable layer: a built Megatron layer that can be skipped in training.
+
+A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so parameter
+names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one hands its input
+on. Evaluation never asks and never drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
+from megatron_sbld.mcore.refusals import refuse_unsupported_switches
+from megatron_sbld.mcore.versions import check_megatron_core
+
+BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+
+
+class _SkippedLayer(torch.autograd.Function):
+    """Identity that neither copies nor aliases in autograd's sense, and that reports the layer's gradients in backward.
+
+    Returning the input itself would make the output of an all-dropped pipeline stage its input, which
+    `deallocate_pipeline_outputs` frees; a view is refused there. A new tensor on the same storage is neither: freeing it
+    swaps its own `data` only (as in megatron.core.utils.MakeViewlessTensor).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_states: torch.Tensor, report_gradients: Callable[[], None] | None
+    ) -> torch.Tensor:
+        ctx.report_gradients = report_gradients
+        output = torch.empty((1,), dtype=hidden_states.dtype, device=hidden_states.device)
+        output.data = hidden_states.data
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        if ctx.report_gradients is not None:
+            ctx.report_gradients()
+        return grad_output, None
+
+
+class SwitchableLayer:
+    """Mixin over a built layer's own class; `make_switchable` puts it there."""
+
+    _drop_controller: DropController
+    _drop_buckets: LayerBuckets | None
+    _drop_recompute_queue: deque[tuple[int, int]]  # iteration, microbatch
+    _branch_scale: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock layer's forward, or its identity: (hidden_states [s, b, h], context)."""
+        if not self.training:  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        controller = self._drop_controller
+        if controller.kept(self.layer_number, self._microbatch()):  # type: ignore[attr-defined]
+            if not controller.scales_residual:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            self._branch_scale = controller.branch_scale(self.layer_number)  # type: ignore[attr-defined]
+            try:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._branch_scale = 1.0
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        return self._skip(hidden_states), kwargs.get("context")
+
+    def _skip(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
+        if self._drop_buckets is None:
+            # Looked up here, once: a layer may have been made switchable before its model was wrapped.
+            self._drop_buckets = LayerBuckets(self)  # type: ignore[arg-type]
+            _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
+        buckets = self._drop_buckets
+        buckets.wait_for_params()
+        return _SkippedLayer.apply(hidden_states, buckets.report_gradients if buckets.reports_gradients else None)
+
+    def _microbatch(self) -> int:
+        """The microbatch that this pass belongs to, also when it recomputes an earlier microbatch's activations.
+
+        With pipeline stages `current_microbatch` has moved on by the time of the recomputation. The passes of one layer
+        are recomputed in the order in which they ran, so a queue remembers them.
+        """
+        microbatch: int = self.current_microbatch  # type: ignore[attr-defined]
+        controller = self._drop_controller
+        if controller.scope == "iteration":
+            return 0
+        if microbatch < 0 and controller.num_microbatches == 1:
+            microbatch = 0  # a training loop without Megatron's schedules does not number its only microbatch
+        if not is_checkpointing():
+            return microbatch
+        if torch.is_grad_enabled():
+            return self._drop_recompute_queue.popleft()[1]
+        while self._drop_recompute_queue and self._drop_recompute_queue[0][0] != controller.iteration:
+            self._drop_recompute_queue.popleft()  # of a forward pass that no backward followed
+        self._drop_recompute_queue.append((controller.iteration, microbatch))
+        return microbatch
+
+
+class _ScaledBiasDropoutAdd:
+    """Stands for a layer's self_attn_bda or mlp_bda: residual + scale * dropout(x + bias); scale 1 is the stock call."""
+
+    def __init__(self, layer: torch.nn.Module, stock: Callable[[bool, bool], BiasDropoutAdd]) -> None:
+        self._layer = layer
+        self.stock = stock
+
+    def __call__(self, training: bool, fused: bool) -> BiasDropoutAdd:
+        stock = self.stock(training, fused)
+        scale = self._layer._branch_scale
+        if not training or scale == 1.0:
+            return stock
+
+        def scaled(
+            x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float
+        ) -> torch.Tensor:
+            x, bias = x_with_bias  # [s, b, h], [h] or None; dropout is linear, so both can be scaled before it
+            return stock((x * scale, None if bias is None else bias * scale), residual, prob)
+
+        return scaled
+
+
+_classes: dict[type, type] = {}
+
+
+def _switchable_class(cls: type) -> type:
+    if cls not in _classes:
+        _classes[cls] = type(f"Switchable{cls.__name__}", (SwitchableLayer, cls), {"__module__": cls.__module__})
+    return _classes[cls]
+
+
+def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controller: DropController) -> list[int]:
+    """Let `controller` decide which transformer layers of a built model run in training.
+
+    Call it on every rank, before or after DistributedDataParallel wraps the model. Multi-token prediction layers are never
+    dropped. Calling it again gives the layers to another controller.
+
+    Args:
+        model: a model, or the list of its chunks on this rank, wrapped or not.
+        controller: decides; its policy must be of the whole model's number of layers.
+
+    Returns:
+        The 1-based numbers of the layers on this rank.
+
+    Raises:
+        ValueError: no decoder layers, a layer that is no TransformerLayer, another number of layers than the policy's, or
+            a switch of the model's config under which a drop would be wrong or ignored.
+    """
+    check_megatron_core()
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    for chunk in chunks:
+        note_wrappers(chunk.modules())
+    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    for layer in layers:
+        _check_layer(layer, controller)
+    for layer in layers:
+        _attach(layer, controller)
+    return [layer.layer_number for layer in layers]
+
+
+def decoder_layers(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere."""
+    decoders = [module.decoder for module in chunk.modules() if hasattr(module, "decoder")]
+    if not decoders or not hasattr(decoders[0], "layers"):
+        raise ValueError(
+            f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like Megatron models can be switchable"
+        )
+    yield from decoders[0].layers
+
+
+def _check_layer(layer: torch.nn.Module, controller: DropController) -> None:
+    if not isinstance(layer, TransformerLayer):
+        raise ValueError(f"a decoder layer is a {type(layer).__name__}; only TransformerLayer can be made switchable")
+    if layer.config.num_layers != controller.num_layers:
+        raise ValueError(
+            f"the policy is for {controller.num_layers} layers, the model has num_layers = {layer.config.num_layers}"
+        )
+    refuse_unsupported_switches(layer.config, microbatch_scope=controller.scope == "microbatch")
+
+
+def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:
+    if buckets.reports_gradients and controller.replicas == "distinct":
+        raise ValueError(
+            "replicas 'distinct' does not work with overlap_grad_reduce: a replica that skips a layer would start its "
+            "reductions in another order than one that runs it; use replicas 'shared' or switch the overlap off"
+        )
+
+
+def _attach(layer: torch.nn.Module, controller: DropController) -> None:
+    if not isinstance(layer, SwitchableLayer):
+        layer.__class__ = _switchable_class(type(layer))
+    layer._drop_controller = controller
+    layer._drop_buckets = None
+    layer._drop_recompute_queue = deque()
+    layer._branch_scale = 1.0
+    for name in ("self_attn_bda", "mlp_bda"):
+        stock = getattr(layer, name)
+        if isinstance(stock, _ScaledBiasDropoutAdd):
+            stock = stock.stock
+        if not isinstance(stock, IdentityFuncOp):
+            setattr(layer, name, _ScaledBiasDropoutAdd(layer, stock) if controller.scales_residual else stock)

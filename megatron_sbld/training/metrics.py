@@ -1,0 +1,183 @@
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard, Weights & Biases, and progress on the console.
+
+Only rank 0 has one of these. A row of metrics.jsonl is written at once and whole, so a killed run loses no finished
+iteration; a resumed run first drops the rows that it is about to repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_sbld.training.config import LoggingConfig
+
+logger = logging.getLogger(__name__)
+
+_NOT_SCALARS = ("iteration", "keep_probs", "kept")
+
+
+class MetricsWriter:
+    """Writes the rows of one run.
+
+    Args:
+        config: the logging section.
+        first_iteration: the first iteration of this process; rows from it on are dropped from an existing file.
+        train_iters: iterations of the whole run, for the progress.
+        run_config: the resolved config, for Weights & Biases.
+
+    Raises:
+        ValueError: wandb is configured and not installed.
+    """
+
+    def __init__(
+        self, config: LoggingConfig, first_iteration: int, train_iters: int, run_config: dict[str, Any]
+    ) -> None:
+        self._config = config
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        drop_rows_from(path, first_iteration)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(run_dir, first_iteration) if config.tensorboard else None
+        self._wandb = _wandb_run(config, run_config) if config.wandb_project else None
+        self._progress = _ProgressDisplay(config, first_iteration, train_iters)
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Write an iteration's row and show it."""
+        self._write(row)
+        self._progress.show(row)
+
+    def valid_row(self, row: dict[str, Any]) -> None:
+        """Write a validation's row and show it."""
+        self._write(row)
+        self._progress.note(f"iteration {row['iteration']}: validation loss {row['valid_loss']:.4f}")
+
+    def note(self, text: str) -> None:
+        """Show a line of text without disturbing the progress bar."""
+        self._progress.note(text)
+
+    def close(self) -> None:
+        """Flush and close everything; the display ends with the last iteration shown."""
+        self._progress.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        scalars = {name: value for name, value in row.items() if name not in _NOT_SCALARS and value is not None}
+        if "keep_probs" in row:
+            scalars |= {f"keep_prob/layer_{number:02d}": p for number, p in enumerate(row["keep_probs"], start=1)}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, row["iteration"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=row["iteration"])
+
+
+def drop_rows_from(path: Path, first_iteration: int) -> None:
+    """Remove the rows of iterations that will run again, and a torn last line; atomic.
+
+    Validation rows carry the iteration that they follow, so those of first_iteration - 1 stay.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: left out a torn line of %d characters", path, len(line))
+            continue
+        if row["iteration"] < first_iteration:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tensorboard_writer(run_dir: Path, first_iteration: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_iteration)
+
+
+def _wandb_run(config: LoggingConfig, run_config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"logging.wandb_project = {config.wandb_project!r}: needs the wandb package (pip install 'megatron-sbld[wandb]')"
+        ) from error
+    return wandb.init(project=config.wandb_project, name=config.wandb_name, dir=config.run_dir, config=run_config)
+
+
+class _ProgressDisplay:
+    """A bar on a terminal, lines elsewhere: loss, tokens/s, kept layers, time left."""
+
+    def __init__(self, config: LoggingConfig, first_iteration: int, train_iters: int) -> None:
+        self._interval = config.log_interval
+        self._train_iters = train_iters
+        self._first_iteration = first_iteration
+        self._start = time.monotonic()
+        self._console = Console(stderr=True)
+        mode = config.progress
+        if mode == "auto":
+            mode = "bar" if sys.stderr.isatty() else "lines"
+        self._lines = mode == "lines"
+        self._bar: Progress | None = None
+        if mode == "bar":
+            self._bar = Progress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=train_iters, completed=first_iteration - 1, status="")
+            self._bar.start()
+
+    def show(self, row: dict[str, Any]) -> None:
+        iteration = row["iteration"]
+        if iteration % self._interval and iteration != self._train_iters:
+            return
+        status = (
+            f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  kept {row['kept_fraction']:.0%} of layers"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=iteration, status=status)
+        elif self._lines:
+            done = iteration - self._first_iteration + 1
+            left = (time.monotonic() - self._start) / done * (self._train_iters - iteration)
+            print(
+                f"iteration {iteration}/{self._train_iters}  {status}  left {_clock(left)}", file=sys.stderr, flush=True
+            )
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._console.print(text)
+        elif self._lines:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,205 @@
+"""From the config to megatron-core's parts: GPTModel chunks in DistributedDataParallel, optimizer, parameter scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
+
+from megatron_sbld.mcore.layer_specs import gpt_layer_spec
+from megatron_sbld.training.config import Config, ModelConfig
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def ffn_hidden_size(model: ModelConfig) -> int:
+    """Width of the MLP: as given, 4 h, or with SwiGLU 8/3 h rounded up to a multiple of 64."""
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    if not model.swiglu:
+        return 4 * model.hidden_size
+    return -(-8 * model.hidden_size // (3 * 64)) * 64
+
+
+def padded_vocab_size(vocab_size: int, config: Config) -> int:
+    """Vocabulary rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size, as Megatron-LM."""
+    multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron's TransformerConfig for this run."""
+    model, parallel, training = config.model, config.parallel, config.training
+    on_gpu = torch.cuda.is_available()
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=ffn_hidden_size(model),
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=model.add_bias_linear,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        deallocate_pipeline_outputs=parallel.deallocate_pipeline_outputs,
+        # On gloo, overlapped sends with deallocated outputs give wrong gradients even when nothing is dropped.
+        overlap_p2p_comm=on_gpu and interleaved,
+        batch_p2p_comm=not (on_gpu and interleaved),
+        params_dtype=_DTYPES[training.precision],
+        pipeline_dtype=_DTYPES[training.precision],
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        recompute_modules=training.recompute_modules,
+    )
+
+
+def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one, or one for each virtual stage), in Megatron's DistributedDataParallel.
+
+    Args:
+        config: the run.
+        vocab_size: padded vocabulary.
+    """
+    tconfig = transformer_config(config)
+    num_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
+    chunks: list[torch.nn.Module] = [
+        _build_chunk(config, tconfig, vocab_size, vp_stage if num_chunks else None)
+        for vp_stage in range(num_chunks or 1)
+    ]
+    for chunk in chunks:
+        for param in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+    if tconfig.fp16 or tconfig.bf16:
+        chunks = [Float16Module(tconfig, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.training.precision != "fp32",
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        bucket_size=config.parallel.ddp_bucket_size,
+    )
+    # Only the first chunk's communication is exposed, so the others are not bucketed (as in Megatron-LM).
+    return [
+        DistributedDataParallel(tconfig, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _build_chunk(config: Config, tconfig: TransformerConfig, vocab_size: int, vp_stage: int | None) -> GPTModel:
+    model = config.model
+    return GPTModel(
+        config=tconfig,
+        transformer_layer_spec=gpt_layer_spec(tconfig, model.transformer_impl, vp_stage=vp_stage),
+        vocab_size=vocab_size,
+        max_sequence_length=model.max_position_embeddings or model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron's optimizer, distributed where the config asks for it, and the hooks that its training step expects."""
+    opt, training = config.optimizer, config.training
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=opt.lr,
+            min_lr=opt.min_lr,
+            weight_decay=opt.weight_decay,
+            adam_beta1=opt.adam_beta1,
+            adam_beta2=opt.adam_beta2,
+            adam_eps=opt.adam_eps,
+            clip_grad=opt.clip_grad,
+            log_num_zeros_in_grad=opt.log_num_zeros_in_grad,
+            params_dtype=_DTYPES[training.precision],
+            bf16=training.precision == "bf16",
+            fp16=training.precision == "fp16",
+            loss_scale=training.loss_scale,
+            initial_loss_scale=training.initial_loss_scale,
+            min_loss_scale=training.min_loss_scale,
+            loss_scale_window=training.loss_scale_window,
+            hysteresis=training.hysteresis,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        list(chunks),
+    )
+    tconfig = get_model_config(chunks[0])
+    tconfig.grad_scale_func = optimizer.scale_loss
+    tconfig.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        tconfig.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
+    return optimizer
+
+
+def _one_or_list(functions: list) -> object:
+    """Megatron's schedules take a function for one chunk and a list for several."""
+    return functions[0] if len(functions) == 1 else functions
+
+
+def build_param_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
+    """Learning rate and weight decay over training, counted in samples as in Megatron-LM."""
+    opt, batch = config.optimizer, config.training.global_batch_size
+    if config.training.train_samples is not None:
+        total = config.training.train_samples
+        decay = opt.lr_decay_samples or total
+        warmup = opt.lr_warmup_samples
+    else:
+        total = train_iters * batch
+        decay = opt.lr_decay_iters * batch if opt.lr_decay_iters else total
+        warmup = opt.lr_warmup_iters * batch
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=opt.lr_warmup_init,
+        max_lr=opt.lr,
+        min_lr=opt.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=opt.lr_decay_style,
+        start_wd=opt.weight_decay if opt.start_weight_decay is None else opt.start_weight_decay,
+        end_wd=opt.weight_decay if opt.end_weight_decay is None else opt.end_weight_decay,
+        wd_incr_steps=total,
+        wd_incr_style=opt.weight_decay_incr_style,
+        wsd_decay_steps=opt.lr_wsd_decay_iters * batch if opt.lr_wsd_decay_iters else None,
+        lr_wsd_decay_style=opt.lr_wsd_decay_style,
+        # The config in force decides; a checkpoint only says how far the schedule has come.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

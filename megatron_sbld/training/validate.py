@@ -1,0 +1,326 @@
+"""Every check of a config that needs no data and no GPU; all problems are reported at once, before anything starts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_sbld.drop import validate_drop
+from megatron_sbld.training.config import Config
+
+_AT_LEAST_ONE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.seq_length",
+    "model.max_position_embeddings",
+    "model.make_vocab_size_divisible_by",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.ddp_bucket_size",
+    "optimizer.lr_decay_iters",
+    "optimizer.lr_decay_samples",
+    "optimizer.lr_wsd_decay_iters",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "training.train_iters",
+    "training.train_samples",
+    "training.eval_iters",
+    "training.recompute_num_layers",
+    "training.exit_after_iterations",
+    "training.loss_scale_window",
+    "training.hysteresis",
+    "checkpoint.keep_last",
+    "logging.log_interval",
+)
+_NOT_NEGATIVE = (
+    "data.num_workers",
+    "optimizer.lr_warmup_iters",
+    "optimizer.lr_warmup_samples",
+    "optimizer.lr_warmup_init",
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.start_weight_decay",
+    "optimizer.end_weight_decay",
+    "optimizer.clip_grad",
+    "training.seed",
+    "training.eval_interval",
+    "checkpoint.save_interval",
+)
+_POSITIVE = (
+    "model.layernorm_epsilon",
+    "model.init_method_std",
+    "model.rotary_base",
+    "parallel.distributed_timeout_minutes",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "training.initial_loss_scale",
+    "training.min_loss_scale",
+    "training.loss_scale",
+    "logging.peak_tflops",
+)
+_BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Replicas: what the tensor, pipeline and context parallel sizes leave of the processes."""
+    parallel = config.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse a config that cannot work on `world_size` processes.
+
+    Raises:
+        ValueError: one line a problem, each with field, value and what is allowed.
+    """
+    problems = _ranges(config)
+    if not problems:  # the checks below divide by what the ranges have made sure of
+        problems = [
+            *_model(config),
+            *_layout(config, world_size),
+            *_length(config),
+            *_recomputation(config),
+            *_optimizer(config),
+            *_data(config),
+        ]
+        problems = problems or _batch(config, data_parallel_size(config, world_size))
+    if not problems:
+        try:
+            stages = config.parallel.pipeline_model_parallel_size
+            validate_drop(config.drop, config.model.num_layers, train_iterations(config), stages)
+        except ValueError as error:
+            problems = [str(error)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def train_iterations(config: Config) -> int:
+    """Iterations of the run, from train_iters or from train_samples and the batch-size ramp (as Megatron-LM counts)."""
+    training = config.training
+    if training.train_iters is not None:
+        return training.train_iters
+    assert training.train_samples is not None, "validate makes sure of one of the two"
+    remaining, iterations = training.train_samples, 0
+    if training.rampup_batch_size is not None:
+        start, increment, ramp_samples = training.rampup_batch_size
+        steps = (training.global_batch_size - start) // increment
+        consumed = 0
+        while consumed <= ramp_samples and consumed < training.train_samples:
+            step = min(int(consumed / (ramp_samples / steps)), steps) if steps else 0
+            consumed += start + step * increment
+            iterations += 1
+        remaining -= consumed
+    return iterations + max(0, remaining) // training.global_batch_size
+
+
+def _get(config: Config, path: str) -> Any:
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _ranges(config: Config) -> list[str]:
+    problems = []
+    for paths, allowed, fits in (
+        (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+        (_NOT_NEGATIVE, "0 or more", lambda value: value >= 0),
+        (_POSITIVE, "above 0", lambda value: value > 0),
+        (_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1),
+        (("model.rotary_percent",), "in (0, 1]", lambda value: 0 < value <= 1),
+    ):
+        for path in paths:
+            value = _get(config, path)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                problems.append(f"{path} = {value}: must be {allowed}")
+    virtual = config.parallel.num_virtual_stages_per_pipeline_rank
+    if virtual is not None and virtual < 2:
+        problems.append(
+            f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: must be at least 2, or left out for no interleaving"
+        )
+    return problems
+
+
+def _model(config: Config) -> list[str]:
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    problems = []
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        problems.append(
+            f"model.hidden_size = {model.hidden_size}: must be divisible by "
+            f"model.num_attention_heads = {model.num_attention_heads}"
+        )
+    groups = model.num_query_groups or model.num_attention_heads
+    if model.num_attention_heads % groups:
+        problems.append(
+            f"model.num_query_groups = {groups}: must divide model.num_attention_heads = {model.num_attention_heads}"
+        )
+    for name, value in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", groups),
+        ("model.hidden_size", model.hidden_size),
+    ):
+        if value % tensor:
+            problems.append(f"{name} = {value}: must be divisible by parallel.tensor_model_parallel_size = {tensor}")
+    if model.position_embedding_type == "learned_absolute" and (
+        model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length
+    ):
+        problems.append(
+            f"model.max_position_embeddings = {model.max_position_embeddings}: must be at least "
+            f"model.seq_length = {model.seq_length}"
+        )
+    return problems
+
+
+def _layout(config: Config, world_size: int) -> list[str]:
+    model, parallel = config.model, config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context, virtual = parallel.context_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    problems = []
+    if world_size % (tensor * pipeline * context):
+        problems.append(
+            f"{world_size} processes: must be a multiple of parallel.tensor_model_parallel_size * "
+            f"pipeline_model_parallel_size * context_parallel_size = {tensor * pipeline * context}"
+        )
+    if virtual is not None and pipeline == 1:
+        problems.append(
+            f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: needs pipeline_model_parallel_size > 1"
+        )
+    if model.num_layers % (pipeline * (virtual or 1)):
+        problems.append(
+            f"model.num_layers = {model.num_layers}: must be divisible by the {pipeline * (virtual or 1)} pipeline stages "
+            "(parallel.pipeline_model_parallel_size * num_virtual_stages_per_pipeline_rank)"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        problems.append("parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size > 1")
+    if parallel.sequence_parallel and model.seq_length % (tensor * context):
+        problems.append(
+            f"model.seq_length = {model.seq_length}: with sequence_parallel it must be divisible by {tensor * context} "
+            "(tensor_model_parallel_size * context_parallel_size)"
+        )
+    if context > 1 and model.seq_length % (2 * context):
+        problems.append(
+            f"model.seq_length = {model.seq_length}: must be divisible by 2 * parallel.context_parallel_size = {2 * context}"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        problems.append(
+            "parallel.overlap_param_gather = true: needs use_distributed_optimizer and overlap_grad_reduce as well"
+        )
+    if config.drop.replicas == "distinct" and parallel.overlap_grad_reduce:
+        problems.append(
+            "drop.replicas = 'distinct': does not work with parallel.overlap_grad_reduce, because replicas would start "
+            "their reductions in different orders; use 'shared' or switch the overlap off"
+        )
+    return problems
+
+
+def _length(config: Config) -> list[str]:
+    training = config.training
+    if (training.train_iters is None) == (training.train_samples is None):
+        return [
+            f"training.train_iters = {training.train_iters} and training.train_samples = {training.train_samples}: "
+            "give exactly one of them"
+        ]
+    ramp = training.rampup_batch_size
+    if ramp is None:
+        return []
+    if len(ramp) != 3 or any(value < 1 for value in ramp):
+        return [f"training.rampup_batch_size = {ramp}: must be three positive numbers, [start, increment, samples]"]
+    start, increment, _ = ramp
+    if start > training.global_batch_size or (training.global_batch_size - start) % increment:
+        return [
+            f"training.rampup_batch_size = {ramp}: start plus a multiple of the increment must give "
+            f"training.global_batch_size = {training.global_batch_size}"
+        ]
+    return []
+
+
+def _batch(config: Config, replicas: int) -> list[str]:
+    training, parallel = config.training, config.parallel
+    problems = []
+    unit = training.micro_batch_size * replicas
+    described = f"training.micro_batch_size * data-parallel size = {training.micro_batch_size} * {replicas}"
+    if parallel.num_virtual_stages_per_pipeline_rank is not None:
+        unit *= parallel.pipeline_model_parallel_size
+        described += (
+            f" * pipeline_model_parallel_size = {unit} (the interleaved schedule takes microbatches in such groups)"
+        )
+    sizes = {"training.global_batch_size": training.global_batch_size}
+    if training.rampup_batch_size is not None:
+        sizes["training.rampup_batch_size's start"] = training.rampup_batch_size[0]
+        sizes["training.rampup_batch_size's increment"] = training.rampup_batch_size[1]
+    for name, size in sizes.items():
+        if size % unit:
+            problems.append(f"{name} = {size}: must be divisible by {described}")
+    if not problems and train_iterations(config) < 1:
+        problems.append(f"training.train_samples = {training.train_samples}: is less than one global batch")
+    return problems
+
+
+def _recomputation(config: Config) -> list[str]:
+    training = config.training
+    method, layers = training.recompute_method, training.recompute_num_layers
+    if training.recompute_granularity == "full":
+        if method is None or layers is None:
+            return [
+                "training.recompute_granularity = 'full': needs training.recompute_method (uniform or block) and "
+                "training.recompute_num_layers"
+            ]
+        parallel = config.parallel
+        stages = parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
+        held = config.model.num_layers // stages
+        if layers > held or (method == "uniform" and held % layers):
+            return [
+                f"training.recompute_num_layers = {layers}: must "
+                + ("divide" if method == "uniform" else "be at most")
+                + f" the {held} layers of a stage"
+            ]
+        return []
+    if method is not None or layers is not None:
+        return ["training.recompute_method and recompute_num_layers: need training.recompute_granularity = 'full'"]
+    modules = training.recompute_modules
+    if modules is not None and training.recompute_granularity != "selective":
+        return ["training.recompute_modules: needs training.recompute_granularity = 'selective'"]
+    return []
+
+
+def _optimizer(config: Config) -> list[str]:
+    opt, training = config.optimizer, config.training
+    problems = []
+    if opt.min_lr > opt.lr:
+        problems.append(f"optimizer.min_lr = {opt.min_lr}: must be at most optimizer.lr = {opt.lr}")
+    if opt.lr_warmup_init > opt.lr:
+        problems.append(f"optimizer.lr_warmup_init = {opt.lr_warmup_init}: must be at most optimizer.lr = {opt.lr}")
+    if training.train_samples is None:
+        unit, decay, warmup = "iters", opt.lr_decay_iters or training.train_iters or 0, opt.lr_warmup_iters
+        other = opt.lr_decay_samples or opt.lr_warmup_samples
+    else:
+        unit, decay, warmup = "samples", opt.lr_decay_samples or training.train_samples, opt.lr_warmup_samples
+        other = opt.lr_decay_iters or opt.lr_warmup_iters
+    if warmup >= decay:
+        problems.append(f"optimizer.lr_warmup_{unit} = {warmup}: must be below the {decay} over which the rate decays")
+    if other:
+        problems.append(f"optimizer: training is counted in {unit}, so give lr_decay_{unit} and lr_warmup_{unit} alone")
+    if (opt.lr_decay_style == "WSD") != (opt.lr_wsd_decay_iters is not None):
+        problems.append("optimizer.lr_wsd_decay_iters: is needed by, and only by, lr_decay_style = 'WSD'")
+    if opt.weight_decay_incr_style == "constant":
+        if opt.start_weight_decay != opt.end_weight_decay:
+            problems.append(
+                "optimizer.start_weight_decay, end_weight_decay: differ, so weight_decay_incr_style must too"
+            )
+    elif None in (opt.start_weight_decay, opt.end_weight_decay):
+        problems.append("optimizer.weight_decay_incr_style: needs start_weight_decay and end_weight_decay")
+    return problems
+
+
+def _data(config: Config) -> list[str]:
+    data, problems = config.data, []
+    if not data.train_data_path:
+        problems.append("data.train_data_path: is empty; give the prefix of a data set (see `megatron-sbld prepare`)")
+    if config.parallel.context_parallel_size > 1 and data.reset_attention_mask:
+        problems.append("data.reset_attention_mask = true: does not work with parallel.context_parallel_size > 1")
+    return problems
