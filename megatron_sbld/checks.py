@@ -34,7 +34,7 @@ def check_layers(name: str, layers: Iterable[Any], num_layers: int) -> tuple[int
     """Return 1-based layer numbers in ascending order, or raise ValueError if one is repeated or out of [1, L]."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ValueError(f"{name} = {layers!r} is not allowed: it must be a list of layer numbers")
-    numbers_given = [check_integer(f"a layer of {name}", layer, 1, num_layers) for layer in layers]
+    numbers_given = [check_integer(f"{name} entry", layer, 1, num_layers) for layer in layers]
     if len(set(numbers_given)) != len(numbers_given):
         raise ValueError(f"{name} = {numbers_given} is not allowed: every layer may be listed only once")
     return tuple(sorted(numbers_given))

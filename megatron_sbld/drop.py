@@ -2,13 +2,48 @@
 
 Shared by the trainer and by whatever attaches layer dropping to another training program. Formulas are in policy.py and
 schedule.py; this module only chooses and checks them.
+
+What is refused, what is tolerated: a value out of range is refused always. Beyond that, with policy none nothing is
+looked at, so that `--drop.policy none` switches any config off. With another policy, a setting that contradicts another
+or that nothing could use is refused. The settings of other policies (SBLD's fields, and PWEGD's and PLD's parameters as
+long as `schedule` is left to the policy) are tolerated with a warning, so that one file can hold several policies for
+`--drop.policy` to choose from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import typing
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_sbld.checks import check_choice, check_integer, check_layers, check_number
+from megatron_sbld.plan import MAX_SEED
+from megatron_sbld.policy import (
+    FullDepthPolicy,
+    LayerDropPolicy,
+    PLDPolicy,
+    Policy,
+    SBLDPolicy,
+    StochasticDepthPolicy,
+)
+from megatron_sbld.schedule import (
+    PWEGD,
+    Constant,
+    Exponential,
+    Linear,
+    Polynomial,
+    Schedule,
+    amplitude_for_peak,
+    scale_for_peak,
+)
+from megatron_sbld.sensitivity.file import SensitivityFile
+from megatron_sbld.sensitivity.lists import choose_lists
 
 PolicyName = Literal["none", "sbld", "pld", "layerdrop", "stochastic_depth"]
 ScheduleName = Literal["pwegd", "exponential", "linear", "polynomial", "constant"]
@@ -90,6 +125,286 @@ class DropConfig:
     """Seed of the decisions, independent of the seed of the weights and the data."""
 
 
+_POLICY_SCHEDULES: dict[str, ScheduleName] = {
+    "sbld": "pwegd",
+    "pld": "exponential",
+    "layerdrop": "constant",
+    "stochastic_depth": "constant",
+}
+_SCHEDULE_FIELDS: dict[str, set[str]] = {
+    "pwegd": {"a", "b", "c", "epsilon", "eta", "peak_iteration", "peak_theta"},
+    "exponential": {"gamma"},
+    "linear": {"start_theta", "duration"},
+    "polynomial": {"start_theta", "duration", "power"},
+    "constant": set(),
+}
+_LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
+_SBLD_FIELDS = {
+    *("alpha", "beta", "theta_min", "theta_max", "allow_keep_prob", "sensitivity", "sensitivity_update"),
+    *_LIST_FIELDS,
+}
+_EXCLUSIVE_FIELDS = (
+    ("b", "peak_iteration"),
+    ("eta", "peak_theta"),
+    ("block_layers", "block_fraction"),
+    ("allow_layers", "allow_fraction"),
+)
+_RANGES = {
+    **dict.fromkeys(("theta", "peak_theta", "start_theta"), "(0, 1]"),
+    **dict.fromkeys(("a", "c", "epsilon"), "(-inf, inf)"),
+    **dict.fromkeys(("b", "peak_iteration", "gamma", "duration", "power"), "(0, inf)"),
+    **dict.fromkeys(("eta", "alpha", "beta"), "[0, inf)"),
+    **dict.fromkeys(("theta_min", "theta_max", "block_fraction", "allow_fraction"), "[0, 1]"),
+    **dict.fromkeys(("allow_keep_prob", "recovery_fraction"), "[0, 1]"),
+}
+_DEFAULT_PEAK_FRACTION = 0.1
+_PLD_DECAYS = 100.0
+
+
 def drop_field_names() -> list[str]:
     """Names of the drop section's fields, in order."""
     return [field.name for field in dataclasses.fields(DropConfig)]
+
+
+def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_stages: int = 1) -> None:
+    """Refuse what cannot work, without reading any file; warn of settings that the policy does not use.
+
+    num_layers: L of the whole model.  train_iters: T.
+    num_stages: pipeline stages, which the balanced sampler balances unless balance_stages is given.
+    Raises ValueError naming the field, its value and what is allowed.
+    """
+    check_integer("num_layers", num_layers, 1)
+    check_integer("train_iters", train_iters, 1)
+    _check_ranges(config)
+    if config.policy == "none":
+        return
+    changed = _changed_fields(config)
+    _check_sampler(config, num_layers, num_stages)
+    _check_schedule_fields(config, changed)
+    for first, second in _EXCLUSIVE_FIELDS:
+        if {first, second} <= changed:
+            raise ValueError(
+                f"drop.{first} = {getattr(config, first)} and drop.{second} = {getattr(config, second)} exclude each "
+                "other: set one of them"
+            )
+    build_schedule(config, train_iters)
+    if config.policy == "sbld":
+        _check_sbld(config, num_layers)
+    unused = sorted(changed & _unused_fields(config))
+    if unused:
+        names = ", ".join(f"drop.{name}" for name in unused)
+        warnings.warn(f"no effect with drop.policy {config.policy}: {names}", stacklevel=2)
+
+
+def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
+    """theta(t) of the section for a run of T iterations; what is None takes the defaults of equations.md 1 and 4.
+
+    Raises ValueError naming the field.
+    """
+    name = _schedule_name(config)
+    duration = train_iters if config.duration is None else config.duration
+    with _named_as_fields():
+        if name == "pwegd":
+            return _build_pwegd(config, train_iters)
+        if name == "exponential":
+            return Exponential(config.theta, _PLD_DECAYS / train_iters if config.gamma is None else config.gamma)
+        if name == "linear":
+            return Linear(config.start_theta, config.theta, duration)
+        if name == "polynomial":
+            return Polynomial(config.start_theta, config.theta, duration, config.power)
+        return Constant(config.theta)
+
+
+def build_policy(
+    config: DropConfig, num_layers: int, train_iters: int, base_dir: str | os.PathLike[str] | None = None
+) -> Policy:
+    """The policy of the section for a model of L layers and a run of T iterations.
+
+    base_dir: folder that a relative path of the sensitivity file starts from; None is the working directory.
+    Raises ValueError naming the field, also for a sensitivity file that cannot be used.
+    """
+    validate_drop(config, num_layers, train_iters)
+    if config.policy == "none":
+        return FullDepthPolicy(num_layers)
+    schedule = build_schedule(config, train_iters)
+    common: dict[str, Any] = {
+        "residual_scale": config.residual_scale,
+        "recovery_fraction": config.recovery_fraction,
+        "train_iters": train_iters,
+    }
+    if config.policy == "pld":
+        return PLDPolicy(schedule, num_layers, **common)
+    if config.policy == "layerdrop":
+        return LayerDropPolicy(schedule, num_layers, **common)
+    if config.policy == "stochastic_depth":
+        return StochasticDepthPolicy(schedule, num_layers, **common)
+    measured = _load_sensitivity(config, num_layers, base_dir)
+    with _named_as_fields():
+        block, allow = _choose_layers(config, measured)
+        return SBLDPolicy(
+            schedule,
+            measured.sensitivity,
+            alpha=config.alpha,
+            beta=config.beta,
+            theta_min=config.theta_min,
+            theta_max=config.theta_max,
+            block_layers=block,
+            allow_layers=allow,
+            allow_keep_prob=config.allow_keep_prob,
+            **common,
+        )
+
+
+def _check_ranges(config: DropConfig) -> None:
+    """Every field by itself, whatever the policy."""
+    hints = typing.get_type_hints(DropConfig)
+    for name in drop_field_names():
+        value, choices = getattr(config, name), _choices(hints[name])
+        if choices:
+            check_choice(f"drop.{name}", value, choices)
+        elif name in _RANGES and not (value is None and _default(name) is None):
+            check_number(f"drop.{name}", value, _RANGES[name])
+    check_integer("drop.seed", config.seed, 0, MAX_SEED)
+    if config.balance_stages is not None:
+        check_integer("drop.balance_stages", config.balance_stages, 1)
+    if config.sensitivity is not None and not isinstance(config.sensitivity, str):
+        raise ValueError(f"drop.sensitivity = {config.sensitivity!r} is not allowed: it must be the path of a file")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """Values that a Literal, or a Literal or None, allows; empty for other types."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    literals = [choice for part in typing.get_args(hint) for choice in _choices(part)]
+    return (*literals, None) if literals else ()
+
+
+def _check_sampler(config: DropConfig, num_layers: int, num_stages: int) -> None:
+    if config.sampler == "balanced":
+        name = "pipeline stages" if config.balance_stages is None else "drop.balance_stages"
+        stages = num_stages if config.balance_stages is None else config.balance_stages
+        if num_layers % stages:
+            raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
+        return
+    if config.balance_stages is not None:
+        raise ValueError(f"drop.balance_stages = {config.balance_stages} needs drop.sampler balanced")
+    if config.replicas == "distinct":
+        raise ValueError(
+            "drop.replicas = 'distinct' needs drop.sampler balanced, or replicas would wait for each other"
+        )
+
+
+def _check_schedule_fields(config: DropConfig, changed: set[str]) -> None:
+    """Refuse parameters of another schedule, unless they may belong to another policy that takes its own schedule."""
+    name = _schedule_name(config)
+    useful = set(_SCHEDULE_FIELDS[name])
+    if config.schedule is None:
+        useful = useful.union(*(_SCHEDULE_FIELDS[own] for own in _POLICY_SCHEDULES.values()))
+    for field in sorted(changed & set().union(*_SCHEDULE_FIELDS.values()) - useful):
+        owners = " or ".join(owner for owner, fields in _SCHEDULE_FIELDS.items() if field in fields)
+        raise ValueError(
+            f"drop.{field} = {getattr(config, field)} is not used by drop.schedule {name}: leave it out, or set "
+            f"drop.schedule to {owners}"
+        )
+
+
+def _check_sbld(config: DropConfig, num_layers: int) -> None:
+    if config.sensitivity is None:
+        raise ValueError(
+            "drop.sensitivity = None is not allowed with drop.policy sbld: it must be the path of a sensitivity file "
+            f"for {num_layers} layers, as `megatron-sbld profile` writes it"
+        )
+    if config.theta_min > config.theta_max:
+        raise ValueError(f"drop.theta_min = {config.theta_min} is not allowed: above drop.theta_max {config.theta_max}")
+    with _named_as_fields():
+        block = check_layers("block_layers", config.block_layers or (), num_layers)
+        allow = check_layers("allow_layers", config.allow_layers or (), num_layers)
+        # The policy's own check of the lists, before any file is read.
+        SBLDPolicy(Constant(1.0), [0.0] * num_layers, block_layers=block, allow_layers=allow)
+
+
+def _build_pwegd(config: DropConfig, train_iters: int) -> PWEGD:
+    shape = config.a + config.c
+    if shape < 1.0:
+        raise ValueError(f"a + drop.c = {shape} is not allowed: below 1 the schedule is infinite at epsilon")
+    if config.b is not None:
+        b = config.b
+    elif shape == 1.0:
+        raise ValueError("b = None is not allowed with a + c = 1: such a schedule peaks at epsilon whatever b is")
+    else:
+        peak = _DEFAULT_PEAK_FRACTION * train_iters if config.peak_iteration is None else config.peak_iteration
+        b = scale_for_peak(peak, shape, config.epsilon)
+    if config.eta is not None:
+        eta = config.eta
+    else:
+        peak_theta = config.theta + (1.0 - config.theta) / 2.0 if config.peak_theta is None else config.peak_theta
+        eta = amplitude_for_peak(peak_theta, config.theta, shape, b)
+    return PWEGD(theta=config.theta, a=config.a, b=b, c=config.c, epsilon=config.epsilon, eta=eta)
+
+
+def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.PathLike[str] | None) -> SensitivityFile:
+    assert config.sensitivity is not None, "validate_drop refuses sbld without a sensitivity file"
+    path = Path(base_dir or ".") / config.sensitivity
+    try:
+        measured = SensitivityFile.load(path)
+    except ValueError as error:
+        raise ValueError(f"drop.sensitivity = {config.sensitivity!r} is not allowed: {error}") from error
+    if measured.num_layers != num_layers:
+        raise ValueError(
+            f"drop.sensitivity = {config.sensitivity!r} is for {measured.num_layers} layers, but the model has "
+            f"{num_layers}: measure it for this depth with `megatron-sbld profile`"
+        )
+    return measured
+
+
+def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[int], set[int]]:
+    """Block and Allow: the user's lists, else the rule, which leaves out what the user put into the other list."""
+    by_rule = choose_lists(
+        measured.gap,
+        measured.gap_stderr,
+        0.0 if config.block_layers is not None else config.block_fraction,
+        0.0 if config.allow_layers is not None else config.allow_fraction,
+    )
+    lists_are_default = not _changed_fields(config) & _LIST_FIELDS
+    if lists_are_default and by_rule != (measured.block, measured.allow):
+        warnings.warn(
+            f"the lists in {config.sensitivity} (block {list(measured.block)}, allow {list(measured.allow)}) are not what "
+            f"drop.block_fraction and drop.allow_fraction give and what is used (block {list(by_rule[0])}, allow "
+            f"{list(by_rule[1])}); for others, set drop.block_layers and drop.allow_layers",
+            stacklevel=3,
+        )
+    block = set(by_rule[0] if config.block_layers is None else config.block_layers)
+    allow = set(by_rule[1] if config.allow_layers is None else config.allow_layers)
+    if config.allow_layers is None:
+        allow -= block
+    if config.block_layers is None:
+        block -= allow
+    return block, allow
+
+
+def _schedule_name(config: DropConfig) -> ScheduleName:
+    return config.schedule or _POLICY_SCHEDULES.get(config.policy, "constant")
+
+
+def _changed_fields(config: DropConfig) -> set[str]:
+    """Fields that differ from their defaults."""
+    return {name for name in drop_field_names() if getattr(config, name) != _default(name)}
+
+
+def _unused_fields(config: DropConfig) -> set[str]:
+    """Fields of other policies and schedules than the section's."""
+    unused = set().union(*_SCHEDULE_FIELDS.values()) - _SCHEDULE_FIELDS[_schedule_name(config)]
+    return unused if config.policy == "sbld" else unused | _SBLD_FIELDS
+
+
+def _default(name: str) -> Any:
+    return DropConfig.__dataclass_fields__[name].default
+
+
+@contextlib.contextmanager
+def _named_as_fields() -> Iterator[None]:
+    """Errors of schedules and policies begin with the argument's name, which is the field's: name the section too."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"drop.{error}") from error

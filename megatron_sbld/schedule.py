@@ -25,6 +25,11 @@ from megatron_sbld.checks import check_number
 RECOMMENDED_THETA_MIN = 0.4
 """Below this theta the paper finds models hard to train (paper 000, "Overall Workflow")."""
 
+# Far beyond any run, and such that no quotient of two of them overflows.
+_ITERATIONS = "[-1e18, 1e18]"
+_SCALES = "[1e-9, 1e18]"
+_LARGEST_SHAPE = 1e6
+
 
 class Schedule(ABC):
     """theta(t): call it with an iteration or an array of iterations."""
@@ -50,7 +55,7 @@ class PWEGD(Schedule):
     """SBLD's schedule: theta(t) = eta / theta^2 * sch(t) + theta, sch a gamma density (equations.md 1; paper 000 Eq 3).
 
     theta: the value before epsilon and in the limit, in (0, 1]; below 0.4 warns.
-    a, c: shape and polynomial of the weighting function; only their sum k = a + c >= 1 enters.
+    a, c: shape and polynomial of the weighting function; only their sum k = a + c in [1, 1e6] enters.
     b: scale in iterations, > 0.  epsilon: threshold in iterations; theta(t) = theta before it.
     eta: amplitude, >= 0, in iterations, hence large: choose it by `from_peak`.
 
@@ -71,8 +76,8 @@ class PWEGD(Schedule):
         _check_theta("theta", self.theta, "(0, 1]")
         check_number("a", self.a, "(-inf, inf)")
         check_number("c", self.c, "(-inf, inf)")
-        check_number("b", self.b, "(0, inf)")
-        check_number("epsilon", self.epsilon, "(-inf, inf)")
+        check_number("b", self.b, _SCALES)
+        check_number("epsilon", self.epsilon, _ITERATIONS)
         check_number("eta", self.eta, "[0, inf)")
         _check_shape("a + c", self.shape)
         if not math.isfinite(self(self.peak_iteration)):
@@ -210,8 +215,8 @@ def pwegd_density(t: ArrayLike, shape: float, b: float, epsilon: float = 0.0) ->
 
 def scale_for_peak(peak_iteration: float, shape: float, epsilon: float = 0.0) -> float:
     """The b whose PWEGD of shape k > 1 peaks at `peak_iteration` > epsilon: 2 (t* - eps) / (k - 1)."""
-    check_number("peak_iteration", peak_iteration, "(-inf, inf)")
-    check_number("epsilon", epsilon, "(-inf, inf)")
+    check_number("peak_iteration", peak_iteration, _ITERATIONS)
+    check_number("epsilon", epsilon, _ITERATIONS)
     _check_shape("shape", shape)
     if shape == 1.0:
         raise ValueError("shape = 1 has its peak at epsilon for every b: give b, or a shape above 1")
@@ -243,3 +248,5 @@ def _check_shape(name: str, shape: float) -> None:
     check_number(name, shape, "(-inf, inf)")
     if shape < 1.0:
         raise ValueError(f"{name} = {shape!r} is not allowed: below 1 the schedule is infinite at epsilon")
+    if shape > _LARGEST_SHAPE:
+        raise ValueError(f"{name} = {shape!r} is not allowed: above {_LARGEST_SHAPE:g} the density is lost to rounding")
