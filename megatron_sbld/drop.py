@@ -368,9 +368,9 @@ def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[i
     lists_are_default = not _changed_fields(config) & _LIST_FIELDS
     if lists_are_default and by_rule != (measured.block, measured.allow):
         warnings.warn(
-            f"the lists in {config.sensitivity} (block {list(measured.block)}, allow {list(measured.allow)}) are not what "
-            f"drop.block_fraction and drop.allow_fraction give and what is used (block {list(by_rule[0])}, allow "
-            f"{list(by_rule[1])}); for others, set drop.block_layers and drop.allow_layers",
+            f"the lists in {config.sensitivity} (block {list(measured.block)}, allow {list(measured.allow)}) are not "
+            f"used: drop.block_fraction and drop.allow_fraction give block {list(by_rule[0])}, allow {list(by_rule[1])}; "
+            "for others, set drop.block_layers and drop.allow_layers",
             stacklevel=3,
         )
     block = set(by_rule[0] if config.block_layers is None else config.block_layers)

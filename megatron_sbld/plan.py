@@ -124,26 +124,28 @@ def _draw_balanced(
     stage_of_layer: NDArray[np.int64],
     replica: int,
 ) -> NDArray[np.bool_]:
-    """Systematic sampling, [M, L]: lay the layers end to end, each as long as its keep_prob, and keep those that hold
-    one of the points offset, offset + 1, offset + 2, ...
-
-    Stages lie in order, so their borders are the same for every permutation within them, and a stage of length s holds
-    floor(s) or ceil(s) points. Lengths are integers (multiples of 2^-48), so that this holds without rounding error and
-    a keep_prob of 1 holds exactly one point.
-    """
+    """Layers in the order of their stages, at random within each, sampled systematically: bool [M, L]."""
     layers = np.arange(1, len(probs) + 1)
     shuffle = _random_bits(seed, iteration, microbatches, layers, _PERMUTATION | replica << _REPLICA_SHIFT)
-    stages = np.broadcast_to(stage_of_layer, shuffle.shape)
-    order = np.lexsort((shuffle, stages), axis=-1)  # [M, L], by stage, at random within it
+    order = np.lexsort((shuffle, np.broadcast_to(stage_of_layer, shuffle.shape)), axis=-1)  # [M, L]
     lengths = np.rint(probs * _ONE).astype(np.int64)[order]
     offset = _random_bits(seed, iteration, microbatches, np.zeros(1, np.int64), _OFFSET)  # [M, 1]
-    offset = (offset >> np.uint64(16)).astype(np.int64)  # [0, 2^48)
+    kept = np.empty(order.shape, dtype=bool)
+    np.put_along_axis(kept, order, _sample_systematically(lengths, (offset >> np.uint64(16)).astype(np.int64)), axis=-1)
+    return kept
+
+
+def _sample_systematically(lengths: NDArray[np.int64], offset: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Lay intervals end to end and keep those that hold one of the points offset, offset + 1, offset + 2, ...
+
+    lengths: keep probabilities in the order of the layers, [M, L]; offset: in [0, 1), [M, 1]; both in units of 2^-48.
+    A stage's borders are the same for every order within the stages, and between borders that are s apart lie floor(s)
+    or ceil(s) points. In integers, so that this holds without rounding error and a keep_prob of 1 holds one point.
+    """
     ends = np.cumsum(lengths, axis=-1)
     points_before_end = (ends - offset + _ONE - 1) // _ONE
     points_before_start = (ends - lengths - offset + _ONE - 1) // _ONE
-    kept = np.empty(order.shape, dtype=bool)
-    np.put_along_axis(kept, order, points_before_end > points_before_start, axis=-1)
-    return kept
+    return points_before_end > points_before_start
 
 
 def _stage_of_layer(stages: int | Sequence[Sequence[int]] | None, num_layers: int) -> NDArray[np.int64]:
