@@ -17,7 +17,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from megatron_sbld.mcore.refusals import SHARDED_WRAPPERS, refuse_sharded_wrapper
 
 # A model may be made switchable before it is wrapped (Megatron-LM's hooks come first), and the wrapper leaves no
-# reference on the parameters. Torch tells of every child that a module is given: so wrappers are noted as they are built.
+# reference on the parameters. Torch tells of every child that a module is given: so wrappers are noted as they are
+# built.
 _wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 

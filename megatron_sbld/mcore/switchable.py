@@ -1,8 +1,9 @@
 """The switchable layer: a built Megatron layer that can be skipped in training.
 
-A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so parameter
-names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one hands its input
-on. Evaluation never asks and never drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
+A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so
+parameter names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one
+hands its input on. Evaluation never asks and never drops. What a skip must take care of is listed at `_SkippedLayer`
+and in ddp.py.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class _SkippedLayer(torch.autograd.Function):
     """Identity that neither copies nor aliases in autograd's sense, and that reports the layer's gradients in backward.
 
     Returning the input itself would make the output of an all-dropped pipeline stage its input, which
-    `deallocate_pipeline_outputs` frees; a view is refused there. A new tensor on the same storage is neither: freeing it
-    swaps its own `data` only (as in megatron.core.utils.MakeViewlessTensor).
+    `deallocate_pipeline_outputs` frees; a view is refused there. A new tensor on the same storage is neither: freeing
+    it swaps its own `data` only (as in megatron.core.utils.MakeViewlessTensor).
     """
 
     @staticmethod
@@ -105,7 +106,7 @@ class SwitchableLayer:
 
 
 class _ScaledBiasDropoutAdd:
-    """Stands for a layer's self_attn_bda or mlp_bda: residual + scale * dropout(x + bias); scale 1 is the stock call."""
+    """Stands for a layer's self_attn_bda or mlp_bda: residual + scale * dropout(x + bias); scale 1 is the stock one."""
 
     def __init__(self, layer: torch.nn.Module, stock: Callable[[bool, bool], BiasDropoutAdd]) -> None:
         self._layer = layer
@@ -138,8 +139,8 @@ def _switchable_class(cls: type) -> type:
 def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controller: DropController) -> list[int]:
     """Let `controller` decide which transformer layers of a built model run in training.
 
-    Call it on every rank, before or after DistributedDataParallel wraps the model. Multi-token prediction layers are never
-    dropped. Calling it again gives the layers to another controller.
+    Call it on every rank, before or after DistributedDataParallel wraps the model. Multi-token prediction layers are
+    never dropped. Calling it again gives the layers to another controller.
 
     Args:
         model: a model, or the list of its chunks on this rank, wrapped or not.
@@ -149,7 +150,8 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
         The 1-based numbers of the layers on this rank.
 
     Raises:
-        ValueError: no decoder layers, a layer that is no TransformerLayer, another number of layers than the policy's, or
+        ValueError: no decoder layers, a layer that is no TransformerLayer, another number of layers than the policy's,
+        or
             a switch of the model's config under which a drop would be wrong or ignored.
     """
     check_megatron_core()

@@ -88,7 +88,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which tokens are read. Data sets are written by `megatron-sbld prepare` or by Megatron-LM's preprocess_data.py."""
+    """Which tokens are read; data sets are written by `megatron-sbld prepare` or Megatron-LM's preprocess_data.py."""
 
     train_data_path: list[str] = field(default_factory=list)
     """Prefixes of .bin/.idx files, each optionally preceded by its weight in the blend."""

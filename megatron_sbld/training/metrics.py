@@ -118,7 +118,7 @@ def _wandb_run(config: LoggingConfig, run_config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError(
-            f"logging.wandb_project = {config.wandb_project!r}: needs the wandb package (pip install 'megatron-sbld[wandb]')"
+            f"logging.wandb_project = {config.wandb_project!r}: needs wandb (pip install 'megatron-sbld[wandb]')"
         ) from error
     return wandb.init(project=config.wandb_project, name=config.wandb_name, dir=config.run_dir, config=run_config)
 

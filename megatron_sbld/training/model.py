@@ -1,4 +1,4 @@
-"""From the config to megatron-core's parts: GPTModel chunks in DistributedDataParallel, optimizer, parameter scheduler."""
+"""From the config to megatron-core's parts: GPTModel chunks in DistributedDataParallel, optimizer, scheduler."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ffn_hidden_size(model: ModelConfig) -> int:
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
-    """Vocabulary rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size, as Megatron-LM."""
+    """Vocabulary rounded up as in Megatron-LM: to make_vocab_size_divisible_by * tensor_model_parallel_size."""
     multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
@@ -92,10 +92,8 @@ def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel
     """
     tconfig = transformer_config(config)
     num_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
-    chunks: list[torch.nn.Module] = [
-        _build_chunk(config, tconfig, vocab_size, vp_stage if num_chunks else None)
-        for vp_stage in range(num_chunks or 1)
-    ]
+    vp_stages: list[int | None] = list(range(num_chunks)) if num_chunks else [None]
+    chunks: list[torch.nn.Module] = [_build_chunk(config, tconfig, vocab_size, stage) for stage in vp_stages]
     for chunk in chunks:
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)

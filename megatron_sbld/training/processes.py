@@ -1,4 +1,4 @@
-"""Starting and ending the processes of a run: torch.distributed, Megatron's groups, seeds, and agreement on the config."""
+"""Starting and ending the processes of a run: torch.distributed, Megatron's groups, seeds, agreement on the config."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def require_equal_configs(config: Config) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed weights, data order and dropout; pipeline stages differ, as in Megatron-LM, tensor ranks through the tracker."""
+    """Seed weights and dropout as Megatron-LM does: pipeline stages differ, tensor ranks through the RNG tracker."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (Megatron's own parts draw from the global generator)

@@ -141,7 +141,7 @@ def _ranges(config: Config) -> list[str]:
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     if virtual is not None and virtual < 2:
         problems.append(
-            f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: must be at least 2, or left out for no interleaving"
+            f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: must be at least 2, or null"
         )
     return problems
 
@@ -192,8 +192,8 @@ def _layout(config: Config, world_size: int) -> list[str]:
         )
     if model.num_layers % (pipeline * (virtual or 1)):
         problems.append(
-            f"model.num_layers = {model.num_layers}: must be divisible by the {pipeline * (virtual or 1)} pipeline stages "
-            "(parallel.pipeline_model_parallel_size * num_virtual_stages_per_pipeline_rank)"
+            f"model.num_layers = {model.num_layers}: must be divisible by the {pipeline * (virtual or 1)} pipeline "
+            "stages (parallel.pipeline_model_parallel_size * num_virtual_stages_per_pipeline_rank)"
         )
     if parallel.sequence_parallel and tensor == 1:
         problems.append("parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size > 1")
@@ -204,7 +204,8 @@ def _layout(config: Config, world_size: int) -> list[str]:
         )
     if context > 1 and model.seq_length % (2 * context):
         problems.append(
-            f"model.seq_length = {model.seq_length}: must be divisible by 2 * parallel.context_parallel_size = {2 * context}"
+            f"model.seq_length = {model.seq_length}: must be divisible by "
+            f"2 * parallel.context_parallel_size = {2 * context}"
         )
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         problems.append(

@@ -1,0 +1,121 @@
+"""The `megatron-sbld` command: parses and dispatches."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from megatron_sbld import __version__
+
+EXIT_MISTAKE = 2
+"""Exit status for a user's mistake, as argparse's own."""
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command; a user's mistake ends in one message and EXIT_MISTAKE."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    given = list(sys.argv[1:] if args is None else args)
+    commands = {"prepare": _prepare, "pretrain": _pretrain, "compare": _compare}
+    if not given or given[0] in ("-h", "--help"):
+        print(_USAGE)
+        sys.exit(0)
+    if given[0] == "--version":
+        print(f"megatron-sbld {__version__}")
+        sys.exit(0)
+    try:
+        if given[0] not in commands:
+            raise ValueError(f"unknown command {given[0]!r}; allowed are {', '.join(commands)}")
+        sys.exit(commands[given[0]](given[1:]))
+    except (ValueError, argparse.ArgumentError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_MISTAKE)
+
+
+_USAGE = """usage: megatron-sbld COMMAND [options]
+
+Layer dropping for GPT pretraining on Megatron.
+
+commands:
+  prepare    turn text into data sets
+  pretrain   train a GPT; under torchrun with many processes
+  compare    compare runs: loss, speed, ideal and realised gain; table and plots
+
+`megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
+
+
+def _parser(usage: str, description: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog="megatron-sbld", usage=f"megatron-sbld {usage}", description=description, exit_on_error=False
+    )
+
+
+def _prepare(args: list[str]) -> int:
+    from megatron_sbld.training.prepare import PrepareConfig, prepare
+
+    parser = _parser("prepare [options]", "Turn text into data sets (.bin/.idx) for training and validation.")
+    parser.add_class_arguments(PrepareConfig)
+    prepare(PrepareConfig(**parser.parse_args(args).as_dict()))
+    return 0
+
+
+def _pretrain(args: list[str]) -> int:
+    from megatron_sbld.training.config import Config
+    from megatron_sbld.training.config_file import check_keys, check_options
+
+    parser = _parser(
+        "pretrain --config FILE [--section.field VALUE ...]",
+        "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
+        "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 2 a mistake in the config.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of sections")
+    parser.add_class_arguments(Config)
+    args = _config_first(args)
+    check_options(args)
+    for name, value in zip(args, args[1:], strict=False):
+        if name == "--config":
+            check_keys(value)
+    sections = parser.instantiate_classes(parser.parse_args(args))
+
+    from megatron_sbld.training.loop import pretrain
+
+    return pretrain(Config(**{name: section for name, section in sections.as_dict().items() if name != "config"}))
+
+
+def _config_first(args: list[str]) -> list[str]:
+    """Move `--config FILE` before the other options, so that the command line wins wherever it stands."""
+    configs, others = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--config":
+            configs += [arg, *[value for value in [next(rest, None)] if value is not None]]
+        elif arg.startswith("--config="):
+            configs += ["--config", arg.removeprefix("--config=")]
+        else:
+            others.append(arg)
+    return configs + others
+
+
+def _compare(args: list[str]) -> int:
+    from megatron_sbld.report.compare import compare
+
+    parser = _parser("compare RUN [RUN ...] [--baseline RUN] [--out DIR]", "Compare runs: table and plots.")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--baseline", help="run folder that the others are compared with; default: the undropped one")
+    parser.add_argument("--out", help="folder for the table and the plots")
+    given: Namespace = parser.parse_args(args)
+    compare(given.runs, given.baseline, given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

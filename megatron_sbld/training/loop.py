@@ -1,0 +1,342 @@
+"""`megatron-sbld pretrain`: everything is checked, built and restored, then trained to the end or to a request to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    get_current_global_batch_size,
+    get_num_microbatches,
+    init_num_microbatches_calculator,
+    update_num_microbatches,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.drop import build_policy
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.policy import Policy
+from megatron_sbld.training.checkpoint import CheckpointManager, check_compatible, load_checkpoint
+from megatron_sbld.training.checkpoint_files import CheckpointInfo, latest_complete, read_train_state
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.data import TrainingData, check_data
+from megatron_sbld.training.flops import training_flops
+from megatron_sbld.training.metrics import MetricsWriter
+from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, padded_vocab_size
+from megatron_sbld.training.processes import distributed_run, world_size_from_environment
+from megatron_sbld.training.step import StepResult, train_step, validation_loss
+from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
+
+logger = logging.getLogger(__name__)
+
+EXIT_TO_BE_CONTINUED = 75
+"""Exit status of a run that was asked to stop (SIGTERM, exit_after_iterations), has saved, and is to be started again."""
+
+
+def pretrain(config: Config) -> int:
+    """Train as the config says; the exit status is 0 when the run is complete, else EXIT_TO_BE_CONTINUED.
+
+    Raises:
+        ValueError: a mistake in the config, the data or the checkpoint; before the first iteration.
+        FloatingPointError: the loss is no longer finite.
+        DropDisagreementError: ranks would drop different layers.
+    """
+    world_size = world_size_from_environment()
+    validate(config, world_size)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_data(config, tokenizer)
+    policy = build_policy(config.drop, config.model.num_layers, train_iterations(config))
+    start = _checkpoint_to_start_from(config, tokenizer)
+    with distributed_run(config), _stop_flag() as stop:
+        run = _Run(config, tokenizer, policy, start)
+        try:
+            return run.train(stop)
+        finally:
+            run.close()
+
+
+@dataclass
+class _StopFlag:
+    """Set by SIGTERM, Slurm's preemption signal; read at the end of each iteration."""
+
+    requested: bool = False
+
+    def request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@contextmanager
+def _stop_flag() -> Iterator[_StopFlag]:
+    flag = _StopFlag()
+    previous = signal.signal(signal.SIGTERM, flag.request)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A checkpoint to start from: another run's weights, or all of the state of this run or another."""
+
+    checkpoint: CheckpointInfo
+    whole_state: bool
+    train_state: dict[str, Any]
+
+
+def _checkpoint_to_start_from(config: Config, tokenizer: Tokenizer) -> _Start | None:
+    """Apply checkpoint.resume and checkpoint.load, and refuse a checkpoint of another model."""
+    folder = Path(config.logging.run_dir) / "checkpoints"
+    own = latest_complete(folder)
+    if config.checkpoint.resume == "never" and own is not None:
+        raise ValueError(
+            f"checkpoint.resume = 'never': {folder} holds a checkpoint of iteration {own.iteration}; "
+            "name another logging.run_dir, or use 'auto' to continue"
+        )
+    if config.checkpoint.resume == "always" and own is None:
+        raise ValueError(f"checkpoint.resume = 'always': {folder} holds no complete checkpoint")
+    if own is not None:
+        start = _Start(own, True, read_train_state(own.path))
+    elif config.checkpoint.load is not None:
+        path = Path(config.checkpoint.load)
+        found = latest_complete(path / "checkpoints") or latest_complete(path)
+        found = found or CheckpointInfo.of(path)
+        start = _Start(found, config.checkpoint.load_optimizer, read_train_state(found.path))
+    else:
+        return None
+    check_compatible(start.train_state, config, tokenizer.fingerprint())
+    return start
+
+
+class _Run:
+    """A run's parts and how far it has come. Built on every rank, in the same order."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: _Start | None) -> None:
+        self.config = config
+        self.run_dir = Path(config.logging.run_dir)
+        self.tokenizer = tokenizer
+        self.train_iters = train_iterations(config)
+        self.iteration = 0
+        self.consumed_samples = 0
+        self.train_time_s = 0.0
+        self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config)
+        self.replicas = data_parallel_size(config, dist.get_world_size())
+        _init_microbatches(config, self.replicas)
+        self.controller = _build_controller(config, policy)
+        self.chunks: list[DistributedDataParallel] = build_model(config, self.vocab_size)
+        if config.drop.policy != "none":
+            make_switchable(self.chunks, self.controller)
+        self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
+        self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.train_iters)
+        self.checkpoints = CheckpointManager(
+            self.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.async_save
+        )
+        if start is not None:
+            self._restore(start)
+        self.data = TrainingData(config, tokenizer, self.train_iters, self.consumed_samples)
+        self.writer = self._open_writer() if dist.get_rank() == 0 else None
+
+    def train(self, stop: _StopFlag) -> int:
+        """Iterate to the end, validating and saving on the way; the exit status."""
+        config, first = self.config, self.iteration + 1
+        self._announce(first)
+        for chunk in self.chunks:
+            chunk.train()
+        while self.iteration < self.train_iters:
+            stopping = self._iterate(stop)
+            done = self.iteration == self.train_iters
+            limit = config.training.exit_after_iterations
+            stopping = stopping or (limit is not None and self.iteration - first + 1 >= limit)
+            self.checkpoints.poll()
+            if config.data.valid_data_path and (done or _is_due(self.iteration, config.training.eval_interval)):
+                self._validate()
+            if self._save_is_due(done, stopping):
+                self._save()
+            if stopping and not done:
+                self._note(f"stopped as asked after iteration {self.iteration} of {self.train_iters}; start again to go on")
+                return EXIT_TO_BE_CONTINUED
+        self._note(f"complete: {self.train_iters} iterations, {self.consumed_samples:,} samples")
+        return 0
+
+    def close(self) -> None:
+        """Finish what runs in the background."""
+        self.checkpoints.close()
+        if self.writer is not None:
+            self.writer.close()
+        destroy_num_microbatches_calculator()
+
+    def _iterate(self, stop: _StopFlag) -> bool:
+        """One training iteration; whether any rank was asked to stop."""
+        update_num_microbatches(self.consumed_samples, consistency_check=False)
+        num_microbatches, batch_size = get_num_microbatches(), get_current_global_batch_size()
+        began = time.perf_counter()
+        self.controller.begin_iteration(self.iteration + 1, num_microbatches)
+        batches = [self.data.train_batches(num_microbatches) for _ in self.chunks]
+        result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested)
+        if result.update_successful:
+            self.scheduler.step(increment=batch_size)
+        step_time_s = time.perf_counter() - began
+        self.iteration += 1
+        self.consumed_samples += batch_size
+        self.train_time_s += step_time_s
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(
+                f"the loss is {result.loss} at iteration {self.iteration}: the run is stopped and nothing is saved; "
+                "lower optimizer.lr, lengthen the warm-up, or resume from an earlier checkpoint"
+            )
+        if self.writer is not None:
+            self.writer.train_row(self._train_row(result, step_time_s, batch_size))
+        return result.stop_requested
+
+    def _train_row(self, result: StepResult, step_time_s: float, batch_size: int) -> dict[str, Any]:
+        seq_length, controller = self.config.model.seq_length, self.controller
+        row: dict[str, Any] = {
+            "iteration": self.iteration,
+            "loss": result.loss,
+            "lr": get_canonical_lr_for_logging(self.optimizer.param_groups),
+            "grad_norm": result.grad_norm,
+            "step_time_s": step_time_s,
+            "tokens_per_s": batch_size * seq_length / step_time_s,
+            "theta": controller.theta,
+            "mean_keep_prob": float(controller.keep_probs.mean()),
+            "kept_fraction": controller.kept_fraction,
+            "consumed_tokens": self.consumed_samples * seq_length,
+            "consumed_samples": self.consumed_samples,
+            "global_batch_size": batch_size,
+            "keep_probs": [round(keep_prob, 6) for keep_prob in controller.keep_probs.tolist()],
+            "kept": [round(share, 6) for share in controller.plan.mean(axis=0).tolist()],
+            "update_skipped": not result.update_successful,
+        }
+        if result.num_zeros is not None:
+            row["num_zeros"] = result.num_zeros
+        if self.config.training.precision == "fp16":
+            row["loss_scale"] = self.optimizer.get_loss_scale().item()
+        if torch.cuda.is_available():
+            flops = training_flops(self.config.model, self.vocab_size, batch_size)
+            row["model_tflops_per_gpu"] = flops / step_time_s / dist.get_world_size() / 1e12
+            if self.config.logging.peak_tflops is not None:
+                row["mfu"] = row["model_tflops_per_gpu"] / self.config.logging.peak_tflops
+        return row
+
+    def _validate(self) -> None:
+        training = self.config.training
+        num_microbatches = training.eval_iters * training.global_batch_size // (training.micro_batch_size * self.replicas)
+        batches = [self.data.valid_batches(num_microbatches) for _ in self.chunks]
+        loss = validation_loss(self.config, self.chunks, batches, num_microbatches)
+        if self.writer is not None:
+            self.writer.valid_row(
+                {
+                    "iteration": self.iteration,
+                    "valid_loss": loss,
+                    "train_time_s": self.train_time_s,
+                    "consumed_tokens": self.consumed_samples * self.config.model.seq_length,
+                }
+            )
+
+    def _save_is_due(self, done: bool, stopping: bool) -> bool:
+        checkpoint = self.config.checkpoint
+        return stopping or (done and checkpoint.save_at_end) or _is_due(self.iteration, checkpoint.save_interval)
+
+    def _save(self) -> None:
+        train_state = {
+            "consumed_samples": self.consumed_samples,
+            "train_time_s": self.train_time_s,
+            "drop": self.controller.state_dict(),
+            "config": dataclasses.asdict(self.config),
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer.fingerprint(),
+        }
+        self.checkpoints.save(self.iteration, self.chunks, self.optimizer, self.scheduler, train_state)
+
+    def _restore(self, start: _Start) -> None:
+        if not start.whole_state:
+            load_checkpoint(start.checkpoint.path, self.chunks)
+            self.optimizer.reload_model_params()
+            return
+        state = load_checkpoint(start.checkpoint.path, self.chunks, self.optimizer, self.scheduler)
+        self.iteration = start.checkpoint.iteration
+        self.consumed_samples = state["consumed_samples"]
+        self.train_time_s = state["train_time_s"]
+        for difference in self.controller.load_state_dict(state["drop"]):
+            logger.warning("%s", difference)
+
+    def _open_writer(self) -> MetricsWriter:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        resolved = dataclasses.asdict(self.config)
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        return MetricsWriter(self.config.logging, self.iteration + 1, self.train_iters, resolved)
+
+    def _announce(self, first: int) -> None:
+        parallel = self.config.parallel
+        params = sum(param.numel() for chunk in self.chunks for param in chunk.parameters())
+        self._note(
+            f"{params:,} parameters on this rank; tensor {parallel.tensor_model_parallel_size} x "
+            f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x "
+            f"data {self.replicas}; policy {self.config.drop.policy}; iterations {first} to {self.train_iters}"
+        )
+
+    def _note(self, text: str) -> None:
+        if self.writer is not None:
+            self.writer.note(text)
+
+
+def _is_due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+def _init_microbatches(config: Config, replicas: int) -> None:
+    training = config.training
+    init_num_microbatches_calculator(
+        rank=dist.get_rank(),
+        rampup_batch_size=training.rampup_batch_size,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        data_parallel_size=replicas,
+        decrease_batch_size_if_needed=False,
+    )
+
+
+def _build_controller(config: Config, policy: Policy) -> DropController:
+    """The controller of this run; the balanced sampler's stages are this layout's unless the config names their number."""
+    drop = config.drop
+    stages = None
+    if drop.sampler == "balanced":
+        stages = drop.balance_stages or _layers_of_stages(config)
+    return DropController(
+        policy,
+        seed=drop.seed,
+        scope=drop.decision_scope,
+        sampler=drop.sampler,
+        stages=stages,
+        replicas=drop.replicas,
+        replica=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def _layers_of_stages(config: Config) -> list[list[int]]:
+    """1-based layer numbers of each pipeline rank; with interleaving a rank holds every pipeline-size-th chunk."""
+    ranks = config.parallel.pipeline_model_parallel_size
+    chunks = ranks * (config.parallel.num_virtual_stages_per_pipeline_rank or 1)
+    per_chunk = config.model.num_layers // chunks
+    return [
+        [chunk * per_chunk + i + 1 for chunk in range(rank, chunks, ranks) for i in range(per_chunk)]
+        for rank in range(ranks)
+    ]

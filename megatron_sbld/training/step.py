@@ -1,0 +1,154 @@
+"""One training iteration and one validation on megatron-core's schedules: batch, loss, optimizer step, reported loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megatron_sbld.training.config import Config
+
+Batch = dict[str, torch.Tensor]
+
+
+class StepResult(NamedTuple):
+    """What a training iteration reports; the same on every rank, but for what the optimizer knows of its own stage."""
+
+    loss: float
+    grad_norm: float | None
+    num_zeros: int | None
+    update_successful: bool
+    stop_requested: bool
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _forward_step(batches: Iterator[Batch], model: GPTModel) -> tuple[torch.Tensor, Any]:
+    """Megatron's forward step: per-token losses [b, s] on the last stage, and the function that reduces them."""
+    device = _device()
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    batch = get_batch_on_this_cp_rank(batch)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(_masked_loss, batch["loss_mask"])
+
+
+def _masked_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses [b, s] of tokens that count, their number, and both for the report."""
+    loss = (losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    # Cloned, because Megatron divides the loss in place.
+    return loss, num_tokens, {"loss": loss.detach().clone(), "num_tokens": num_tokens}
+
+
+def train_step(
+    config: Config,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: Sequence[Iterator[Batch]],
+    stop_requested: bool,
+) -> StepResult:
+    """Forward, backward and optimizer step over all microbatches of an iteration.
+
+    Args:
+        config: the run.
+        chunks: this rank's model chunks.
+        optimizer: Megatron's.
+        batches: one iterator of microbatches for each chunk.
+        stop_requested: whether this rank was asked to stop; the result says whether any was.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _forward_backward(config, chunks, batches, get_num_microbatches(), forward_only=False)
+    update_successful, grad_norm, num_zeros = optimizer.step()
+    loss_sum, num_tokens, stopping = _sum_over_ranks(losses, stop_requested)
+    return StepResult(
+        loss=loss_sum / max(num_tokens, 1),
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        num_zeros=None if num_zeros is None else int(num_zeros),
+        update_successful=bool(update_successful),
+        stop_requested=stopping > 0,
+    )
+
+
+def validation_loss(
+    config: Config, chunks: Sequence[DistributedDataParallel], batches: Sequence[Iterator[Batch]], num_microbatches: int
+) -> float:
+    """Mean loss of `num_microbatches` microbatches a replica, at full depth and without dropout."""
+    with _evaluating(config, chunks):
+        losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=True)
+    loss_sum, num_tokens, _ = _sum_over_ranks(losses, False)
+    return loss_sum / max(num_tokens, 1)
+
+
+@contextmanager
+def _evaluating(config: Config, chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Evaluation mode; parameter gathers that training has in flight are finished first, as Megatron-LM does."""
+    overlap = config.parallel.overlap_param_gather
+    for chunk in chunks:
+        if overlap:
+            chunk.disable_forward_pre_hook()
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
+            if overlap:
+                chunk.enable_forward_pre_hook()
+
+
+def _forward_backward(
+    config: Config,
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[Iterator[Batch]],
+    num_microbatches: int,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """Run Megatron's schedule for this layout; the reports of each microbatch, empty but on the last stage."""
+    reports: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=list(batches) if len(chunks) > 1 else batches[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+def _sum_over_ranks(losses: list[dict[str, torch.Tensor]], stop_requested: bool) -> tuple[float, int, int]:
+    """(summed loss, tokens that count, ranks that were asked to stop) over all ranks, in one collective.
+
+    Losses live on the last pipeline stage, the same on its tensor-parallel ranks: the first of these contributes.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=_device())
+    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
+        totals[0] = torch.stack([report["loss"] for report in losses]).double().sum()
+        totals[1] = torch.stack([report["num_tokens"] for report in losses]).double().sum()
+    totals[2] = float(stop_requested)
+    dist.all_reduce(totals)
+    loss_sum, num_tokens, stopping = totals.tolist()
+    return loss_sum, int(num_tokens), int(stopping)
