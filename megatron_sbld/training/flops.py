@@ -8,11 +8,27 @@ embedding look-ups, the optimizer and communication are counted by neither.
 
 from __future__ import annotations
 
-from megatron_sbld.training.config import ModelConfig
+from megatron_sbld.checks import check_number
+from megatron_sbld.training.config import Config, ModelConfig
 
 _FLOPS_PER_MAC = 2  # one multiplication and one addition
 _FORWARD_AND_BACKWARD = 3  # forward, gradient of the input, gradient of the weights
 _RECOMPUTED = 4  # the same, and the forward pass once more
+
+
+def ffn_hidden_size(model: ModelConfig) -> int:
+    """Width of the MLP: as given, 4 h, or with SwiGLU 8/3 h rounded up to a multiple of 64."""
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    if not model.swiglu:
+        return 4 * model.hidden_size
+    return -(-8 * model.hidden_size // (3 * 64)) * 64
+
+
+def padded_vocab_size(vocab_size: int, config: Config) -> int:
+    """Vocabulary rounded up as in Megatron-LM: to make_vocab_size_divisible_by * tensor_model_parallel_size."""
+    multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
 
 
 def layer_flops_per_token(model: ModelConfig, *, causal: bool = True) -> float:
@@ -27,7 +43,7 @@ def layer_flops_per_token(model: ModelConfig, *, causal: bool = True) -> float:
     attended = model.seq_length / 2 if causal else model.seq_length
     projections = hidden * (query + key_and_value) + query * hidden
     attention = 2 * query * attended  # scores, and their product with the values
-    mlp = (3 if model.swiglu else 2) * hidden * _ffn_hidden_size(model)
+    mlp = (3 if model.swiglu else 2) * hidden * ffn_hidden_size(model)
     return _FLOPS_PER_MAC * (projections + attention + mlp)
 
 
@@ -46,7 +62,7 @@ def model_flops_per_token(model: ModelConfig, padded_vocab_size: int) -> float:
     return _FORWARD_AND_BACKWARD * forward
 
 
-def model_flops_per_iteration(model: ModelConfig, padded_vocab_size: int, global_batch_size: int) -> float:
+def training_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size: int) -> float:
     """FLOPs of an iteration of the undropped model: `model_flops_per_token` for every token of a global batch."""
     return model_flops_per_token(model, padded_vocab_size) * global_batch_size * model.seq_length
 
@@ -68,8 +84,8 @@ def ideal_speedup(phi: float, mean_keep_prob: float) -> float:
     phi: the layers' share of an iteration, in [0, 1]; mean_keep_prob: over layers and iterations, in [0, 1]. Raises
     ValueError outside of these, and where nothing of the iteration would be left (phi = 1, mean_keep_prob = 0).
     """
-    _check_unit("phi", phi)
-    _check_unit("mean_keep_prob", mean_keep_prob)
+    check_number("phi", phi, "[0, 1]")
+    check_number("mean_keep_prob", mean_keep_prob, "[0, 1]")
     remaining = 1 - phi * (1 - mean_keep_prob)
     if remaining <= 0:
         raise ValueError("phi = 1 with mean_keep_prob = 0 leaves nothing to run; the speed-up is not defined")
@@ -82,24 +98,6 @@ def implied_keep_prob(phi: float, speedup: float) -> float:
     Negative when dropping every layer would not suffice, above 1 for a slow-down. Raises ValueError unless phi is in
     (0, 1] and speedup positive.
     """
-    _check_unit("phi", phi)
-    if phi == 0:
-        raise ValueError(
-            "phi is 0; dropping layers that cost nothing implies no keep probability, so it must be above 0"
-        )
-    if speedup <= 0:
-        raise ValueError(f"speedup is {speedup}; it must be above 0")
+    check_number("phi", phi, "(0, 1]")
+    check_number("speedup", speedup, "(0, inf)")
     return 1 - (1 - 1 / speedup) / phi
-
-
-def _ffn_hidden_size(model: ModelConfig) -> int:
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    if model.swiglu:
-        return -(-8 * model.hidden_size // (3 * 64)) * 64
-    return 4 * model.hidden_size
-
-
-def _check_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; it must be in [0, 1]")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sbld.training.config import ModelConfig
+from megatron_sbld.training.config import Config, ModelConfig, ParallelConfig
 from megatron_sbld.training.flops import (
     ideal_speedup,
     implied_keep_prob,
     layer_flops_per_token,
     layer_share,
-    model_flops_per_iteration,
     model_flops_per_token,
+    padded_vocab_size,
+    training_flops,
 )
 
 VOCAB = 51200
@@ -44,11 +45,11 @@ WIDE_HEADS = ModelConfig(
 )
 def test_iteration_flops_equal_what_megatron_lm_0_16_1_returns(model, padded_vocab_size, global_batch_size, flops):
     """The expected values were printed by its num_floating_point_operations; swiglu's default width is 384 for 128."""
-    assert model_flops_per_iteration(model, padded_vocab_size, global_batch_size) == pytest.approx(flops, rel=1e-12)
+    assert training_flops(model, padded_vocab_size, global_batch_size) == pytest.approx(flops, rel=1e-12)
 
 
 def test_iteration_flops_are_token_flops_times_the_tokens_of_the_batch():
-    per_iteration = model_flops_per_iteration(MODEL_350M, VOCAB, 16)
+    per_iteration = training_flops(MODEL_350M, VOCAB, 16)
     assert per_iteration == pytest.approx(16 * 2048 * model_flops_per_token(MODEL_350M, VOCAB), rel=1e-12)
 
 
@@ -58,9 +59,17 @@ def test_full_attention_counts_twice_the_causal_attention_and_nothing_else():
 
 
 def test_full_count_is_the_formula_of_megatrons_2021_paper():
-    """96 B s l h^2 (1 + s / 6h + V / 16lh) with recomputation: a quarter of its layer part is a token's forward pass."""
+    """96 B s l h^2 (1 + s / 6h + V / 16lh) with recomputation: a quarter of its layer part is one forward pass."""
     hidden, seq = 2304, 2048
     assert layer_flops_per_token(MODEL_1B7, causal=False) == pytest.approx(24 * hidden**2 * (1 + seq / (6 * hidden)))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor_parallel", "padded"), [(50257, 1, 50304), (50257, 8, 51200), (259, 1, 384), (384, 1, 384)]
+)
+def test_vocabulary_is_padded_to_a_multiple_for_every_tensor_parallel_rank(vocab_size, tensor_parallel, padded):
+    config = Config(parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel))
+    assert padded_vocab_size(vocab_size, config) == padded
 
 
 @pytest.mark.parametrize(
@@ -106,11 +115,11 @@ def test_ideal_speedup_is_one_when_nothing_is_dropped_and_doubles_when_half_of_e
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ideal_speedup(1.2, 0.5), r"phi is 1\.2; it must be in \[0, 1\]"),
-        (lambda: ideal_speedup(0.9, -0.1), r"mean_keep_prob is -0\.1; it must be in \[0, 1\]"),
+        (lambda: ideal_speedup(1.2, 0.5), r"phi = 1\.2 .* in \[0, 1\]"),
+        (lambda: ideal_speedup(0.9, -0.1), r"mean_keep_prob = -0\.1 .* in \[0, 1\]"),
         (lambda: ideal_speedup(1.0, 0.0), "leaves nothing to run"),
-        (lambda: implied_keep_prob(0.0, 1.1), "phi is 0"),
-        (lambda: implied_keep_prob(0.9, 0.0), "speedup is 0"),
+        (lambda: implied_keep_prob(0.0, 1.1), r"phi = 0\.0 .* in \(0, 1\]"),
+        (lambda: implied_keep_prob(0.9, 0.0), r"speedup = 0\.0 .* in \(0, inf\)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(call, message):
