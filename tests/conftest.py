@@ -1,0 +1,31 @@
+"""What all tests share: one thread a process, a process group of one on request, and a reason for what is skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models are slower on more
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """Megatron's parallel state in this process alone."""
+    from tests.distributed.harness import model_parallel, single_process
+
+    with single_process(), model_parallel():
+        yield
