@@ -369,7 +369,7 @@ def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[i
     if lists_are_default and by_rule != (measured.block, measured.allow):
         warnings.warn(
             f"the lists in {config.sensitivity} (block {list(measured.block)}, allow {list(measured.allow)}) are not "
-            f"used: drop.block_fraction and drop.allow_fraction give block {list(by_rule[0])}, allow {list(by_rule[1])}; "
+            f"used: drop.block_fraction and drop.allow_fraction give {list(by_rule[0])} and {list(by_rule[1])}; "
             "for others, set drop.block_layers and drop.allow_layers",
             stacklevel=3,
         )

@@ -69,7 +69,7 @@ def draw_plan(
         rows = _draw_balanced(probs, seed, iteration, microbatches, stage_of_layer, replica)
     elif stages is not None or replica != 0:
         raise ValueError(
-            f"sampler 'bernoulli' does not use stages = {stages!r} and replica = {replica}: use 'balanced'"
+            f"sampler 'bernoulli' does not use stages = {stages!r} or replica = {replica}: 'balanced' does"
         )
     else:
         rows = _uniforms(seed, iteration, microbatches, np.arange(1, len(probs) + 1), _KEPT) < probs

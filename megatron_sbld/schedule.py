@@ -80,7 +80,9 @@ class PWEGD(Schedule):
         check_number("epsilon", self.epsilon, _ITERATIONS)
         check_number("eta", self.eta, "[0, inf)")
         _check_shape("a + c", self.shape)
-        if not math.isfinite(self(self.peak_iteration)):
+        with np.errstate(over="ignore"):
+            peak_is_finite = math.isfinite(self(self.peak_iteration))
+        if not peak_is_finite:
             raise ValueError(f"b = {self.b!r} and eta = {self.eta!r} are not allowed: theta(t) overflows at its peak")
 
     @classmethod
