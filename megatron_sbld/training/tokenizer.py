@@ -1,7 +1,7 @@
 """Tokenizers: bytes, GPT-2's vocab.json with merges.txt, or any tokenizer.json.
 
-A tokenizer here turns plain text into ids and back. It adds no token of its own (whoever writes documents appends `eod`),
-and text never turns into a control token: the characters `<|endoftext|>` inside a text are encoded as characters.
+A tokenizer here turns plain text into ids and back. It adds no token of its own (whoever writes documents appends
+`eod`), and text never turns into a control token: the characters `<|endoftext|>` in a text are encoded as characters.
 """
 
 from __future__ import annotations

@@ -121,13 +121,13 @@ def test_a_missing_path_is_refused(tmp_path):
 
 
 def test_an_empty_folder_is_refused_with_the_names_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.json, vocab.json with merges.txt, gpt2-vocab.json"):
+    with pytest.raises(ValueError, match=r"tokenizer.json, vocab.json with merges.txt, gpt2-vocab.json"):
         load_tokenizer(str(tmp_path))
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"is not a tokenizer.json"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text("[1]")

@@ -1,0 +1,411 @@
+import gzip
+import json
+import lzma
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_sbld.training import prepare as prepare_module
+from megatron_sbld.training.dataset_files import read_metadata, set_files
+from megatron_sbld.training.prepare import PrepareConfig, prepare, split_documents, verify_dataset
+from megatron_sbld.training.tokenizer import load_tokenizer
+
+EOD = 256
+
+
+def run(tmp_path, *inputs, **fields):
+    config = {"inputs": [str(path) for path in inputs], "output": str(tmp_path / "out"), "workers": 1}
+    return prepare(PrepareConfig(**{**config, **fields}))
+
+
+def texts_of(prefix):
+    """The documents of a byte-level set, as text, each without its end-of-document token."""
+    dataset = IndexedDataset(prefix)
+    documents = [np.array(dataset[index]) for index in range(len(dataset))]
+    assert all(document[-1] == EOD and EOD not in document[:-1] for document in documents)
+    return [bytes(document[:-1].astype(np.uint8)).decode() for document in documents]
+
+
+def train_texts(tmp_path, *inputs, **fields):
+    return texts_of(run(tmp_path, *inputs, valid_fraction=0, **fields).splits["train"].prefix)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """40 documents in one file, of different lengths."""
+    texts = [f"Document {i}: naïve 日本語\n" + "line\n" * (i % 7) for i in range(40)]
+    return write(tmp_path / "corpus.txt", "<|endoftext|>\n".join(texts)), texts
+
+
+def in_child(function):
+    """Exit code of `function` in a forked process: negative for the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        except BaseException as error:
+            print(error)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_documents_are_separated_and_their_text_is_kept_to_the_byte(tmp_path):
+    path = write(
+        tmp_path / "a.txt", "one\r\n  two\n<|endoftext|>\nnaïve 日本語 🙂\n<|endoftext|>\r\nlast<|endoftext|> no end"
+    )
+    assert train_texts(tmp_path, path) == ["one\r\n  two\n", "naïve 日本語 🙂\n", "last<|endoftext|> no end"]
+
+
+def test_another_separator_or_none_can_be_chosen(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n===\ntwo\n<|endoftext|>\n")
+    assert train_texts(tmp_path, path, document_separator="===") == ["one\n", "two\n<|endoftext|>\n"]
+    assert train_texts(tmp_path, path, document_separator=None, overwrite=True) == [path.read_text()]
+
+
+def test_a_folder_is_read_recursively_in_order_of_names_without_hidden_files(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", ".hidden.txt", ".git/x.txt", "__x__.txt"):
+        write(tmp_path / "in" / name, name)
+    assert train_texts(tmp_path, tmp_path / "in") == ["__x__.txt", "b.txt", "a/z.txt", "a/b/c.txt"]
+
+
+def test_include_selects_files_of_folders_also_under_their_compressed_names(tmp_path):
+    write(tmp_path / "in/a.py", "a")
+    write(tmp_path / "in/b.txt", "b")
+    write(tmp_path / "in/c.py.gz", gzip.compress(b"c"))
+    assert train_texts(tmp_path, tmp_path / "in", include=["*.py"]) == ["a", "c"]
+
+
+def test_json_lines_give_one_document_a_line(tmp_path):
+    lines = [
+        {"text": "one\n<|endoftext|>\n"},
+        {"text": "Ω\ud83d\ude42".encode("utf-16", "surrogatepass").decode("utf-16")},
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert train_texts(tmp_path, path) == ["one\n<|endoftext|>\n", "Ω🙂"]
+
+
+def test_the_key_and_the_format_of_json_lines_can_be_chosen(tmp_path):
+    path = write(tmp_path / "a.data", '{"content": "x", "text": 1}\n')
+    assert train_texts(tmp_path, path, input_format="jsonl", text_key="content") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ("[1]", "line 2: no text under the key 'text'.*list"),
+        ('{"content": "x"}', r"line 2: no text under the key 'text' \(text_key\); the line has \['content'\]"),
+        ('{"text": 3}', "line 2: no text"),
+        ('{"text": "\\ud800"}', "line 2: half of a surrogate pair"),
+    ],
+)
+def test_a_damaged_json_line_is_named(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", '{"text": "x"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, path)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_compressed_files_are_unpacked(tmp_path):
+    inputs = [
+        write(tmp_path / "a.txt.xz", lzma.compress("naïve\n".encode())),
+        write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "json"}\n')),
+    ]
+    assert train_texts(tmp_path, *inputs) == ["naïve\n", "json"]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("xz", lzma.compress), ("gz", gzip.compress)])
+def test_a_damaged_archive_is_refused_by_name(tmp_path, suffix, compress):
+    whole = compress(os.urandom(5000).hex().encode())
+    for content in (whole[:-40], b"no archive", whole[:100] + b"\0" * 100 + whole[200:]):
+        path = write(tmp_path / f"a.{suffix}", content)
+        with pytest.raises(ValueError, match=rf"a\.{suffix}: damaged \.{suffix} file"):
+            run(tmp_path, path, valid_fraction=0)
+
+
+def test_files_that_are_no_text_are_skipped_counted_and_named(tmp_path):
+    write(tmp_path / "in/a.txt", "text")
+    write(tmp_path / "in/b.bin", b"text first\n<|endoftext|>\n" * 9999 + b"\xff\xfe")
+    write(tmp_path / "in/c.bin", b"\0" * 10)
+    write(tmp_path / "in/d.jsonl", b'{"text": "x"}\n\xff')
+    result = run(tmp_path, tmp_path / "in", valid_fraction=0)
+    assert texts_of(result.splits["train"].prefix) == ["text"]
+    assert [Path(skip.path).name for skip in result.skipped] == ["b.bin", "c.bin", "d.jsonl"]
+    assert "3 files skipped" in result.summary()
+    assert "b.bin: not UTF-8 text" in result.summary()
+    assert len(read_metadata(str(tmp_path / "out_train"))["skipped"]) == 3
+
+
+def test_a_file_that_is_named_twice_is_read_once_and_reported(tmp_path):
+    path = write(tmp_path / "in/a.txt", "text")
+    (tmp_path / "in/link.txt").symlink_to(path)
+    result = run(tmp_path, path, tmp_path / "in", valid_fraction=0)
+    assert result.splits["train"].documents == 1
+    assert ["the same file as" in skip.reason for skip in result.skipped] == [True, True]
+
+
+def test_empty_files_and_documents_are_left_out_and_counted(tmp_path):
+    inputs = [
+        write(tmp_path / "empty.txt", ""),
+        write(tmp_path / "a.txt", "x\n<|endoftext|>\n \n<|endoftext|>\ny\n<|endoftext|>\n"),
+    ]
+    result = run(tmp_path, *inputs, valid_fraction=0)
+    assert texts_of(result.splits["train"].prefix) == ["x\n", "y\n"]
+    assert result.empty_documents == 2
+    with pytest.raises(ValueError, match="no document with text"):
+        run(tmp_path, inputs[0], output=str(tmp_path / "none"))
+
+
+def test_long_documents_are_cut_at_line_ends_when_asked_to(tmp_path):
+    text = "".join(f"line {i} é\n" for i in range(100)) + "x" * 300
+    pieces = train_texts(tmp_path, write(tmp_path / "a.txt", text), max_document_bytes=100)
+    assert "".join(pieces) == text
+    assert all(len(piece.encode()) <= 100 for piece in pieces[:-1])
+    assert pieces[-1] == "x" * 300
+
+
+def test_the_metadata_says_what_the_set_holds(tmp_path, corpus):
+    path, texts = corpus
+    result = run(tmp_path, path, seed=7)
+    metadata = read_metadata(result.splits["valid"].prefix)
+    assert metadata["tokenizer"]["fingerprint"] == load_tokenizer("byte").fingerprint()
+    assert metadata["dtype"] == "uint16"
+    assert (metadata["seed"], metadata["valid_fraction"], metadata["files"]) == (7, 0.05, 1)
+    splits = metadata["splits"]
+    assert splits["train"]["documents"] + splits["valid"]["documents"] == len(texts)
+    assert splits["train"]["text_bytes"] + splits["valid"]["text_bytes"] == len("".join(texts).encode())
+    for split, sizes in splits.items():
+        assert sizes["tokens"] == verify_dataset(result.splits[split].prefix).tokens
+        assert sizes["tokens"] == sizes["text_bytes"] + sizes["documents"]
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("megatron_sbld.training.encode._BATCH_CHARACTERS", 50)
+    for workers in (1, 2):
+        run(tmp_path, corpus[0], workers=workers, output=str(tmp_path / f"w{workers}"))
+    for one, two in zip(set_files(str(tmp_path / "w1")), set_files(str(tmp_path / "w2")), strict=True):
+        assert Path(one).read_bytes() == Path(two).read_bytes()
+
+
+def test_every_document_is_in_one_split_and_keeps_its_order(tmp_path, corpus):
+    result = run(tmp_path, corpus[0], valid_fraction=0.3)
+    train, valid = (texts_of(result.splits[split].prefix) for split in ("train", "valid"))
+    assert sorted(train + valid) == sorted(corpus[1])
+    assert train == [text for text in corpus[1] if text in train]
+    assert 4 <= len(valid) <= 20
+
+
+def test_the_split_is_pinned_and_documents_added_later_move_no_other():
+    few, many = split_documents(50, 0.1, seed=1), split_documents(5000, 0.1, seed=1)
+    assert (few == many[:50]).all()
+    assert np.flatnonzero(few).tolist() == [3, 5, 24, 27, 43]
+    assert 430 < many.sum() < 570
+    assert (split_documents(5000, 0.1, seed=2) != many).any()
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999999])
+@pytest.mark.parametrize("documents", [2, 3])
+def test_both_splits_get_a_document(documents, fraction):
+    assert 0 < split_documents(documents, fraction, seed=3).sum() < documents
+
+
+def test_a_single_document_is_not_split_and_the_error_says_what_to_do(tmp_path):
+    path = write(tmp_path / "a.txt", "only one\n")
+    with pytest.raises(ValueError, match=r"document_separator.*max_document_bytes.*valid_fraction = 0"):
+        run(tmp_path, path)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_without_a_validation_fraction_no_validation_set_is_left(tmp_path, corpus):
+    run(tmp_path, corpus[0])
+    result = run(tmp_path, corpus[0], valid_fraction=0, overwrite=True)
+    assert list(result.splits) == ["train"]
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.json", "out_train.bin", "out_train.idx"]
+
+
+def test_an_existing_set_is_refused_unless_overwriting(tmp_path, corpus):
+    run(tmp_path, corpus[0])
+    before = (tmp_path / "out_train.bin").read_bytes()
+    with pytest.raises(ValueError, match=r"out_train\.bin exists"):
+        run(tmp_path, corpus[0], seed=99)
+    assert (tmp_path / "out_train.bin").read_bytes() == before
+    run(tmp_path, corpus[0], seed=99, overwrite=True)
+    assert (tmp_path / "out_train.bin").read_bytes() != before
+
+
+def test_an_output_inside_the_input_folder_is_not_read_the_next_time(tmp_path, corpus):
+    first = run(tmp_path, tmp_path)
+    second = run(tmp_path, tmp_path, overwrite=True)
+    assert second.splits == first.splits
+    assert not second.skipped
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"inputs": []}, "inputs: at least one"),
+        ({"inputs": ["/nowhere/x"]}, "inputs: '/nowhere/x' does not exist"),
+        ({"valid_fraction": 1.0}, r"valid_fraction = 1.0 is not in \[0, 1\)"),
+        ({"seed": -1}, "seed = -1"),
+        ({"workers": 0}, "workers = 0"),
+        ({"max_document_bytes": 0}, "max_document_bytes = 0"),
+        ({"include": ["*.no"]}, r"no file matches \['\*.no'\]"),
+        ({"tokenizer": "nothing"}, "tokenizer 'nothing'"),
+    ],
+)
+def test_mistakes_in_the_config_are_refused_by_name(tmp_path, corpus, fields, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, tmp_path, **fields)
+
+
+def test_a_folder_as_output_is_refused(tmp_path, corpus):
+    with pytest.raises(ValueError, match="is a folder"):
+        run(tmp_path, corpus[0], output=str(tmp_path))
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_leaves_nothing(tmp_path, corpus, monkeypatch):
+    surveyed = prepare_module.survey
+
+    def survey_then_change(files, rules):
+        found = surveyed(files, rules)
+        corpus[0].write_text("other\n")
+        return found
+
+    monkeypatch.setattr(prepare_module, "survey", survey_then_change)
+    with pytest.raises(ValueError, match=r"corpus\.txt changed while it was read: 1 documents instead of 40"):
+        run(tmp_path, corpus[0])
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, corpus, capfd):
+    big = write(tmp_path / "big.txt", "x" * 100_000 + "\n<|endoftext|>\n" + "y" * 100_000)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        run(tmp_path, big)
+
+    assert in_child(limited) == 1
+    assert "File too large; what was written of it is removed" in capfd.readouterr().out
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_killed_while_files_are_moved_no_half_set_passes_for_a_whole_one(tmp_path, corpus, monkeypatch, moved):
+    run(tmp_path, corpus[0], seed=1)
+    replace, calls = os.replace, []
+
+    def killing_replace(source, target):
+        if len(calls) == moved:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(target)
+        replace(source, target)
+
+    def child():
+        monkeypatch.setattr(os, "replace", killing_replace)
+        run(tmp_path, corpus[0], seed=2, overwrite=True)
+
+    assert in_child(child) == -signal.SIGKILL
+    for split, index_moved_by in (("train", 3), ("valid", 4)):
+        prefix = str(tmp_path / f"out_{split}")
+        if moved < index_moved_by:
+            with pytest.raises(ValueError, match="does not exist"):
+                verify_dataset(prefix)
+        else:
+            verify_dataset(prefix)
+    assert read_metadata(str(tmp_path / "out_train")) is None
+    run(tmp_path, corpus[0], seed=2, overwrite=True)
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == sorted(
+        Path(name).name for name in set_files(str(tmp_path / "out"))
+    )
+
+
+KILLED_RUN = """
+if __name__ == "__main__":
+    import os, signal, sys
+    from megatron_sbld.training import encode
+    from megatron_sbld.training.dataset_files import DatasetWriter
+    from megatron_sbld.training.prepare import PrepareConfig, prepare
+
+    added, add = [], DatasetWriter.add
+
+    def killing_add(self, split, ids):
+        add(self, split, ids)
+        added.append(split)
+        if len(added) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    DatasetWriter.add = killing_add
+    encode._BATCH_CHARACTERS = 50
+    prepare(PrepareConfig(inputs=[sys.argv[1]], output=sys.argv[2], workers=2))
+"""
+
+
+def test_killed_while_tokenizing_leaves_no_set_no_worker_and_no_obstacle(tmp_path, corpus):
+    script = write(tmp_path / "killed.py", KILLED_RUN)
+    command = [sys.executable, str(script), str(corpus[0]), str(tmp_path / "out")]
+    process = subprocess.Popen(command, start_new_session=True)
+    assert process.wait(60) == -signal.SIGKILL
+    assert [path.name for path in tmp_path.glob("*out*")] == [".out.partial"]
+    deadline = time.monotonic() + 20
+    while group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "a worker outlived the killed process"
+        time.sleep(0.05)
+    run(tmp_path, corpus[0])
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def group_is_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_two_runs_cannot_write_the_same_output_at_once(tmp_path, corpus, monkeypatch):
+    def run_within_a_run(*arguments):
+        with pytest.raises(ValueError, match="another process is writing it"):
+            prepare(PrepareConfig(inputs=[str(corpus[0])], output=str(tmp_path / "out"), workers=1))
+        return {}
+
+    monkeypatch.setattr(prepare_module, "_metadata", run_within_a_run)
+    run(tmp_path, corpus[0])
+    verify_dataset(str(tmp_path / "out_train"))
+
+
+def test_file_names_that_are_no_utf8_do_not_stop_the_report(tmp_path):
+    folder = write(tmp_path / "in/a.txt", "text").parent
+    with open(os.fsencode(folder) + b"/\xff.bin", "wb") as stream:
+        stream.write(b"\xff")
+    summary = run(tmp_path, folder, valid_fraction=0).summary()
+    assert "1 files skipped" in summary.encode("utf-8").decode("utf-8")
+
+
+def test_gpt2_tokens_of_a_real_text_decode_to_the_text(tmp_path):
+    data = Path(__file__).resolve().parents[2] / "../shared/data"
+    if not (data / "gpt2-vocab.json").is_file():
+        pytest.skip("GPT-2's vocabulary is not at ../shared/data")
+    text = (data / "wiki.valid.raw").read_text()[:200_000]
+    path = write(tmp_path / "a.txt", text)
+    result = run(tmp_path, path, tokenizer=str(data), valid_fraction=0, document_separator=None)
+    tokens = IndexedDataset(result.splits["train"].prefix)
+    document = np.array(tokens[0])
+    assert document[-1] == 50256
+    assert document.dtype == np.uint16
+    assert load_tokenizer(str(data)).decode(document.tolist()) == text
