@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import typing
 import warnings
@@ -257,18 +258,24 @@ def build_policy(
 
 def _check_ranges(config: DropConfig) -> None:
     """Every field by itself, whatever the policy."""
-    hints = typing.get_type_hints(DropConfig)
-    for name in drop_field_names():
-        value, choices = getattr(config, name), _choices(hints[name])
-        if choices:
-            check_choice(f"drop.{name}", value, choices)
-        elif name in _RANGES and not (value is None and _default(name) is None):
-            check_number(f"drop.{name}", value, _RANGES[name])
+    for name, choices in _field_choices().items():
+        check_choice(f"drop.{name}", getattr(config, name), choices)
+    for name, allowed in _RANGES.items():
+        value = getattr(config, name)
+        if value is not None or _default(name) is not None:
+            check_number(f"drop.{name}", value, allowed)
     check_integer("drop.seed", config.seed, 0, MAX_SEED)
     if config.balance_stages is not None:
         check_integer("drop.balance_stages", config.balance_stages, 1)
     if config.sensitivity is not None and not isinstance(config.sensitivity, str):
         raise ValueError(f"drop.sensitivity = {config.sensitivity!r} is not allowed: it must be the path of a file")
+
+
+@functools.cache
+def _field_choices() -> dict[str, tuple[Any, ...]]:
+    """What the fields that are a Literal, or a Literal or None, allow."""
+    choices = {name: _choices(hint) for name, hint in typing.get_type_hints(DropConfig).items()}
+    return {name: allowed for name, allowed in choices.items() if allowed}
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
