@@ -129,7 +129,7 @@ def model_parallel(tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1
 
 
 def _destroy_subgroups() -> None:
-    """End every process group but the default one: Megatron forgets its groups, while each keeps threads and sockets."""
+    """End every process group but the default one: Megatron forgets its own, but each keeps threads and sockets."""
     if dist.get_world_size() > 1:
         dist.barrier()  # nobody may still be in a collective of a group that ends
     for group in list(dist.distributed_c10d._world.pg_map):
