@@ -89,12 +89,11 @@ class SwitchableLayer:
         With pipeline stages `current_microbatch` has moved on by the time of the recomputation. The passes of one layer
         are recomputed in the order in which they ran, so a queue remembers them.
         """
-        microbatch: int = self.current_microbatch  # type: ignore[attr-defined]
         controller = self._drop_controller
         if controller.scope == "iteration":
             return 0
-        if microbatch < 0 and controller.num_microbatches == 1:
-            microbatch = 0  # a training loop without Megatron's schedules does not number its only microbatch
+        # Set by Megatron's schedules; a loop without them has to have one microbatch an iteration.
+        microbatch = getattr(self, "current_microbatch", 0 if controller.num_microbatches == 1 else -1)
         if not is_checkpointing():
             return microbatch
         if torch.is_grad_enabled():

@@ -33,8 +33,14 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.policy import Policy
-from megatron_sbld.training.checkpoint import CheckpointManager, check_compatible, load_checkpoint
-from megatron_sbld.training.checkpoint_files import CheckpointInfo, latest_complete, read_train_state
+from megatron_sbld.training.checkpoint import CheckpointManager, check_compatible, load_checkpoint, load_weights
+from megatron_sbld.training.checkpoint_files import (
+    MANIFEST,
+    CheckpointInfo,
+    find_checkpoint,
+    latest_complete,
+    read_train_state,
+)
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
 from megatron_sbld.training.flops import training_flops
@@ -95,11 +101,10 @@ def _stop_flag() -> Iterator[_StopFlag]:
 
 @dataclass(frozen=True)
 class _Start:
-    """A checkpoint to start from: another run's weights, or all of the state of this run or another."""
+    """A checkpoint to start from: another run's weights alone, or all of the state of this run or another."""
 
     checkpoint: CheckpointInfo
     whole_state: bool
-    train_state: dict[str, Any]
 
 
 def _checkpoint_to_start_from(config: Config, tokenizer: Tokenizer) -> _Start | None:
@@ -114,16 +119,25 @@ def _checkpoint_to_start_from(config: Config, tokenizer: Tokenizer) -> _Start | 
     if config.checkpoint.resume == "always" and own is None:
         raise ValueError(f"checkpoint.resume = 'always': {folder} holds no complete checkpoint")
     if own is not None:
-        start = _Start(own, True, read_train_state(own.path))
+        start = _Start(own, True)
     elif config.checkpoint.load is not None:
-        path = Path(config.checkpoint.load)
-        found = latest_complete(path / "checkpoints") or latest_complete(path)
-        found = found or CheckpointInfo.of(path)
-        start = _Start(found, config.checkpoint.load_optimizer, read_train_state(found.path))
+        start = _checkpoint_to_load(Path(config.checkpoint.load), config.checkpoint.load_optimizer)
     else:
         return None
-    check_compatible(start.train_state, config, tokenizer.fingerprint())
+    if start.whole_state or (start.checkpoint.path / MANIFEST).exists():  # Megatron-LM's own have no manifest
+        saved = read_train_state(start.checkpoint.path)
+        check_compatible(
+            saved["config"], config, saved_vocab_size=saved["vocab_size"], vocab_size=tokenizer.vocab_size
+        )
     return start
+
+
+def _checkpoint_to_load(path: Path, whole_state: bool) -> _Start:
+    """checkpoint.load: one of ours, a folder or run that holds some, or for the weights alone one of Megatron-LM's."""
+    is_megatron_lm = (path / "metadata.json").exists() and not (path / MANIFEST).exists()
+    if is_megatron_lm and not whole_state:
+        return _Start(CheckpointInfo(path, iteration=0), False)
+    return _Start(find_checkpoint(path), whole_state)
 
 
 class _Run:
@@ -147,7 +161,9 @@ class _Run:
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.train_iters)
         self.checkpoints = CheckpointManager(
-            self.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.async_save
+            self.run_dir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            async_save=config.checkpoint.async_save,
         )
         if start is not None:
             self._restore(start)
@@ -261,17 +277,18 @@ class _Run:
             "train_time_s": self.train_time_s,
             "drop": self.controller.state_dict(),
             "config": dataclasses.asdict(self.config),
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.fingerprint(),
         }
         self.checkpoints.save(self.iteration, self.chunks, self.optimizer, self.scheduler, train_state)
 
     def _restore(self, start: _Start) -> None:
         if not start.whole_state:
-            load_checkpoint(start.checkpoint.path, self.chunks)
-            self.optimizer.reload_model_params()
+            load_weights(start.checkpoint.path, self.chunks, self.optimizer)
             return
-        state = load_checkpoint(start.checkpoint.path, self.chunks, self.optimizer, self.scheduler)
+        state = load_checkpoint(
+            start.checkpoint.path, self.chunks, self.optimizer, self.scheduler, seed=self.config.training.seed
+        )
         self.iteration = start.checkpoint.iteration
         self.consumed_samples = state["consumed_samples"]
         self.train_time_s = state["train_time_s"]

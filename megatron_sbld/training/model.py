@@ -20,7 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
-from megatron_sbld.mcore.layer_specs import gpt_layer_spec
+from megatron_sbld.mcore.layer_specs import gpt_block_spec
 from megatron_sbld.training.config import Config, ModelConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +119,7 @@ def _build_chunk(config: Config, tconfig: TransformerConfig, vocab_size: int, vp
     model = config.model
     return GPTModel(
         config=tconfig,
-        transformer_layer_spec=gpt_layer_spec(tconfig, model.transformer_impl, vp_stage=vp_stage),
+        transformer_layer_spec=gpt_block_spec(tconfig, model.transformer_impl, vp_stage=vp_stage),
         vocab_size=vocab_size,
         max_sequence_length=model.max_position_embeddings or model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
