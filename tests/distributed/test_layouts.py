@@ -285,7 +285,7 @@ def four_processes() -> list[dict[str, Result]]:
 
 
 def assert_equal_runs(found: Result, expected: Result, relative: float = 1e-4) -> None:
-    """Losses, gradient norms and every parameter's last gradient agree; tolerances are relative to that gradient's norm."""
+    """Losses, norms and each parameter's last gradient agree; tolerances are relative to that gradient's norm."""
     np.testing.assert_allclose(found.losses, expected.losses, rtol=relative)
     np.testing.assert_allclose(found.grad_norms, expected.grad_norms, rtol=10 * relative)
     assert found.gradients.keys() == expected.gradients.keys()

@@ -1,0 +1,81 @@
+"""Controllers of several ranks: agreement costs one collective, disagreement is named on every rank within seconds."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sbld.controller import DropController, DropDisagreementError
+from megatron_sbld.policy import LayerDropPolicy
+from megatron_sbld.schedule import Constant
+from tests.distributed.harness import run_distributed
+
+ODD_ONES: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 99},
+    "keep_prob": {"theta": 0.7},
+    "layers": {"num_layers": 5},
+    "scope": {"scope": "microbatch"},
+    "microbatches": {"num_microbatches": 3},
+    "iteration": {"iteration": 2},
+}
+
+
+def build(num_layers: int = 6, theta: float = 0.5, **options: Any) -> DropController:
+    return DropController(LayerDropPolicy(Constant(theta), num_layers), **{"seed": 1, **options})
+
+
+def one_rank_is_odd(odd_rank: int) -> dict[str, tuple[str, float]]:
+    """For each kind of difference: the error that this rank sees, and after how many seconds."""
+    errors = {}
+    for name, odd in ODD_ONES.items():
+        options = dict(odd) if dist.get_rank() == odd_rank else {}
+        iteration = options.pop("iteration", 1)
+        num_microbatches = options.pop("num_microbatches", 2)
+        controller = build(**options)
+        began = time.monotonic()
+        try:
+            controller.begin_iteration(iteration, num_microbatches)
+            errors[name] = ("no error", 0.0)
+        except DropDisagreementError as error:
+            errors[name] = (str(error), time.monotonic() - began)
+    return errors
+
+
+def ranks_agree() -> tuple[list, int]:
+    """(decisions of 100 iterations, collectives that they took)."""
+    controller = build(window=20)
+    exchange, count = controller._exchange, [0]
+
+    def counted(record: Any) -> Any:
+        count[0] += 1
+        return exchange(record)
+
+    controller._exchange = counted
+    plans = []
+    for iteration in range(1, 101):
+        controller.begin_iteration(iteration, 2)
+        plans.append(controller.plan.tolist())
+    return plans, count[0]
+
+
+def both(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]]]:
+    return ranks_agree(), one_rank_is_odd(odd_rank)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) -> None:
+    odd_rank = world_size - 1
+    results = run_distributed(both, world_size, odd_rank)
+    for (plans, collectives), errors in results:
+        assert plans == results[0][0][0]
+        assert collectives == 5
+        for name, (message, seconds) in errors.items():
+            assert f"rank {odd_rank}: " in message, name
+            assert seconds < 10, name
+            assert [f"rank {rank}: " in message for rank in range(odd_rank)] == [False] * odd_rank, name
+        assert "seed 99 instead of 1" in errors["seed"][0]
+        assert "num_layers 5 instead of 6" in errors["layers"][0]
+        assert "num_microbatches 3 instead of 2" in errors["microbatches"][0]

@@ -1,0 +1,155 @@
+"""The drop controller in one process: what it answers, refuses, saves and restores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_sbld.controller import DropController, _raise_on_disagreement
+from megatron_sbld.plan import draw_plan
+from megatron_sbld.policy import LayerDropPolicy, PLDPolicy
+from megatron_sbld.schedule import Constant, Exponential
+
+LAYERS = 6
+HALF = LayerDropPolicy(Constant(0.5), LAYERS)
+
+
+def test_it_answers_what_the_plan_says() -> None:
+    controller = DropController(HALF, seed=5, scope="microbatch")
+    for iteration in (1, 2, 70):  # the last is beyond the window that was verified first
+        controller.begin_iteration(iteration, num_microbatches=3)
+        plan = draw_plan([0.5] * LAYERS, seed=5, iteration=iteration, num_microbatches=3, scope="microbatch")
+        answers = [[controller.kept(layer, m) for layer in range(1, LAYERS + 1)] for m in range(3)]
+        assert answers == plan.tolist()
+        assert controller.kept_fraction == plan.mean()
+
+
+def test_a_new_number_of_microbatches_does_not_change_the_decisions_of_the_first_ones() -> None:
+    controller = DropController(HALF, scope="microbatch")
+    controller.begin_iteration(9, 2)
+    two = controller.plan.copy()
+    controller.begin_iteration(9, 4)
+    assert np.array_equal(controller.plan[:2], two)
+
+
+def test_iterations_can_be_visited_in_any_order() -> None:
+    controller = DropController(HALF)
+    plans = {}
+    for iteration in (5, 6, 7, 100):
+        controller.begin_iteration(iteration, 1)
+        plans[iteration] = controller.plan.copy()
+    for iteration in (100, 6, 5, 7):
+        controller.begin_iteration(iteration, 1)
+        assert np.array_equal(controller.plan, plans[iteration])
+
+
+def test_branch_scale_is_the_inverse_of_the_present_keep_prob() -> None:
+    controller = DropController(PLDPolicy(Exponential(theta=0.5, gamma=0.1), LAYERS))
+    controller.begin_iteration(10, 1)
+    expected = 1 / PLDPolicy(Exponential(theta=0.5, gamma=0.1), LAYERS).keep_probs(10)
+    assert [controller.branch_scale(layer) for layer in range(1, LAYERS + 1)] == pytest.approx(expected)
+    unscaled = DropController(HALF)
+    unscaled.begin_iteration(10, 1)
+    assert unscaled.branch_scale(3) == 1.0
+
+
+@pytest.mark.parametrize("window", [1, 2, 64])
+def test_the_window_changes_nothing_but_how_often_ranks_are_compared(window: int) -> None:
+    plans = []
+    for size in (window, 10):
+        controller = DropController(HALF, window=size)
+        for iteration in range(1, 30):
+            controller.begin_iteration(iteration, 1)
+            plans.append(controller.plan.tolist())
+    assert plans[:29] == plans[29:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"replicas": "distinct"}, "needs sampler 'balanced'"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"stages": 2}, "stages = 2 is used by sampler 'balanced' only"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DropController(HALF, **arguments)
+
+
+def test_iterations_and_microbatches_out_of_range_are_refused() -> None:
+    controller = DropController(HALF, scope="microbatch")
+    with pytest.raises(ValueError, match="iteration counts from 1, got 0"):
+        controller.begin_iteration(0, 1)
+    with pytest.raises(ValueError, match="num_microbatches must be at least 1, got 0"):
+        controller.begin_iteration(1, 0)
+    controller.begin_iteration(1, 2)
+    with pytest.raises(RuntimeError, match="microbatch 2 of layer 1 is outside of the 2"):
+        controller.kept(1, 2)
+
+
+def test_a_restored_controller_continues_with_the_saved_stages() -> None:
+    """Stages are a setting of the run, not of the layout of the moment."""
+    saved = DropController(HALF, sampler="balanced", stages=[[1, 2, 5, 6], [3, 4]])
+    saved.begin_iteration(3, 1)
+    restored = DropController(HALF, sampler="balanced", stages=3)
+    assert restored.load_state_dict(saved.state_dict()) == []
+    for iteration in range(4, 20):
+        saved.begin_iteration(iteration, 1)
+        restored.begin_iteration(iteration, 1)
+        assert np.array_equal(restored.plan, saved.plan)
+
+
+def test_restoring_says_which_settings_have_changed() -> None:
+    state = DropController(HALF, seed=1).state_dict()
+    differences = DropController(HALF, seed=2, scope="microbatch").load_state_dict(state)
+    assert differences == [
+        "drop seed: 1 when saved, 2 now",
+        "drop scope: 'iteration' when saved, 'microbatch' now",
+    ]
+
+
+def test_the_state_of_another_depth_is_refused() -> None:
+    state = DropController(HALF).state_dict()
+    with pytest.raises(ValueError, match="6 layers, this one has 4"):
+        DropController(LayerDropPolicy(Constant(0.5), 4)).load_state_dict(state)
+
+
+def test_distinct_replicas_keep_as_many_layers_on_each_stage() -> None:
+    stages = [[1, 2, 3], [4, 5, 6]]
+    replicas = [
+        DropController(HALF, sampler="balanced", stages=stages, replicas="distinct", replica=rank) for rank in range(3)
+    ]
+    differ = 0
+    for iteration in range(1, 50):
+        for controller in replicas:
+            controller.begin_iteration(iteration, 1)
+        counts = [[controller.plan[0, :3].sum(), controller.plan[0, 3:].sum()] for controller in replicas]
+        assert counts[0] == counts[1] == counts[2]
+        differ += not np.array_equal(replicas[0].plan, replicas[1].plan)
+    assert differ > 20
+
+
+def record(**changes: object) -> np.ndarray:
+    arguments: dict = {"policy": HALF, "seed": 1, **changes}
+    iteration = arguments.pop("iteration", 1)
+    return DropController(arguments.pop("policy"), **arguments)._record(iteration, num_microbatches=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2}, "rank 2: seed 2 instead of 1$"),
+        ({"iteration": 4}, "rank 2: iteration 4 instead of 1$"),
+        ({"policy": LayerDropPolicy(Constant(0.6), LAYERS)}, "rank 2: mean keep probability 0.6.* instead of 0.5"),
+        ({"scope": "microbatch"}, "rank 2: other decisions from the same mean keep probability"),
+        ({"sampler": "balanced"}, "rank 2: other decisions from the same mean keep probability"),
+    ],
+)
+def test_a_rank_with_another_configuration_is_named_with_what_differs(changes: dict, message: str) -> None:
+    from megatron_sbld.controller import DropDisagreementError
+
+    _raise_on_disagreement(np.stack([record(), record(), record()]))
+    with pytest.raises(DropDisagreementError, match=message) as error:
+        _raise_on_disagreement(np.stack([record(), record(), record(**changes)]))
+    assert "rank 1" not in str(error.value)
