@@ -22,13 +22,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_sbld.mcore.optimizer_state import initialise_state, load_state
+from megatron_sbld.mcore.optimizer_state import load_state, sharded_state
 from megatron_sbld.mcore.rng_state import reseed, restore_rng_state, sharded_rng_state
 from megatron_sbld.training import checkpoint_files as files
 from megatron_sbld.training import checkpoint_state as content
 from megatron_sbld.training.checkpoint_files import Layout
 from megatron_sbld.training.config import Config, ModelConfig
-from megatron_sbld.training.model import ffn_hidden_size
+from megatron_sbld.training.flops import ffn_hidden_size
 
 logger = logging.getLogger(__name__)
 
@@ -222,9 +222,8 @@ def load_checkpoint(
     content.check_layout(path, saved=saved, present=present)
 
     metadata = content.content_metadata(present.optimizer_format)
-    initialise_state(optimizer)
     state = content.model_state(model_chunks, metadata)
-    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=content.with_group(metadata), is_loading=True)
+    state["optimizer"] = sharded_state(optimizer, state, content.with_group(metadata), is_loading=True)
     if present == saved:
         state["rng_state"] = sharded_rng_state(is_loading=True)
     with content.failures_name(path):
@@ -348,9 +347,8 @@ def _state_to_save(
     """Megatron-LM's state dict of a run. Collective."""
     metadata = content.content_metadata(layout.optimizer_format)
     content.gather_params(model_chunks)
-    initialise_state(optimizer)
     state = content.model_state(model_chunks, metadata)
-    state["optimizer"] = content.optimizer_state(optimizer, state, metadata)
+    state["optimizer"] = sharded_state(optimizer, state, content.with_group(metadata))
     state["opt_param_scheduler"] = scheduler.state_dict()
     state["rng_state"] = sharded_rng_state()
     state.update(iteration=iteration, checkpoint_version=3.0, content_metadata=metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import signal
@@ -43,9 +44,9 @@ from megatron_sbld.training.checkpoint_files import (
 )
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
-from megatron_sbld.training.flops import training_flops
+from megatron_sbld.training.flops import padded_vocab_size, training_flops
 from megatron_sbld.training.metrics import MetricsWriter
-from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, padded_vocab_size
+from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
@@ -126,9 +127,7 @@ def _checkpoint_to_start_from(config: Config, tokenizer: Tokenizer) -> _Start | 
         return None
     if start.whole_state or (start.checkpoint.path / MANIFEST).exists():  # Megatron-LM's own have no manifest
         saved = read_train_state(start.checkpoint.path)
-        check_compatible(
-            saved["config"], config, saved_vocab_size=saved["vocab_size"], vocab_size=tokenizer.vocab_size
-        )
+        check_compatible(saved["config"], config, saved_vocab_size=saved["vocab_size"], vocab_size=tokenizer.vocab_size)
     return start
 
 
@@ -187,7 +186,9 @@ class _Run:
             if self._save_is_due(done, stopping):
                 self._save()
             if stopping and not done:
-                self._note(f"stopped as asked after iteration {self.iteration} of {self.train_iters}; start again to go on")
+                self._note(
+                    f"stopped as asked after iteration {self.iteration} of {self.train_iters}; start again to go on"
+                )
                 return EXIT_TO_BE_CONTINUED
         self._note(f"complete: {self.train_iters} iterations, {self.consumed_samples:,} samples")
         return 0
@@ -205,7 +206,7 @@ class _Run:
         num_microbatches, batch_size = get_num_microbatches(), get_current_global_batch_size()
         began = time.perf_counter()
         self.controller.begin_iteration(self.iteration + 1, num_microbatches)
-        batches = [self.data.train_batches(num_microbatches) for _ in self.chunks]
+        batches = itertools.tee(self.data.train_batches(num_microbatches), len(self.chunks))
         result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested)
         if result.update_successful:
             self.scheduler.step(increment=batch_size)
@@ -254,8 +255,10 @@ class _Run:
 
     def _validate(self) -> None:
         training = self.config.training
-        num_microbatches = training.eval_iters * training.global_batch_size // (training.micro_batch_size * self.replicas)
-        batches = [self.data.valid_batches(num_microbatches) for _ in self.chunks]
+        num_microbatches = (
+            training.eval_iters * training.global_batch_size // (training.micro_batch_size * self.replicas)
+        )
+        batches = itertools.tee(self.data.valid_batches(num_microbatches), len(self.chunks))
         loss = validation_loss(self.config, self.chunks, batches, num_microbatches)
         if self.writer is not None:
             self.writer.valid_row(

@@ -21,24 +21,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from megatron_sbld.mcore.layer_specs import gpt_block_spec
-from megatron_sbld.training.config import Config, ModelConfig
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.flops import ffn_hidden_size
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def ffn_hidden_size(model: ModelConfig) -> int:
-    """Width of the MLP: as given, 4 h, or with SwiGLU 8/3 h rounded up to a multiple of 64."""
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    if not model.swiglu:
-        return 4 * model.hidden_size
-    return -(-8 * model.hidden_size // (3 * 64)) * 64
-
-
-def padded_vocab_size(vocab_size: int, config: Config) -> int:
-    """Vocabulary rounded up as in Megatron-LM: to make_vocab_size_divisible_by * tensor_model_parallel_size."""
-    multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(config: Config) -> TransformerConfig:

@@ -18,8 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sbld.training.config import Config
-
-Batch = dict[str, torch.Tensor]
+from megatron_sbld.training.data import Batch
 
 
 class StepResult(NamedTuple):
