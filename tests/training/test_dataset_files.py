@@ -10,7 +10,7 @@ from megatron_sbld.training.dataset_files import SPLITS, DatasetWriter, read_met
 def prepared(tmp_path):
     output = str(tmp_path / "out")
     with DatasetWriter(output, SPLITS, np.uint16, overwrite=False) as writer:
-        for length in range(1, 10):
+        for length in range(2, 11):
             writer.add("train", np.arange(length))
         writer.add("valid", np.arange(3))
         writer.commit({"tokenizer": "none, for this test"})
@@ -19,7 +19,7 @@ def prepared(tmp_path):
 
 def test_a_whole_set_is_described(prepared):
     facts = verify_dataset(prepared)
-    assert (facts.sequences, facts.tokens, facts.dtype) == (9, 45, np.uint16)
+    assert (facts.sequences, facts.tokens, facts.dtype) == (9, 54, np.uint16)
     assert read_metadata(prepared)["tokenizer"] == "none, for this test"
     assert read_metadata("elsewhere_train") is None
 
@@ -66,3 +66,18 @@ def test_damaged_metadata_is_refused_and_other_json_files_are_none_of_ours(prepa
         read_metadata(prepared)
     path.write_text('{"text": "the source of a set that Megatron-LM prepared"}\n')
     assert read_metadata(prepared) is None
+
+
+def test_two_processes_cannot_write_the_same_output_at_once(prepared, tmp_path):
+    arguments = (str(tmp_path / "out"), SPLITS, np.uint16, True)
+    with DatasetWriter(*arguments), pytest.raises(ValueError, match="another process is writing it"):
+        with DatasetWriter(*arguments):
+            pass
+    assert not (tmp_path / ".out.partial").exists()
+    verify_dataset(prepared)
+
+
+def test_a_folder_as_output_is_refused(tmp_path):
+    for output in (str(tmp_path), f"{tmp_path}/new/"):
+        with pytest.raises(ValueError, match="is a folder"):
+            DatasetWriter(output, SPLITS, np.uint16, overwrite=True)

@@ -274,11 +274,6 @@ def test_mistakes_in_the_config_are_refused_by_name(tmp_path, corpus, fields, me
         run(tmp_path, tmp_path, **fields)
 
 
-def test_a_folder_as_output_is_refused(tmp_path, corpus):
-    with pytest.raises(ValueError, match="is a folder"):
-        run(tmp_path, corpus[0], output=str(tmp_path))
-
-
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_leaves_nothing(tmp_path, corpus, monkeypatch):
     surveyed = prepare_module.survey
 
@@ -376,17 +371,6 @@ def group_is_alive(group):
     except ProcessLookupError:
         return False
     return True
-
-
-def test_two_runs_cannot_write_the_same_output_at_once(tmp_path, corpus, monkeypatch):
-    def run_within_a_run(*arguments):
-        with pytest.raises(ValueError, match="another process is writing it"):
-            prepare(PrepareConfig(inputs=[str(corpus[0])], output=str(tmp_path / "out"), workers=1))
-        return {}
-
-    monkeypatch.setattr(prepare_module, "_metadata", run_within_a_run)
-    run(tmp_path, corpus[0])
-    verify_dataset(str(tmp_path / "out_train"))
 
 
 def test_file_names_that_are_no_utf8_do_not_stop_the_report(tmp_path):
