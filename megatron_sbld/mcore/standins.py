@@ -78,10 +78,14 @@ def _torch_replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def _on_cpu_instead_of_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The factory, with a CUDA device replaced by the CPU and every other device left alone."""
+    """The factory, with a CUDA device replaced by the CPU, and without pinning memory for a device that is not there.
+
+    Every other device is left alone. models/common/embeddings/rope_utils.py:62 pins.
+    """
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = CPU
