@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -81,7 +82,7 @@ def _pretrain(args: list[str]) -> int:
     parser.add_class_arguments(Config)
     args = _config_first(args)
     check_options(args)
-    for name, value in zip(args, args[1:], strict=False):
+    for name, value in itertools.pairwise(args):
         if name == "--config":
             check_keys(value)
     sections = parser.instantiate_classes(parser.parse_args(args))

@@ -49,8 +49,8 @@ class _SkippedLayer(torch.autograd.Function):
         return grad_output, None
 
 
-class SwitchableLayer:
-    """Mixin over a built layer's own class; `make_switchable` puts it there."""
+class SwitchableLayer(TransformerLayer):
+    """Goes in front of a built layer's own class; `make_switchable` puts it there."""
 
     _drop_controller: DropController
     _drop_buckets: LayerBuckets | None
@@ -59,15 +59,15 @@ class SwitchableLayer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock layer's forward, or its identity: (hidden_states [s, b, h], context)."""
-        if not self.training:  # type: ignore[attr-defined]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self.training:
+            return super().forward(*args, **kwargs)
         controller = self._drop_controller
-        if controller.kept(self.layer_number, self._microbatch()):  # type: ignore[attr-defined]
+        if controller.kept(self.layer_number, self._microbatch()):
             if not controller.scales_residual:
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-            self._branch_scale = controller.branch_scale(self.layer_number)  # type: ignore[attr-defined]
+                return super().forward(*args, **kwargs)
+            self._branch_scale = controller.branch_scale(self.layer_number)
             try:
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
+                return super().forward(*args, **kwargs)
             finally:
                 self._branch_scale = 1.0
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -77,7 +77,7 @@ class SwitchableLayer:
         """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
         if self._drop_buckets is None:
             # Looked up here, once: a layer may have been made switchable before its model was wrapped.
-            self._drop_buckets = LayerBuckets(self)  # type: ignore[arg-type]
+            self._drop_buckets = LayerBuckets(self)
             _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
         buckets = self._drop_buckets
         buckets.wait_for_params()
@@ -107,7 +107,7 @@ class SwitchableLayer:
 class _ScaledBiasDropoutAdd:
     """Stands for a layer's self_attn_bda or mlp_bda: residual + scale * dropout(x + bias); scale 1 is the stock one."""
 
-    def __init__(self, layer: torch.nn.Module, stock: Callable[[bool, bool], BiasDropoutAdd]) -> None:
+    def __init__(self, layer: SwitchableLayer, stock: Callable[[bool, bool], BiasDropoutAdd]) -> None:
         self._layer = layer
         self.stock = stock
 
@@ -165,7 +165,7 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
     return [layer.layer_number for layer in layers]
 
 
-def decoder_layers(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere."""
     decoders = [module.decoder for module in chunk.modules() if hasattr(module, "decoder")]
     if not decoders or not hasattr(decoders[0], "layers"):
@@ -175,7 +175,7 @@ def decoder_layers(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
     yield from decoders[0].layers
 
 
-def _check_layer(layer: torch.nn.Module, controller: DropController) -> None:
+def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
     if not isinstance(layer, TransformerLayer):
         raise ValueError(f"a decoder layer is a {type(layer).__name__}; only TransformerLayer can be made switchable")
     if layer.config.num_layers != controller.num_layers:
@@ -193,7 +193,7 @@ def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: Drop
         )
 
 
-def _attach(layer: torch.nn.Module, controller: DropController) -> None:
+def _attach(layer: TransformerLayer, controller: DropController) -> None:
     if not isinstance(layer, SwitchableLayer):
         layer.__class__ = _switchable_class(type(layer))
     layer._drop_controller = controller

@@ -1,4 +1,4 @@
-"""`megatron-sbld pretrain`: everything is checked, built and restored, then trained to the end or to a request to stop."""
+"""`megatron-sbld pretrain`: check everything, build and restore it, train to the end or to a request to stop."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from megatron_sbld.training.validate import data_parallel_size, train_iterations
 logger = logging.getLogger(__name__)
 
 EXIT_TO_BE_CONTINUED = 75
-"""Exit status of a run that was asked to stop (SIGTERM, exit_after_iterations), has saved, and is to be started again."""
+"""Exit status of a run that was asked to stop (SIGTERM, exit_after_iterations) and has saved: start it again."""
 
 
 def pretrain(config: Config) -> int:
@@ -335,7 +335,7 @@ def _init_microbatches(config: Config, replicas: int) -> None:
 
 
 def _build_controller(config: Config, policy: Policy) -> DropController:
-    """The controller of this run; the balanced sampler's stages are this layout's unless the config names their number."""
+    """The controller of this run; the balanced sampler's stages are this layout's unless the config says how many."""
     drop = config.drop
     stages = None
     if drop.sampler == "balanced":

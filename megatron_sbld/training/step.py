@@ -1,4 +1,4 @@
-"""One training iteration and one validation on megatron-core's schedules: batch, loss, optimizer step, reported loss."""
+"""One training iteration and one validation on megatron-core's schedules: batch, loss, optimizer step, report."""
 
 from __future__ import annotations
 
