@@ -167,12 +167,12 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
 
 def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere."""
-    decoders = [module.decoder for module in chunk.modules() if hasattr(module, "decoder")]
-    if not decoders or not hasattr(decoders[0], "layers"):
-        raise ValueError(
-            f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like Megatron models can be switchable"
-        )
-    yield from decoders[0].layers
+    for module in chunk.modules():
+        decoder: Any = getattr(module, "decoder", None)
+        if hasattr(decoder, "layers"):
+            yield from decoder.layers
+            return
+    raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
 
 
 def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
