@@ -319,7 +319,7 @@ def _check_sbld(config: DropConfig, num_layers: int) -> None:
     if config.sensitivity is None:
         raise ValueError(
             "drop.sensitivity = None is not allowed with drop.policy sbld: it must be the path of a sensitivity file "
-            f"for {num_layers} layers, as `megatron-sbld profile` writes it"
+            f"for {num_layers} layers (scripts/measure_leave_one_out.py measures one)"
         )
     if config.theta_min > config.theta_max:
         raise ValueError(f"drop.theta_min = {config.theta_min} is not allowed: above drop.theta_max {config.theta_max}")
@@ -359,7 +359,7 @@ def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.Pa
     if measured.num_layers != num_layers:
         raise ValueError(
             f"drop.sensitivity = {config.sensitivity!r} is for {measured.num_layers} layers, but the model has "
-            f"{num_layers}: measure it for this depth with `megatron-sbld profile`"
+            f"{num_layers}: measure one for this depth (scripts/measure_leave_one_out.py)"
         )
     return measured
 
