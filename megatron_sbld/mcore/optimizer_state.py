@@ -1,6 +1,6 @@
-"""Optimizer state for checkpoints, mended where megatron-core 0.16 relies on Apex's or Transformer Engine's Adam.
+"""Optimizer state for checkpoints, mended where megatron-core 0.16 loses or refuses it.
 
-With torch's own Adam, stock megatron-core
+With torch's own Adam, for which megatron-core has Apex's or Transformer Engine's in mind, stock megatron-core
 
 - cannot describe the state of an optimizer that has not stepped yet (distrib_optimizer.py:642 asserts one common step),
   as when a checkpoint is loaded, or saved while fp16 still searches its loss scale;
@@ -8,25 +8,44 @@ With torch's own Adam, stock megatron-core
   (distrib_optimizer.py:824); in the format dp_reshardable it holds the fresh optimizer's step, not the saved one;
 - fails with KeyError 'step' on loading the format fully_reshardable (:2102 skips what :986 asks for).
 
-`initialise_state` and `load_state` are called in the place of megatron-core's own; with Apex or Transformer Engine they
-do what megatron-core does.
+With any Adam, fully_reshardable saves the state of wrong elements when a buffer has several buckets, one of which is
+padded to the data-parallel size: the buckets are joined without their padding (:1114), then cut at places that count it
+(:1501). Sizes that are multiples of 128 hide it.
+
+`sharded_state` and `load_state` are called in the place of megatron-core's `sharded_state_dict` and `load_state_dict`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 
 
-def initialise_state(optimizer: MegatronOptimizer) -> None:
-    """Give parameters without optimizer state the one that their first step starts from: zero moments, step 0."""
+def sharded_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
+) -> dict[str, Any]:
+    """`optimizer.sharded_state_dict`, of an optimizer that has not stepped yet as well. Collective.
+
+    Args:
+        optimizer: the optimizer; where it has no state yet, it is given that of step 0.
+        model_state: the sharded state of the model chunks.
+        metadata: Megatron's sharding metadata.
+        is_loading: whether the result says what to read; else what to write.
+    """
     part = _holder(optimizer)
-    part.init_state_fn(part.optimizer, part.config)
-    if _is_torch_adam(part):
-        for state in part.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
+    _initialise(part)
+    if not isinstance(part, DistributedOptimizer):
+        return optimizer.sharded_state_dict(model_state, metadata=metadata, is_loading=is_loading)
+    with _padding_between_buckets(part):
+        state = optimizer.sharded_state_dict(model_state, metadata=metadata, is_loading=is_loading)
+    if state["param_state"] is None:  # gathered on another rank
+        del state["param_state"]
+    return state
 
 
 @torch.no_grad()
@@ -34,8 +53,8 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Take over optimizer state, as `optimizer.load_state_dict` does where Apex or Transformer Engine is installed.
 
     Args:
-        optimizer: the optimizer, its state initialised.
-        loaded: what dist_checkpointing.load made of `optimizer.sharded_state_dict(..., is_loading=True)`; consumed.
+        optimizer: the optimizer whose `sharded_state` said what to read.
+        loaded: what dist_checkpointing.load made of it; consumed.
     """
     part = _holder(optimizer)
     if not _is_torch_adam(part):
@@ -46,6 +65,48 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         adam_state = loaded.get("optimizer", loaded)["state"]
         adam_state.setdefault("common_step", torch.tensor(0.0))  # absent from before the first step
         part.load_state_dict(loaded)
+
+
+def _initialise(optimizer: MegatronOptimizer) -> None:
+    """Give parameters without optimizer state the one that their first step starts from: zero moments, step 0."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    if _is_torch_adam(optimizer):
+        for state in optimizer.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+@contextmanager
+def _padding_between_buckets(optimizer: DistributedOptimizer) -> Iterator[None]:
+    """Let the optimizer gather its state with the padding that the positions of its parameters count."""
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        state = gather(*args, **kwargs)
+        if state is not None:
+            for index, buffer in enumerate(optimizer.buffers):
+                for tensors in state[index].values():
+                    _insert_padding(tensors, buffer)
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
+    try:
+        yield
+    finally:
+        del optimizer.get_parameter_state_dp_zero  # the class's own again
+
+
+def _insert_padding(tensors: dict[str, Any], buffer: _ParamAndGradBuffer) -> None:
+    """Put each bucket's part of the gathered tensors, [buffer.numel_unpadded], at the bucket's offset, in place."""
+    if buffer.numel == buffer.numel_unpadded:
+        return
+    sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+    for key, joined in tensors.items():
+        if not isinstance(joined, torch.Tensor):
+            continue
+        padded = joined.new_zeros(buffer.numel)
+        for bucket, part in zip(buffer.buckets, joined.split(sizes), strict=True):
+            padded[bucket.offset : bucket.offset + len(part)] = part
+        tensors[key] = padded
 
 
 def _load_distributed(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:

@@ -116,14 +116,6 @@ def content_metadata(optimizer_format: str) -> dict[str, Any]:
     return metadata
 
 
-def optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state of the optimizer, for saving; `state` has the model's. Collective."""
-    sharded = optimizer.sharded_state_dict(state, metadata=with_group(metadata))
-    if sharded.get("param_state", state) is None:  # gathered elsewhere
-        del sharded["param_state"]
-    return sharded
-
-
 def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
     """The sharded state of this rank's chunks, under Megatron-LM's keys."""
     return {
@@ -201,15 +193,15 @@ def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...]) -> dict
     absent_on_ranks: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(absent_on_ranks, absent)
     problems = {
-        "lacks": set().union(*absent_on_ranks),
-        "holds, and this run has no place for,": {key for key in unused if not key.startswith(ignored)},
+        "it lacks": set().union(*absent_on_ranks),
+        "it holds what this run has no place for:": {key for key in unused if not key.startswith(ignored)},
     }
-    for verb, keys in problems.items():
+    for problem, keys in problems.items():
         # Extra states are Transformer Engine's bookkeeping for fp8, absent without it.
         names = sorted(key for key in keys if "_extra_state" not in key)
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"the checkpoint {verb} {', '.join(names[:5])}{more}")
+            raise ValueError(f"{problem} {', '.join(names[:5])}{more}")
     return loaded
 
 
@@ -227,9 +219,10 @@ def failures_name(path: Path) -> Iterator[None]:
     except CheckpointException as error:
         reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
         raise ValueError(f"checkpoint {path} cannot be loaded: {'; '.join(sorted(reasons))}") from error
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} cannot be loaded: {error}") from error
     except (
         CheckpointingException,
-        ValueError,
         RuntimeError,
         AssertionError,
         LookupError,

@@ -1,0 +1,588 @@
+"""Checkpoints of a run on several ranks: resumed bit for bit, on another layout, and after whatever can go wrong.
+
+All cases of two ranks share one start of processes; one process before them saves for them, one after loads what they
+saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sbld.training import checkpoint_files as files
+from tests.distributed.checkpoint_runs import CONFIG, VOCAB, Run, configure, run, stop_and_resume
+from tests.distributed.harness import run_distributed, single_process
+
+RESUMED = {
+    "plain": ({}, {}),
+    "bf16": ({"precision": "bf16"}, {}),
+    "fp16": ({"precision": "fp16", "loss_scale": 1024.0}, {}),
+    "fp16 before its first step": ({"precision": "fp16"}, {}),
+    "distributed, dp_reshardable": ({"use_distributed_optimizer": True}, {"optimizer_format": "dp_reshardable"}),
+    "distributed, bf16, dp_reshardable": (
+        {"use_distributed_optimizer": True, "precision": "bf16"},
+        {"optimizer_format": "dp_reshardable"},
+    ),
+    "distributed, fully_reshardable": ({"use_distributed_optimizer": True}, {}),
+    "distributed, bf16, fully_reshardable, both overlaps": (
+        {
+            "use_distributed_optimizer": True,
+            "precision": "bf16",
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "ddp_bucket_size": 20_000,
+        },
+        {},
+    ),
+    "distributed, dp_reshardable, both overlaps": (
+        {
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "ddp_bucket_size": 20_000,
+        },
+        {"optimizer_format": "dp_reshardable"},
+    ),
+    "distributed, fp16 before its first step": ({"use_distributed_optimizer": True, "precision": "fp16"}, {}),
+    "pipeline": ({"pp": 2}, {}),
+    "tensor": ({"tp": 2}, {}),
+    "interleaved": ({"pp": 2, "vpp": 2}, {}),
+    "interleaved, distributed": ({"pp": 2, "vpp": 2, "use_distributed_optimizer": True}, {}),
+    "in the background": ({}, {"async_save": True}),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "tensor": {"tp": 2},
+    "pipeline": {"pp": 2},
+    "interleaved": {"pp": 2, "vpp": 2},
+}
+MOVES = [
+    ("data", "tensor"),
+    ("tensor", "data"),
+    ("data", "pipeline"),
+    ("pipeline", "data"),
+    ("pipeline", "interleaved"),
+    ("interleaved", "tensor"),
+]
+FORMATS: dict[str, dict[str, Any]] = {"not_distributed": {}, "fully_reshardable": {"use_distributed_optimizer": True}}
+
+FULL_DISKS = {
+    # rank that has no room, bytes that a file may have there, whether saving in the background
+    "shards of rank 1": (1, 4096, False),
+    "common file": (0, 512, False),
+    "in the background": (1, 4096, True),
+}
+
+
+def save_run(folder: Path, config: Any, *, optimizer_format: str = "fully_reshardable") -> list[float]:
+    """Train two iterations, save, and return the losses of the next two."""
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    with run(config) as saved:
+        manager = CheckpointManager(folder, optimizer_format=optimizer_format)
+        saved.train([1, 2])
+        manager.save(2, *saved.parts, {})
+        return saved.train([3, 4])
+
+
+def load_run(folder: Path, config: Any) -> list[float]:
+    """The losses of the next two iterations after loading into a model of other weights."""
+    from megatron_sbld.training.checkpoint import load_checkpoint
+
+    with run(config, seed=77) as loaded:
+        load_checkpoint(files.checkpoint_path(folder, 2), *loaded.parts, seed=5)
+        return loaded.train([3, 4])
+
+
+def error_of(function: Callable[[], Any]) -> str:
+    """Kind and message of the error that a call must raise."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def absolute_sum(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(float(tensor.double().abs().sum()) for tensor in tensors)
+
+
+def resume_cases(folder: Path) -> dict[str, Any]:
+    return {
+        name: stop_and_resume(folder / name.replace(" ", "_"), configure(**config), **options)
+        for name, (config, options) in RESUMED.items()
+    }
+
+
+def layout_cases(folder: Path) -> dict[str, Any]:
+    """Per format and change of layout: the losses on the layout that saved, and on the other."""
+    outcomes = {}
+    for form, optimizer in FORMATS.items():
+        expected = {
+            source: save_run(folder / form / source, configure(dropout=0.0, **optimizer, **layout))
+            for source, layout in LAYOUTS.items()
+        }
+        for source, target in MOVES:
+            found = load_run(folder / form / source, configure(dropout=0.0, **optimizer, **LAYOUTS[target]))
+            outcomes[form, source, target] = (expected[source], found)
+    return outcomes
+
+
+def from_one_process_cases(folder: Path) -> dict[str, list[float]]:
+    """Losses after loading what one process saved."""
+    return {
+        "not_distributed": load_run(folder / "not_distributed", configure(dropout=0.0)),
+        "fully_reshardable": load_run(
+            folder / "fully_reshardable", configure(dropout=0.0, use_distributed_optimizer=True)
+        ),
+        "dp_reshardable": load_run(folder / "dp_reshardable", configure(dropout=0.0, use_distributed_optimizer=True)),
+    }
+
+
+def to_one_process_cases(folder: Path) -> dict[str, list[float]]:
+    """Save on two data-parallel ranks, for one process to load."""
+    distributed = configure(dropout=0.0, use_distributed_optimizer=True)
+    return {
+        "not_distributed": save_run(folder / "not_distributed", configure(dropout=0.0)),
+        "fully_reshardable": save_run(folder / "fully_reshardable", distributed),
+        "dp_reshardable": save_run(folder / "dp_reshardable", distributed, optimizer_format="dp_reshardable"),
+    }
+
+
+def refusal_cases(folder: Path) -> dict[str, str]:
+    """Messages of checkpoints that do not fit."""
+    plain, distributed = folder / "plain", folder / "distributed"
+    save_run(plain, configure())
+    save_run(distributed, configure(use_distributed_optimizer=True), optimizer_format="dp_reshardable")
+    narrower = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, hidden_size=16))
+    deeper = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=6))
+    no_bias = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, add_bias_linear=False))
+    rope = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, position_embedding_type="rope"))
+    untied = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, untie_embeddings_and_output_weights=True)
+    )
+    return {
+        "distributed into plain": error_of(lambda: load_run(distributed, configure())),
+        "plain into distributed": error_of(lambda: load_run(plain, configure(use_distributed_optimizer=True))),
+        "dp_reshardable to tensor": error_of(
+            lambda: load_run(distributed, configure(tp=2, use_distributed_optimizer=True))
+        ),
+        "dp_reshardable to other buckets": error_of(
+            lambda: load_run(
+                distributed,
+                configure(use_distributed_optimizer=True, overlap_grad_reduce=True, ddp_bucket_size=20_000),
+            )
+        ),
+        "other precision": error_of(lambda: load_run(plain, configure(precision="bf16"))),
+        "no such folder": error_of(lambda: load_run(folder / "nowhere", configure())),
+        "narrower": error_of(lambda: load_run(plain, narrower)),
+        "deeper": error_of(lambda: load_run(plain, deeper)),
+        "without biases": error_of(lambda: load_run(plain, no_bias)),
+        "rope": error_of(lambda: load_run(plain, rope)),
+        "untied": error_of(lambda: load_run(plain, untied)),
+    }
+
+
+def damage_cases(folder: Path) -> dict[str, str]:
+    """Messages of checkpoints whose files have been overwritten with as many other bytes."""
+    save_run(folder / "good", configure())
+    messages = {}
+    for name in ("common.pt", ".metadata", "metadata.json", "__0_0.distcp"):
+        place = folder / name.replace(".", "_")
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "good", place)
+            damaged = files.checkpoint_path(place, 2) / name
+            damaged.write_bytes(b"x" * damaged.stat().st_size)
+        dist.barrier()
+        messages[name] = error_of(lambda place=place: load_run(place, configure()))
+    return messages
+
+
+def background_case(folder: Path) -> dict[str, Any]:
+    """Train on and overwrite the weights while the save is held back, then look at what was saved."""
+    from megatron_sbld.training import checkpoint_state
+    from megatron_sbld.training.checkpoint import CheckpointManager, load_weights
+
+    write_shards = checkpoint_state.write_shards
+    go_on = threading.Event()
+    checkpoint_state.write_shards = lambda *args: go_on.wait(60) and write_shards(*args)
+    with run(configure(precision="bf16")) as saved:
+        manager = CheckpointManager(folder, async_save=True)
+        saved.train([1])
+        as_saved = saved.weights()
+        manager.save(1, *saved.parts, {})
+        while_saving = files.latest_complete(folder)
+        saved.train([2])
+        for chunk in saved.chunks:
+            for param in chunk.parameters():
+                param.data.zero_()
+        manager.poll()
+        go_on.set()
+        manager.save(2, *saved.parts, {})  # waits for the one under way
+        after_waiting = files.checkpoint_path(folder, 1).exists()
+        deadline = time.monotonic() + 60
+        while not files.checkpoint_path(folder, 2).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        manager.poll()
+        manager.close()
+    checkpoint_state.write_shards = write_shards
+    with run(configure(precision="bf16"), seed=77) as loaded:
+        load_weights(files.checkpoint_path(folder, 1), loaded.chunks, loaded.optimizer)
+        found = loaded.weights()
+        masters = [param for group in loaded.optimizer.param_groups for param in group["params"]]
+    return {
+        "complete while saving": while_saving,
+        "first complete after the second began": after_waiting,
+        "second complete": files.is_complete(files.checkpoint_path(folder, 2)),
+        "same weights": all(torch.equal(found[name], weight) for name, weight in as_saved.items()),
+        "same fp32 copies": absolute_sum(masters) == absolute_sum(as_saved.values()),
+    }
+
+
+@contextmanager
+def full_disk(on_rank: int, limit: int) -> Iterator[None]:
+    """On one rank, no file may grow beyond `limit` bytes."""
+    if dist.get_rank() != on_rank:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_disk_cases(folder: Path) -> dict[str, Any]:
+    """A complete save, one that runs out of room, and one more: message, what is left, and what is found."""
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    outcomes = {}
+    for name, (rank, limit, background) in FULL_DISKS.items():
+        place = folder / name.replace(" ", "_")
+        with run(configure(tp=2)) as saved:
+            manager = CheckpointManager(place, async_save=background)
+
+            def save(iteration: int, saved: Run = saved, manager: CheckpointManager = manager) -> None:
+                manager.save(iteration, *saved.parts, {})
+                manager.close()
+
+            save(1)
+            with full_disk(rank, limit):
+                message = error_of(lambda save=save: save(2))
+            dist.barrier()
+            left = sorted(path.name for path in place.glob("iter_*"))
+            latest = files.latest_complete(place)
+            dist.barrier()
+            save(3)
+        outcomes[name] = (message, left, latest.iteration, files.latest_complete(place).iteration)
+    return outcomes
+
+
+def keep_last_case(folder: Path) -> list[str]:
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    with run(configure()) as saved:
+        manager = CheckpointManager(folder, keep_last=2, async_save=True)
+        for iteration in (1, 2, 3):
+            manager.save(iteration, *saved.parts, {})
+        manager.close()
+        manager.save(3, *saved.parts, {})  # saved already: as at the end of a run
+    return sorted(path.name for path in folder.glob("iter_*"))
+
+
+def two_rank_cases(folder: str) -> dict[str, Any]:
+    """Every case of two ranks; each has a folder of its own."""
+    place = Path(folder)
+    return {
+        "resume": resume_cases(place / "resume"),
+        "layouts": layout_cases(place / "layouts"),
+        "from one process": from_one_process_cases(place / "from_one"),
+        "to one process": to_one_process_cases(place / "to_one"),
+        "refusals": refusal_cases(place / "refusals"),
+        "damages": damage_cases(place / "damages"),
+        "background": background_case(place / "background"),
+        "full disk": full_disk_cases(place / "full_disk"),
+        "keep_last": keep_last_case(place / "keep_last"),
+        "reseeded": [load_run(place / "resume" / "plain", configure(tp=2)) for _ in range(2)],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What the ranks found, and what one process found before and after them."""
+
+    ranks: list[dict[str, Any]]
+    saved_by_one_process: dict[str, list[float]]
+    loaded_by_one_process: dict[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with single_process():
+        saved = to_one_process_cases(folder / "from_one")
+    ranks = run_distributed(two_rank_cases, 2, str(folder), timeout=600)
+    with single_process():
+        loaded = from_one_process_cases(folder / "to_one")
+    return Outcomes(ranks, saved, loaded)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(outcomes: Outcomes, case: str) -> None:
+    """Would show a lost or shared Adam step, stale parameters, a random state that is not restored."""
+    for rank in outcomes.ranks:
+        uninterrupted, resumed = rank["resume"][case]
+        assert resumed == uninterrupted
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_a_run_continues_on_another_layout(outcomes: Outcomes, form: str, source: str, target: str) -> None:
+    expected, found = outcomes.ranks[-1]["layouts"][form, source, target]  # the last rank has the losses
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["not_distributed", "fully_reshardable", "dp_reshardable"])
+def test_a_run_of_one_process_continues_on_two_replicas(outcomes: Outcomes, form: str) -> None:
+    assert outcomes.ranks[0]["from one process"][form] == pytest.approx(outcomes.saved_by_one_process[form], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["not_distributed", "fully_reshardable", "dp_reshardable"])
+def test_a_run_of_two_replicas_continues_in_one_process(outcomes: Outcomes, form: str) -> None:
+    assert outcomes.loaded_by_one_process[form] == pytest.approx(outcomes.ranks[0]["to one process"][form], rel=1e-5)
+
+
+def test_on_another_layout_random_states_start_anew_in_the_same_way_each_time(outcomes: Outcomes) -> None:
+    first, second = outcomes.ranks[0]["reseeded"]
+    assert first == second
+
+
+REFUSED = {
+    "distributed into plain": "parallel.use_distributed_optimizer is False, but the checkpoint was saved with True",
+    "plain into distributed": "parallel.use_distributed_optimizer is True, but the checkpoint was saved with False",
+    "dp_reshardable to tensor": "parallel.tensor_model_parallel_size is 2, but the checkpoint was saved with 1",
+    "dp_reshardable to other buckets": "cannot be loaded",
+    "other precision": "training.precision is bf16, but the checkpoint was saved with fp32",
+    "no such folder": "no such folder",
+    "narrower": "Global shape mismatch",
+    "deeper": "Global shape mismatch",
+    "without biases": "it holds what this run has no place for: decoder.layers.mlp.linear_fc1.bias",
+    "rope": "it holds what this run has no place for: embedding.position_embeddings.weight",
+    "untied": "it lacks optimizer.state.exp_avg.output_layer.weight",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name_on_every_rank(outcomes: Outcomes, case: str) -> None:
+    for rank in outcomes.ranks:
+        message = rank["refusals"][case]
+        assert message.startswith("ValueError: checkpoint /")
+        assert REFUSED[case] in message
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json", "__0_0.distcp"])
+def test_a_file_of_the_right_size_and_other_content_is_refused_with_the_path(outcomes: Outcomes, name: str) -> None:
+    for rank in outcomes.ranks:
+        message = rank["damages"][name]
+        assert message.startswith("ValueError: checkpoint /")
+        assert "iter_0000002 cannot be loaded" in message
+
+
+def test_a_background_save_holds_the_state_of_the_moment_of_saving(outcomes: Outcomes) -> None:
+    for rank in outcomes.ranks:
+        assert rank["background"] == {
+            "complete while saving": None,
+            "first complete after the second began": True,
+            "second complete": True,
+            "same weights": True,
+            "same fp32 copies": True,
+        }
+
+
+@pytest.mark.parametrize("case", FULL_DISKS)
+def test_a_full_disk_is_an_error_on_every_rank_and_leaves_the_former_checkpoint(outcomes: Outcomes, case: str) -> None:
+    for rank in outcomes.ranks:
+        message, left, latest, after_making_room = rank["full disk"][case]
+        assert message.startswith("RuntimeError: checkpoint of iteration 2 could not be written")
+        assert "File too large" in message
+        assert left == ["iter_0000001"]
+        assert (latest, after_making_room) == (1, 3)
+
+
+def test_the_last_checkpoints_are_kept(outcomes: Outcomes) -> None:
+    assert outcomes.ranks[0]["keep_last"] == ["iter_0000002", "iter_0000003"]
+
+
+def stock_model() -> Any:
+    """A GPTModel of the tiny run's size, built by megatron-core alone."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    sizes = CONFIG.model
+    return GPTModel(
+        TransformerConfig(
+            num_layers=sizes.num_layers, hidden_size=sizes.hidden_size, num_attention_heads=sizes.num_attention_heads
+        ),
+        get_gpt_layer_local_spec(),
+        VOCAB,
+        sizes.seq_length,
+        share_embeddings_and_output_weights=True,
+    )
+
+
+def same_weights(stock: Any, ours: Run) -> bool:
+    weights = dict(ours.chunks[0].module.named_parameters())
+    return weights.keys() == dict(stock.named_parameters()).keys() and all(
+        torch.equal(weights[name], weight) for name, weight in stock.named_parameters()
+    )
+
+
+def test_stock_megatron_loads_a_checkpoint_by_its_own_calls(tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    path = str(files.checkpoint_path(tmp_path, 2))
+    with single_process():
+        with run(configure(dropout=0.0)) as ours:
+            ours.train([1, 2])
+            CheckpointManager(tmp_path).save(2, *ours.parts, {})
+            stock = stock_model()
+            stock.load_state_dict(dist_checkpointing.load({"model": stock.sharded_state_dict()}, path)["model"])
+            assert same_weights(stock, ours)
+            expected = ours.train([3, 4])
+        with run(configure(dropout=0.0), seed=77) as loaded:
+            model = loaded.chunks[0].module
+            state = {"model": model.sharded_state_dict()}
+            state["optimizer"] = loaded.optimizer.sharded_state_dict(state, is_loading=True)
+            state = dist_checkpointing.load(state, path)
+            model.load_state_dict(state["model"])
+            loaded.optimizer.load_state_dict(state["optimizer"])
+            loaded.scheduler.load_state_dict(state["opt_param_scheduler"])
+            found = loaded.train([3, 4])
+
+    assert (state["iteration"], state["checkpoint_version"]) == (2, 3.0)
+    assert found == expected
+
+
+def test_the_weights_of_a_checkpoint_that_stock_megatron_saved_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_sbld.training.checkpoint import load_weights
+
+    # Stock megatron-core reports each writer's memory by psutil, which is none of our dependencies.
+    monkeypatch.setattr("megatron.core.dist_checkpointing.strategies.filesystem_async._process_memory", lambda: 0)
+    with single_process(), run(configure(), seed=77) as ours:
+        stock = stock_model()
+        dist_checkpointing.save({"model": stock.sharded_state_dict(), "iteration": 9}, str(tmp_path))
+        assert not same_weights(stock, ours)
+        load_weights(tmp_path, ours.chunks)
+        assert same_weights(stock, ours)
+
+
+def save_and_hang(folder: str, hanging: Any) -> None:
+    """In a process of its own: one complete save, and one that stops before the folder is renamed."""
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    with single_process(), run(configure()) as saved:
+        manager = CheckpointManager(Path(folder))
+        manager.save(1, *saved.parts, {"consumed_samples": 4})
+
+        def stop(*args: Any) -> None:
+            hanging.set()
+            time.sleep(600)
+
+        files.publish = stop
+        manager.save(2, *saved.parts, {"consumed_samples": 8})
+
+
+def test_a_process_killed_during_a_save_leaves_the_former_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    context = multiprocessing.get_context("spawn")
+    hanging = context.Event()
+    process = context.Process(target=save_and_hang, args=(str(tmp_path), hanging))
+    process.start()
+    assert hanging.wait(120)
+    process.kill()
+    process.join()
+
+    latest = files.latest_complete(tmp_path)
+    assert latest is not None
+    assert (latest.iteration, files.read_train_state(latest.path)) == (1, {"consumed_samples": 4})
+    assert (files.incomplete_path(tmp_path, 2) / ".metadata").exists()
+    with single_process(), caplog.at_level(logging.INFO):
+        CheckpointManager(tmp_path)
+    assert not files.incomplete_path(tmp_path, 2).exists()
+    assert "left by an interrupted save" in caplog.text
+
+
+@pytest.mark.parametrize("keep_last", [0, -1])
+def test_keeping_no_checkpoint_is_refused(tmp_path: Path, keep_last: int) -> None:
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    with pytest.raises(ValueError, match=f"checkpoint.keep_last is {keep_last}: must be at least 1"):
+        CheckpointManager(tmp_path, keep_last=keep_last)
+
+
+def test_the_model_that_a_config_describes_is_compared_with_the_saved_one() -> None:
+    from megatron_sbld.training.checkpoint import check_compatible
+
+    saved = dataclasses.asdict(CONFIG)
+    resolved = dataclasses.replace(CONFIG.model, ffn_hidden_size=128, kv_channels=8, max_position_embeddings=16)
+    check_compatible(saved, dataclasses.replace(CONFIG, model=resolved), saved_vocab_size=VOCAB, vocab_size=VOCAB)
+
+    other = dataclasses.replace(CONFIG.model, num_layers=6, hidden_size=64)
+    with pytest.raises(ValueError, match=r"model.num_layers is 6, but the checkpoint has 4; model.hidden_size is 64"):
+        check_compatible(saved, dataclasses.replace(CONFIG, model=other))
+    with pytest.raises(ValueError, match=r"data\.tokenizer has 257 tokens, but the checkpoint's model 128"):
+        check_compatible(saved, CONFIG, saved_vocab_size=VOCAB, vocab_size=257)
+    with pytest.raises(ValueError, match="no model section"):
+        check_compatible({}, CONFIG)
+
+
+FOUR_RANK_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor x pipeline": {"tp": 2, "pp": 2},
+    "data x tensor": {"tp": 2},
+    "data x interleaved": {"pp": 2, "vpp": 2},
+    "data": {},
+}
+
+
+def four_rank_cases(folder: str) -> dict[tuple[str, str], Any]:
+    """The distributed optimizer with both overlaps, between all layouts of four ranks."""
+    options = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    outcomes = {}
+    for source, saved_layout in FOUR_RANK_LAYOUTS.items():
+        place = Path(folder) / source.replace(" ", "_")
+        expected = save_run(place, configure(dropout=0.0, ddp_bucket_size=20_000, **options, **saved_layout))
+        for target, layout in FOUR_RANK_LAYOUTS.items():
+            # Other buckets as well: they are no part of the format.
+            outcomes[source, target] = (expected, load_run(place, configure(dropout=0.0, **options, **layout)))
+    return outcomes
+
+
+@pytest.mark.slow
+def test_a_distributed_optimizer_moves_between_all_layouts_of_four_ranks(tmp_path: Path) -> None:
+    outcomes = run_distributed(four_rank_cases, 4, str(tmp_path), timeout=900)[-1]
+    for move, (expected, found) in outcomes.items():
+        assert found == pytest.approx(expected, rel=1e-5), move
