@@ -324,8 +324,8 @@ def _check_sbld(config: DropConfig, num_layers: int) -> None:
     if config.theta_min > config.theta_max:
         raise ValueError(f"drop.theta_min = {config.theta_min} is not allowed: above drop.theta_max {config.theta_max}")
     with _named_as_fields():
-        block = check_layers("block_layers", config.block_layers or (), num_layers)
-        allow = check_layers("allow_layers", config.allow_layers or (), num_layers)
+        block = check_layers("block_layers", () if config.block_layers is None else config.block_layers, num_layers)
+        allow = check_layers("allow_layers", () if config.allow_layers is None else config.allow_layers, num_layers)
         # The policy's own check of the lists, before any file is read.
         SBLDPolicy(Constant(1.0), [0.0] * num_layers, block_layers=block, allow_layers=allow)
 
