@@ -86,6 +86,7 @@ def tiny_gpt(
             position_embedding_type=position_embedding_type,
             vp_stage=vp_stage,
         )
+        chunk.to(torch.cuda.current_device())  # the norms are built on the CPU
         fill_parameters(chunk)
         chunks.append(chunk)
     return chunks

@@ -31,11 +31,6 @@ CPU = torch.device("cpu")
 _installed = False
 
 
-def needed() -> bool:
-    """Whether this process has no CUDA device, so that megatron-core needs the stand-ins."""
-    return not torch.cuda.is_available()
-
-
 def install_cpu_standins() -> None:
     """Make megatron-core run on the CPU of this process; does nothing the second time.
 
@@ -43,7 +38,7 @@ def install_cpu_standins() -> None:
         RuntimeError: CUDA is available, so Megatron has to use it.
     """
     global _installed
-    if not needed():
+    if torch.cuda.is_available():
         raise RuntimeError("CPU stand-ins must not be installed where CUDA is available: it would hide the GPU")
     if _installed:
         return

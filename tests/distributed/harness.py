@@ -19,16 +19,21 @@ import os
 import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SEED = 1234
+
+# gloo runs on the CPU also where there is a GPU; one thread each, or tiny models wait for one another; loopback only.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
@@ -37,16 +42,18 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     `fn` must be importable (module level), its arguments and its return value picklable.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; the message holds its traceback. The others are
-            ended.
+        RuntimeError: a rank raised; the message holds its traceback. The others are ended.
         TimeoutError: not all ranks came to an end within `timeout` seconds. They are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(
-            _run_rank, (world_size, folder, fn, args, timeout), nprocs=world_size, join=False, start_method="spawn"
-        )
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            context = mp.start_processes(
+                _run_rank, (world_size, folder, fn, args, timeout), nprocs=world_size, join=False, start_method="spawn"
+            )
         try:
             _join(context, deadline=time.monotonic() + timeout, description=f"{fn.__qualname__} on {world_size} ranks")
+        except mp.ProcessRaisedException as error:
+            raise RuntimeError(_first_traceback(folder)) from error
         finally:
             for process in context.processes:
                 process.kill()
@@ -63,8 +70,21 @@ def _join(context: mp.ProcessContext, deadline: float, description: str) -> None
 
 
 def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float) -> None:
-    """One process: join the group, run the function, leave the result in a file."""
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size))
+    """One process: leave the function's result in a file, or what it raised."""
+    try:
+        result = _call_in_group(rank, world_size, folder, fn, args, timeout)
+        _result_file(folder, rank).write_bytes(pickle.dumps(result))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        _error_file(folder, rank).write_text(traceback.format_exc())
+        raise
+
+
+def _call_in_group(
+    rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float
+) -> object:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     install_standins_if_needed()
     dist.init_process_group(
@@ -74,14 +94,21 @@ def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], a
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout),
     )
-    result = fn(*args)
-    _result_file(folder, rank).write_bytes(pickle.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    return fn(*args)
 
 
 def _result_file(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.pickle"
+
+
+def _error_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank{rank}.error"
+
+
+def _first_traceback(folder: str) -> str:
+    """What the rank raised that failed first: the others lose their connection to it, and may be noticed before it."""
+    first = min(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+    return f"{first.stem} failed:\n{first.read_text()}"
 
 
 def install_standins_if_needed() -> None:
