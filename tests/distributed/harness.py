@@ -36,7 +36,7 @@ SEED = 1234
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call `fn(*args)` on every rank of `world_size` new processes and return what each returned, by rank.
 
     `fn` must be importable (module level), its arguments and its return value picklable.
