@@ -1,0 +1,198 @@
+"""One rank's part of realised_gain.py: the trainer's model and step in alternating blocks, timed.
+
+A layer that was made switchable becomes a stock one again by having its own class back, so undropped and dropped blocks
+share one model, one optimizer state and one set of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import unittest.mock
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _gain_report import Overhead
+from _layer_times import ModuleTimer
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.switchable import decoder_layers
+from megatron_sbld.policy import LayerDropPolicy
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.data import Batch
+from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
+from megatron_sbld.training.step import train_step
+
+DISTINCT_BATCHES = 16  # iterations after which the random tokens repeat
+OVERHEAD_ITERATIONS = 256  # a multiple of the controller's window, so that its share of exchanges is counted
+
+
+def count_iterations(args: argparse.Namespace) -> int:
+    """Iterations of the whole run: warm-up, and in each round a pair of blocks and a timed iteration a keep_prob."""
+    pairs = args.rounds * (len(args.keep_probs) + 1)
+    return args.warmup + pairs * (2 * args.block_iterations + 1)
+
+
+@dataclass
+class RankMeasurement:
+    """What one rank measured; in seconds."""
+
+    stage: int
+    undropped: dict[float, list[float]] = field(default_factory=dict)  # keep_prob -> block times, [rounds]
+    dropped: dict[float, list[float]] = field(default_factory=dict)
+    kept: dict[float, list[list[list[bool]]]] = field(default_factory=dict)  # [rounds, iterations, L]
+    timed_iterations: list[float] = field(default_factory=list)
+    # [rounds * pairs, layers on this stage + 1, 2]: layers and then the whole stage; forward and backward
+    pass_times: list[list[tuple[float, float]]] = field(default_factory=list)
+    overhead: Overhead = field(default_factory=lambda: Overhead(0.0, 0.0, 0))
+
+
+class Run:
+    """The parts of the trainer that run here, and the iteration that it is at."""
+
+    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+        self.args = args
+        self.config = config
+        self.num_microbatches = get_num_microbatches()
+        self.iteration = 0
+        self.theta: dict[int, float] = {}  # iteration -> keep_prob
+        self.rounds = self.plan_rounds()
+        policy = LayerDropPolicy(lambda t: self.theta.get(t, 1.0), config.model.num_layers)
+        self.controller = DropController(policy, seed=args.seed)
+        self.chunks = build_model(config, args.vocab_size)
+        self.layers = [layer for chunk in self.chunks for layer in decoder_layers(chunk)]
+        self.stock_classes = [type(layer) for layer in self.layers]
+        make_switchable(self.chunks, self.controller)
+        self.switchable_classes = [type(layer) for layer in self.layers]
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.scheduler = build_param_scheduler(config, self.optimizer, count_iterations(args))
+        self.batches = itertools.cycle(self.random_batches())
+
+    def plan_rounds(self) -> list[list[tuple[float, bool]]]:
+        """Order of the pairs of each round: (keep_prob, whether the undropped block comes first); notes the thetas.
+
+        All ranks know the keep_prob of every iteration beforehand, as the controller's check of a window requires.
+        """
+        rng = np.random.default_rng(self.args.seed)
+        keep_probs = [1.0, *self.args.keep_probs]
+        length, iteration = self.args.block_iterations, self.args.warmup
+        rounds = []
+        for number in range(self.args.rounds):
+            order = [(keep_probs[i], number % 2 == 0) for i in rng.permutation(len(keep_probs))]
+            for keep_prob, undropped_first in order:
+                start = iteration + 1 + (length if undropped_first else 0)
+                self.theta.update(dict.fromkeys(range(start, start + length), keep_prob))
+                iteration += 2 * length + 1
+            rounds.append(order)
+        return rounds
+
+    def random_batches(self) -> list[Batch]:
+        """Microbatches of random tokens, other ones on every replica."""
+        rng = torch.Generator().manual_seed(self.args.seed + parallel_state.get_data_parallel_rank())
+        size, length = self.args.micro_batch_size, self.args.seq_length
+        batches = []
+        for _ in range(DISTINCT_BATCHES * self.num_microbatches):
+            text = torch.randint(self.args.vocab_size, (size, length + 1), generator=rng)
+            batches.append(
+                {
+                    "tokens": text[:, :-1].contiguous(),
+                    "labels": text[:, 1:].contiguous(),
+                    "loss_mask": torch.ones(size, length),
+                    "position_ids": torch.arange(length).expand(size, -1).contiguous(),
+                }
+            )
+        return batches
+
+    def measure(self, name: str) -> RankMeasurement:
+        """Warm up, run all rounds, and time the calls that switchable layers add."""
+        result = RankMeasurement(stage=parallel_state.get_pipeline_model_parallel_rank())
+        for chunk in self.chunks:
+            chunk.train()
+        with self.progress() as progress:
+            task = progress.add_task(name, total=count_iterations(self.args))
+            self.block(self.args.warmup, switchable=False)
+            for order in self.rounds:
+                for keep_prob, undropped_first in order:
+                    for switchable in (False, True) if undropped_first else (True, False):
+                        seconds, kept = self.block(self.args.block_iterations, switchable)
+                        (result.dropped if switchable else result.undropped).setdefault(keep_prob, []).append(seconds)
+                        if switchable:
+                            result.kept.setdefault(keep_prob, []).append(kept)
+                    self.timed_iteration(result)
+                    progress.update(task, completed=self.iteration)
+        result.overhead = self.time_added_calls()
+        return result
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Progress(*columns, console=Console(stderr=True), disable=dist.get_rank() != 0)
+
+    def block(self, iterations: int, switchable: bool) -> tuple[float, list[list[bool]]]:
+        """Seconds of a block, and the decisions of its iterations: none if its layers are stock ones."""
+        for layer, cls in zip(self.layers, self.switchable_classes if switchable else self.stock_classes, strict=True):
+            layer.__class__ = cls
+        kept = []
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(iterations):
+            self.iteration += 1
+            if switchable:
+                self.controller.begin_iteration(self.iteration, self.num_microbatches)
+                kept.append(self.controller.plan[0].tolist())
+            batches = itertools.islice(self.batches, self.num_microbatches)
+            # It ends with the losses on the CPU, so a GPU has then done everything.
+            outcome = train_step(self.config, self.chunks, self.optimizer, [batches], stop_requested=False)
+            assert outcome.update_successful, "an update is only skipped in fp16"
+            self.scheduler.step(increment=self.args.global_batch_size)
+        return time.perf_counter() - began, kept
+
+    def timed_iteration(self, result: RankMeasurement) -> None:
+        """One undropped iteration in which each layer's passes are timed, and the whole stage's."""
+        with ExitStack() as stack:
+            timers = [stack.enter_context(ModuleTimer(layer, is_layer=True)) for layer in self.layers]
+            timers += [stack.enter_context(ModuleTimer(chunk, is_layer=False)) for chunk in self.chunks]
+            seconds, _ = self.block(1, switchable=False)
+        result.timed_iterations.append(seconds)
+        result.pass_times.append([timer.times() for timer in timers])
+
+    def time_added_calls(self) -> Overhead:
+        """Time begin_iteration, and the layers' decisions with nothing for them to decide about, at keep_prob 1."""
+        first = count_iterations(self.args) + 1
+        for iteration in range(first, first + OVERHEAD_ITERATIONS):  # the first calls import and fill caches
+            self.controller.begin_iteration(iteration, self.num_microbatches)
+        began = time.perf_counter()
+        for iteration in range(first + OVERHEAD_ITERATIONS, first + 2 * OVERHEAD_ITERATIONS):
+            self.controller.begin_iteration(iteration, self.num_microbatches)
+        begin_iteration = (time.perf_counter() - began) / OVERHEAD_ITERATIONS
+        passes = self.num_microbatches * (2 if self.args.recompute_granularity == "full" else 1)
+        decisions = passes * (
+            self.time_empty_layers(self.switchable_classes) - self.time_empty_layers(self.stock_classes)
+        )
+        return Overhead(begin_iteration, decisions, calls=passes * len(self.layers))
+
+    def time_empty_layers(self, classes: list[type]) -> float:
+        """Seconds that one sweep over this rank's layers takes when a stock layer's forward does nothing."""
+        hidden_states, sweeps = torch.zeros(1), 2000
+        with ExitStack() as stack:
+            for cls in set(self.stock_classes):
+                stack.enter_context(unittest.mock.patch.object(cls, "forward", _do_nothing))
+            for layer, cls in zip(self.layers, classes, strict=True):
+                layer.__class__ = cls
+            began = time.perf_counter()
+            for _ in range(sweeps):
+                for layer in self.layers:
+                    layer.forward(hidden_states=hidden_states)
+            return (time.perf_counter() - began) / sweeps
+
+
+def _do_nothing(layer: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return hidden_states, None

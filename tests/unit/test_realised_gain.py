@@ -1,0 +1,123 @@
+"""The arithmetic of benchmarks/realised_gain.py: the pipeline's critical path, ideal gain, ratio and its interval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from _gain import Pairs, PassTimes, measure_gain, one_f_one_b, saved_time, schedule_time
+
+ROUNDS, ITERATIONS, LAYERS = 8, 3, 4
+LAYER_FORWARD, LAYER_BACKWARD = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 4.0, 6.0, 8.0])
+HEAD_FORWARD, HEAD_BACKWARD = 0.5, 1.0  # what a stage does besides its layers
+
+
+def pass_times(num_stages: int) -> PassTimes:
+    return PassTimes(
+        layer_forward=LAYER_FORWARD,
+        layer_backward=LAYER_BACKWARD,
+        stage_forward=LAYER_FORWARD.reshape(num_stages, -1).sum(axis=1) + HEAD_FORWARD,
+        stage_backward=LAYER_BACKWARD.reshape(num_stages, -1).sum(axis=1) + HEAD_BACKWARD,
+    )
+
+
+def in_every_round(times: PassTimes) -> PassTimes:
+    return PassTimes(*(np.tile(value, (ROUNDS, 1)) for value in vars(times).values()))
+
+
+def simulated_pairs(realised_share: float, noise: float = 0.0) -> Pairs:
+    """Blocks on one stage with two microbatches, in which drops save `realised_share` of the dropped layers' time."""
+    rng = np.random.default_rng(0)
+    kept = rng.random((ROUNDS, ITERATIONS, LAYERS)) < 0.5
+    undropped = np.full(ROUNDS, ITERATIONS * 100.0)
+    saved = 2 * np.where(kept, 0.0, LAYER_FORWARD + LAYER_BACKWARD).sum(axis=(1, 2))
+    factors = 1 + noise * rng.standard_normal((2, ROUNDS))
+    return Pairs(undropped * factors[0], (undropped - realised_share * saved) * factors[1], kept)
+
+
+def test_one_f_one_b_alternates_after_the_warm_up_and_ends_with_the_backward_passes():
+    first, last = one_f_one_b(0, 2, 3), one_f_one_b(1, 2, 3)
+    assert [name[0] + str(microbatch) for name, microbatch in first] == ["f0", "f1", "b0", "f2", "b1", "b2"]
+    assert [name[0] + str(microbatch) for name, microbatch in last] == ["f0", "b0", "f1", "b1", "f2", "b2"]
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 4), (2, 1), (2, 4), (4, 8), (4, 2)])
+def test_equal_stages_take_one_slot_for_each_microbatch_and_one_for_each_stage_of_bubble(num_stages, num_microbatches):
+    time = schedule_time(np.full(num_stages, 1.0), np.full(num_stages, 2.0), num_microbatches)
+    assert time == pytest.approx(3.0 * (num_microbatches + num_stages - 1))
+
+
+def test_the_slowest_stage_sets_the_pace_of_a_pipeline():
+    # f on both stages, 4 microbatches of the slow second one, and the last backward pass of the first
+    assert schedule_time(np.array([1.0, 3.0]), np.array([2.0, 6.0]), 4) == pytest.approx(1 + 4 * 9 + 2)
+
+
+def test_in_one_stage_a_drop_saves_its_layers_passes_in_every_microbatch():
+    kept = np.array([True, False, True, False])
+    assert saved_time(pass_times(1), kept, 5) == pytest.approx(5 * (2 + 4 + 4 + 8))
+
+
+def test_a_drop_on_the_idle_stage_saves_less_than_its_layers_time_and_on_the_busy_stage_all_of_it():
+    on_idle_stage, on_busy_stage = np.array([False, True, True, True]), np.array([True, True, False, True])
+    # The first stage waits for the second but for its first forward and last backward pass.
+    assert saved_time(pass_times(2), on_idle_stage, 4) == pytest.approx(1 + 2)
+    assert saved_time(pass_times(2), on_busy_stage, 4) == pytest.approx(4 * (3 + 6))
+
+
+def test_keeping_every_layer_saves_nothing_whatever_the_leading_dimensions():
+    saved = saved_time(pass_times(2), np.ones((5, 3, LAYERS), dtype=bool), 4)
+    assert saved.shape == (5, 3)
+    assert np.all(saved == 0)
+
+
+def test_dropping_every_layer_leaves_the_time_of_the_rest():
+    times = pass_times(2)
+    left = schedule_time(times.stage_forward, times.stage_backward, 4) - saved_time(times, np.zeros(4, bool), 4)
+    assert left == pytest.approx((HEAD_FORWARD + HEAD_BACKWARD) * (4 + 1))
+
+
+def test_the_ratio_is_1_when_drops_save_exactly_their_layers_time():
+    gain = measure_gain(simulated_pairs(1.0), in_every_round(pass_times(1)), 2)
+    assert gain.ratio is not None
+    assert [gain.ratio.value, gain.ratio.low, gain.ratio.high] == pytest.approx([1.0, 1.0, 1.0])
+    assert gain.realised.value == pytest.approx(gain.ideal)
+
+
+def test_ideal_gain_is_t_over_t_less_the_dropped_layers_time():
+    pairs = simulated_pairs(1.0)
+    dropped_time = 2 * np.where(pairs.kept, 0.0, LAYER_FORWARD + LAYER_BACKWARD).sum()
+    total = pairs.undropped.sum()
+    gain = measure_gain(pairs, in_every_round(pass_times(1)), 2)
+    assert gain.ideal == pytest.approx(total / (total - dropped_time))
+    assert gain.kept_fraction == pytest.approx(pairs.kept.mean())
+
+
+def test_what_drops_fail_to_save_lowers_the_ratio_and_leaves_the_ideal_gain():
+    perfect, wasteful = (measure_gain(simulated_pairs(share), in_every_round(pass_times(1)), 2) for share in (1.0, 0.8))
+    assert wasteful.ideal == perfect.ideal
+    assert wasteful.ratio is not None
+    assert wasteful.ratio.high < 0.85
+
+
+def test_the_interval_covers_the_truth_under_noise_and_widens_with_it():
+    quiet, loud = (
+        measure_gain(simulated_pairs(0.9, noise), in_every_round(pass_times(1)), 2).ratio for noise in (0.002, 0.02)
+    )
+    assert quiet is not None
+    assert loud is not None
+    truth = measure_gain(simulated_pairs(0.9), in_every_round(pass_times(1)), 2).ratio
+    assert truth is not None
+    assert quiet.low < truth.value < quiet.high
+    assert loud.high - loud.low > 5 * (quiet.high - quiet.low)
+
+
+def test_without_a_drop_there_is_no_ratio_but_a_realised_gain():
+    pairs = Pairs(np.full(ROUNDS, 10.0), np.full(ROUNDS, 10.1), np.ones((ROUNDS, ITERATIONS, LAYERS), dtype=bool))
+    gain = measure_gain(pairs, in_every_round(pass_times(1)), 2)
+    assert gain.ratio is None
+    assert gain.ideal == 1.0
+    assert gain.realised.value == pytest.approx(10.0 / 10.1)
