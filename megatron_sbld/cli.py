@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if given[0] not in commands:
             raise ValueError(f"unknown command {given[0]!r}; allowed are {', '.join(commands)}")
         sys.exit(commands[given[0]](given[1:]))
-    except (ValueError, argparse.ArgumentError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except (ValueError, argparse.ArgumentError, OSError) as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_MISTAKE)
@@ -65,7 +65,7 @@ def _prepare(args: list[str]) -> int:
 
     parser = _parser("prepare [options]", "Turn text into data sets (.bin/.idx) for training and validation.")
     parser.add_class_arguments(PrepareConfig)
-    prepare(PrepareConfig(**parser.parse_args(args).as_dict()))
+    print(prepare(PrepareConfig(**parser.parse_args(args).as_dict())).summary())
     return 0
 
 

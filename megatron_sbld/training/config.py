@@ -101,7 +101,7 @@ class DataConfig:
     num_workers: int = 0
     """Processes that load data ahead of each rank."""
     eod_mask_loss: bool = False
-    """Leave the end-of-document token out of the loss."""
+    """Leave out of the loss what is predicted from an end-of-document token, as Megatron does."""
     reset_position_ids: bool = False
     """Restart positions after an end-of-document token."""
     reset_attention_mask: bool = False
