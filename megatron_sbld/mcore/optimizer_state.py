@@ -67,6 +67,11 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         part.load_state_dict(loaded)
 
 
+def bucket_sizes(optimizer: MegatronOptimizer) -> list[list[int]]:
+    """Elements of each gradient bucket of each buffer of a distributed optimizer on this rank, without padding."""
+    return [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in _holder(optimizer).buffers]
+
+
 def _initialise(optimizer: MegatronOptimizer) -> None:
     """Give parameters without optimizer state the one that their first step starts from: zero moments, step 0."""
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)

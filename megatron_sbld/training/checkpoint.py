@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,8 @@ class CheckpointManager:
         """
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"checkpoint.keep_last is {keep_last}: must be at least 1, or None to keep all")
+        if optimizer_format not in get_args(OptimizerFormat):
+            raise ValueError(f"optimizer_format is {optimizer_format!r}: must be one of {get_args(OptimizerFormat)}")
         self._directory = Path(directory)
         self._keep_last = keep_last
         self._async = async_save
@@ -167,12 +169,16 @@ class CheckpointManager:
         failure = None
         try:
             step()
-        except (Exception, CheckpointException) as error:
-            failure = f"{type(error).__name__}: {error}"
+        except CheckpointException as error:  # raised on every rank, for those that failed
+            own = error.failures.get(dist.get_rank())
+            failure = content.reason(own[0]) if own else None
+        except Exception as error:
+            failure = content.reason(error)
         failures: list[str | None] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(failures, failure, group=self._group)
-        if any(failures):
-            raise _WriteError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text))
+        reasons = {rank: text for rank, text in enumerate(failures) if text}
+        if reasons:
+            raise _WriteError(content.by_rank(reasons))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +224,7 @@ def load_checkpoint(
     distributed_format = content.FULLY_RESHARDABLE
     if saved.optimizer_format != content.NOT_DISTRIBUTED:
         distributed_format = saved.optimizer_format
-    present = content.current_layout(model_chunks, optimizer, distributed_format)
+    present = on_rank_0(lambda: content.current_layout(model_chunks, optimizer, distributed_format))
     content.check_layout(path, saved=saved, present=present)
 
     metadata = content.content_metadata(present.optimizer_format)

@@ -51,6 +51,8 @@ class Layout:
     data_parallel_size: int
     optimizer_format: str
     """not_distributed, dp_reshardable or fully_reshardable."""
+    optimizer_buckets: list[list[int]]
+    """dp_reshardable: elements of the first rank's gradient buckets, by buffer, without padding; else empty."""
     precision: str
     """fp32, bf16 or fp16."""
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -42,6 +42,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_sbld.mcore.optimizer_state import bucket_sizes
 from megatron_sbld.training.checkpoint_files import Layout
 
 NOT_DISTRIBUTED = "not_distributed"
@@ -62,15 +63,17 @@ class Snapshot:
 def current_layout(
     model_chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, distributed_format: str
 ) -> Layout:
-    """The layout of this run; `distributed_format` counts where the optimizer is distributed."""
+    """The layout of this run, as this rank sees it; `distributed_format` counts where the optimizer is distributed."""
     config = optimizer.config
+    optimizer_format = distributed_format if config.use_distributed_optimizer else NOT_DISTRIBUTED
     return Layout(
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         num_virtual_stages_per_pipeline_rank=len(model_chunks),
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        optimizer_format=distributed_format if config.use_distributed_optimizer else NOT_DISTRIBUTED,
+        optimizer_format=optimizer_format,
+        optimizer_buckets=bucket_sizes(optimizer) if optimizer_format == DP_RESHARDABLE else [],
         precision="fp16" if config.fp16 else "bf16" if config.bf16 else "fp32",
     )
 
@@ -94,15 +97,21 @@ def check_layout(path: Path, *, saved: Layout, present: Layout) -> None:
         )
     if saved.optimizer_format != DP_RESHARDABLE:
         return
-    fixed = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank")
-    for name in fixed:
+    advice = (
+        f"its optimizer format {DP_RESHARDABLE} allows only the data-parallel size to change; set it alike, load the "
+        f"weights alone, or save in the format {FULLY_RESHARDABLE}"
+    )
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"):
         here, there = getattr(present, name), getattr(saved, name)
         if here != there:
             raise ValueError(
-                f"checkpoint {path}: parallel.{name} is {here}, but the checkpoint was saved with {there}, and its "
-                f"optimizer format {DP_RESHARDABLE} allows only the data-parallel size to change; set it alike, load "
-                f"the weights alone, or save in the format {FULLY_RESHARDABLE}"
+                f"checkpoint {path}: parallel.{name} is {here}, but the checkpoint was saved with {there}, and {advice}"
             )
+    if present.optimizer_buckets != saved.optimizer_buckets:
+        raise ValueError(
+            f"checkpoint {path}: parallel.overlap_grad_reduce and parallel.ddp_bucket_size give other gradient buckets "
+            f"than when the checkpoint was saved, and {advice}"
+        )
 
 
 def content_metadata(optimizer_format: str) -> dict[str, Any]:
@@ -216,23 +225,28 @@ def failures_name(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong on reading a checkpoint into a ValueError that names it."""
     try:
         yield
-    except CheckpointException as error:
-        reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
-        raise ValueError(f"checkpoint {path} cannot be loaded: {'; '.join(sorted(reasons))}") from error
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path} cannot be loaded: {error}") from error
-    except (
-        CheckpointingException,
-        RuntimeError,
-        AssertionError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise ValueError(f"checkpoint {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"checkpoint {path} cannot be loaded: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, CheckpointException):
+        return by_rank({rank: reason(cause) for rank, (cause, _) in error.failures.items()})
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises to load without weights_only
+        return "the content of a file is damaged (UnpicklingError)"
+    first_line = str(error).split("\n", maxsplit=1)[0]
+    return first_line if type(error) is ValueError else f"{type(error).__name__}: {first_line}"
+
+
+def by_rank(reasons: dict[int, str]) -> str:
+    """The reasons of all ranks that failed, each once, with the first rank that gave it."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for rank, text in sorted(reasons.items()):
+        ranks[text].append(rank)
+    return "; ".join(
+        f"rank {same[0]}{f' and {len(same) - 1} more' if len(same) > 1 else ''}: {text}" for text, same in ranks.items()
+    )
 
 
 def _named_chunks(model_chunks: Sequence[torch.nn.Module]) -> dict[str, GPTModel]:

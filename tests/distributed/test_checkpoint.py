@@ -180,6 +180,9 @@ def refusal_cases(folder: Path) -> dict[str, str]:
         "dp_reshardable to tensor": error_of(
             lambda: load_run(distributed, configure(tp=2, use_distributed_optimizer=True))
         ),
+        "dp_reshardable to pipeline": error_of(
+            lambda: load_run(distributed, configure(pp=2, use_distributed_optimizer=True))
+        ),
         "dp_reshardable to other buckets": error_of(
             lambda: load_run(
                 distributed,
@@ -375,7 +378,8 @@ REFUSED = {
     "distributed into plain": "parallel.use_distributed_optimizer is False, but the checkpoint was saved with True",
     "plain into distributed": "parallel.use_distributed_optimizer is True, but the checkpoint was saved with False",
     "dp_reshardable to tensor": "parallel.tensor_model_parallel_size is 2, but the checkpoint was saved with 1",
-    "dp_reshardable to other buckets": "cannot be loaded",
+    "dp_reshardable to other buckets": "parallel.ddp_bucket_size give other gradient buckets",
+    "dp_reshardable to pipeline": "parallel.pipeline_model_parallel_size is 2, but the checkpoint was saved with 1",
     "other precision": "training.precision is bf16, but the checkpoint was saved with fp32",
     "no such folder": "no such folder",
     "narrower": "Global shape mismatch",
@@ -400,6 +404,8 @@ def test_a_file_of_the_right_size_and_other_content_is_refused_with_the_path(out
         message = rank["damages"][name]
         assert message.startswith("ValueError: checkpoint /")
         assert "iter_0000002 cannot be loaded" in message
+        assert "\n" not in message
+        assert len(message) < 300
 
 
 def test_a_background_save_holds_the_state_of_the_moment_of_saving(outcomes: Outcomes) -> None:
@@ -418,7 +424,7 @@ def test_a_full_disk_is_an_error_on_every_rank_and_leaves_the_former_checkpoint(
     for rank in outcomes.ranks:
         message, left, latest, after_making_room = rank["full disk"][case]
         assert message.startswith("RuntimeError: checkpoint of iteration 2 could not be written")
-        assert "File too large" in message
+        assert f"rank {FULL_DISKS[case][0]}: OSError: [Errno 27] File too large" in message
         assert left == ["iter_0000001"]
         assert (latest, after_making_room) == (1, 3)
 
@@ -542,6 +548,13 @@ def test_keeping_no_checkpoint_is_refused(tmp_path: Path, keep_last: int) -> Non
 
     with pytest.raises(ValueError, match=f"checkpoint.keep_last is {keep_last}: must be at least 1"):
         CheckpointManager(tmp_path, keep_last=keep_last)
+
+
+def test_an_unknown_format_of_the_optimizer_is_refused(tmp_path: Path) -> None:
+    from megatron_sbld.training.checkpoint import CheckpointManager
+
+    with pytest.raises(ValueError, match=r"optimizer_format is 'zipped': must be one of \('fully_reshardable', "):
+        CheckpointManager(tmp_path, optimizer_format="zipped")
 
 
 def test_the_model_that_a_config_describes_is_compared_with_the_saved_one() -> None:

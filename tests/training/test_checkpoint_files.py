@@ -19,7 +19,8 @@ LAYOUT = Layout(
     num_virtual_stages_per_pipeline_rank=1,
     context_parallel_size=1,
     data_parallel_size=4,
-    optimizer_format="not_distributed",
+    optimizer_format="dp_reshardable",
+    optimizer_buckets=[[100, 20]],
     precision="bf16",
 )
 
