@@ -34,20 +34,15 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.policy import Policy
-from megatron_sbld.training.checkpoint import CheckpointManager, check_compatible, load_checkpoint, load_weights
-from megatron_sbld.training.checkpoint_files import (
-    MANIFEST,
-    CheckpointInfo,
-    find_checkpoint,
-    latest_complete,
-    read_train_state,
-)
+from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights
+from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
 from megatron_sbld.training.flops import padded_vocab_size, training_flops
 from megatron_sbld.training.metrics import MetricsWriter
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
+from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
@@ -71,8 +66,8 @@ def pretrain(config: Config) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
     policy = build_policy(config.drop, config.model.num_layers, train_iterations(config))
-    start = _checkpoint_to_start_from(config, tokenizer)
-    with distributed_run(config), _stop_flag() as stop:
+    start = find_start(config, tokenizer)
+    with distributed_run(config), _microbatch_calculator(config), _stop_flag() as stop:
         run = _Run(config, tokenizer, policy, start)
         try:
             return run.train(stop)
@@ -100,49 +95,28 @@ def _stop_flag() -> Iterator[_StopFlag]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """A checkpoint to start from: another run's weights alone, or all of the state of this run or another."""
-
-    checkpoint: CheckpointInfo
-    whole_state: bool
-
-
-def _checkpoint_to_start_from(config: Config, tokenizer: Tokenizer) -> _Start | None:
-    """Apply checkpoint.resume and checkpoint.load, and refuse a checkpoint of another model."""
-    folder = Path(config.logging.run_dir) / "checkpoints"
-    own = latest_complete(folder)
-    if config.checkpoint.resume == "never" and own is not None:
-        raise ValueError(
-            f"checkpoint.resume = 'never': {folder} holds a checkpoint of iteration {own.iteration}; "
-            "name another logging.run_dir, or use 'auto' to continue"
-        )
-    if config.checkpoint.resume == "always" and own is None:
-        raise ValueError(f"checkpoint.resume = 'always': {folder} holds no complete checkpoint")
-    if own is not None:
-        start = _Start(own, True)
-    elif config.checkpoint.load is not None:
-        start = _checkpoint_to_load(Path(config.checkpoint.load), config.checkpoint.load_optimizer)
-    else:
-        return None
-    if start.whole_state or (start.checkpoint.path / MANIFEST).exists():  # Megatron-LM's own have no manifest
-        saved = read_train_state(start.checkpoint.path)
-        check_compatible(saved["config"], config, saved_vocab_size=saved["vocab_size"], vocab_size=tokenizer.vocab_size)
-    return start
-
-
-def _checkpoint_to_load(path: Path, whole_state: bool) -> _Start:
-    """checkpoint.load: one of ours, a folder or run that holds some, or for the weights alone one of Megatron-LM's."""
-    is_megatron_lm = (path / "metadata.json").exists() and not (path / MANIFEST).exists()
-    if is_megatron_lm and not whole_state:
-        return _Start(CheckpointInfo(path, iteration=0), False)
-    return _Start(find_checkpoint(path), whole_state)
+@contextmanager
+def _microbatch_calculator(config: Config) -> Iterator[None]:
+    """Megatron's global calculator of microbatches and of the ramp of the batch size."""
+    training = config.training
+    init_num_microbatches_calculator(
+        rank=dist.get_rank(),
+        rampup_batch_size=training.rampup_batch_size,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        data_parallel_size=data_parallel_size(config, dist.get_world_size()),
+        decrease_batch_size_if_needed=False,
+    )
+    try:
+        yield
+    finally:
+        destroy_num_microbatches_calculator()
 
 
 class _Run:
     """A run's parts and how far it has come. Built on every rank, in the same order."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: _Start | None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: Start | None) -> None:
         self.config = config
         self.run_dir = Path(config.logging.run_dir)
         self.tokenizer = tokenizer
@@ -150,9 +124,8 @@ class _Run:
         self.iteration = 0
         self.consumed_samples = 0
         self.train_time_s = 0.0
-        self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config)
+        self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config) if start is None else start.vocab_size
         self.replicas = data_parallel_size(config, dist.get_world_size())
-        _init_microbatches(config, self.replicas)
         self.controller = _build_controller(config, policy)
         self.chunks: list[DistributedDataParallel] = build_model(config, self.vocab_size)
         if config.drop.policy != "none":
@@ -198,7 +171,6 @@ class _Run:
         self.checkpoints.close()
         if self.writer is not None:
             self.writer.close()
-        destroy_num_microbatches_calculator()
 
     def _iterate(self, stop: _StopFlag) -> bool:
         """One training iteration; whether any rank was asked to stop."""
@@ -285,7 +257,7 @@ class _Run:
         }
         self.checkpoints.save(self.iteration, self.chunks, self.optimizer, self.scheduler, train_state)
 
-    def _restore(self, start: _Start) -> None:
+    def _restore(self, start: Start) -> None:
         if not start.whole_state:
             load_weights(start.checkpoint.path, self.chunks, self.optimizer)
             return
@@ -293,9 +265,11 @@ class _Run:
             start.checkpoint.path, self.chunks, self.optimizer, self.scheduler, seed=self.config.training.seed
         )
         self.iteration = start.checkpoint.iteration
-        self.consumed_samples = state["consumed_samples"]
-        self.train_time_s = state["train_time_s"]
-        for difference in self.controller.load_state_dict(state["drop"]):
+        with failures_name(start.checkpoint.path):
+            self.consumed_samples = int(state["consumed_samples"])
+            self.train_time_s = float(state["train_time_s"])
+            differences = self.controller.load_state_dict(state["drop"])
+        for difference in differences:
             logger.warning("%s", difference)
 
     def _open_writer(self) -> MetricsWriter:
@@ -320,18 +294,6 @@ class _Run:
 
 def _is_due(iteration: int, interval: int) -> bool:
     return interval > 0 and iteration % interval == 0
-
-
-def _init_microbatches(config: Config, replicas: int) -> None:
-    training = config.training
-    init_num_microbatches_calculator(
-        rank=dist.get_rank(),
-        rampup_batch_size=training.rampup_batch_size,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        data_parallel_size=replicas,
-        decrease_batch_size_if_needed=False,
-    )
 
 
 def _build_controller(config: Config, policy: Policy) -> DropController:

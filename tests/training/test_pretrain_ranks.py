@@ -1,0 +1,173 @@
+"""`pretrain` on two processes: every layout like one process, resumed bit for bit, and continued on another layout.
+
+One start of the processes runs all cases; what one process has to do comes before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sbld.training.config import Config
+from tests.training.trainer_helpers import (
+    BOTH_OVERLAPS,
+    FULL_DEPTH,
+    HALF,
+    NO_DROPOUT,
+    change,
+    decisions,
+    in_folder,
+    losses,
+    prepare_corpus,
+    run_here,
+    run_trainers,
+    sbld,
+    stop_and_resume,
+    tiny_run,
+    valid_losses,
+)
+
+TENSOR = {"tensor_model_parallel_size": 2}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+INTERLEAVED = {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP 2": TENSOR,
+    "TP 2 with sequence parallelism": {**TENSOR, "sequence_parallel": True},
+    "CP 2": {"context_parallel_size": 2},
+    "PP 2": PIPELINE,
+    "PP 2 interleaved": INTERLEAVED,
+    "DP 2": {},
+    "DP 2, both overlaps": BOTH_OVERLAPS,
+}
+RESUMED: dict[str, dict[str, dict[str, Any]]] = {
+    "DP 2": {},
+    "DP 2, both overlaps": {"parallel": BOTH_OVERLAPS},
+    "DP 2, both overlaps, bf16, per microbatch": {
+        "parallel": BOTH_OVERLAPS,
+        "training": {"precision": "bf16"},
+        "drop": {"decision_scope": "microbatch"},
+    },
+    "DP 2, distinct replicas": {"drop": {"sampler": "balanced", "replicas": "distinct"}},
+    "PP 2 interleaved": {"parallel": INTERLEAVED},
+    "TP 2": {"parallel": TENSOR},
+}
+# Each run is stopped after 3 iterations and continued on the next layout.
+CHAINS: dict[str, list[dict[str, Any]]] = {
+    "plain optimizer": [{}, {}, TENSOR, INTERLEAVED],
+    "distributed optimizer": [
+        {"use_distributed_optimizer": True, **layout} for layout in ({}, BOTH_OVERLAPS, TENSOR, INTERLEAVED)
+    ],
+}
+CHAIN_STOPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything of this module: the corpus, and a folder for each run."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> Path:
+    return prepare_corpus(folder)
+
+
+def without_dropout(folder: Path, corpus: Path, name: str, **sections: Any) -> Config:
+    """A run in which equal decisions must give equal losses."""
+    return tiny_run(folder / name, corpus, **{"model": NO_DROPOUT, "drop": sbld(folder), **sections})
+
+
+def from_common_weights(folder: Path, corpus: Path, name: str, **parallel: Any) -> Config:
+    """20 iterations from the weights of the run `base`: initial weights are another draw on each layout."""
+    return without_dropout(
+        folder,
+        corpus,
+        name,
+        parallel=parallel,
+        training={"train_iters": 20, "eval_interval": 7},
+        checkpoint={"load": str(folder / "base")},
+        data={"valid_data_path": [f"{corpus}_valid"]},
+    )
+
+
+def chain(folder: Path, corpus: Path, name: str) -> list[Config]:
+    """One run of 12 iterations on four layouts."""
+    iterations = CHAIN_STOPS * len(CHAINS[name])
+    stop = {"train_iters": iterations, "exit_after_iterations": CHAIN_STOPS}
+    return [
+        without_dropout(folder, corpus, f"chain, {name}", parallel=layout, training=stop) for layout in CHAINS[name]
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
+    """Run all cases; by name, the outcome of each rank."""
+    here = {
+        "base": without_dropout(
+            folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
+        ),
+        "one process": from_common_weights(folder, corpus, "one process"),
+        "chain in one process": change(
+            in_folder(chain(folder, corpus, "plain optimizer")[0], folder / "chain in one process"),
+            training={"exit_after_iterations": None},
+        ),
+        **{f"chain, {name}, 0": chain(folder, corpus, name)[0] for name in CHAINS},
+    }
+    there: dict[str, Any] = {
+        f"on {name}": from_common_weights(folder, corpus, f"on {name}", **layout) for name, layout in LAYOUTS.items()
+    }
+    for name, sections in RESUMED.items():
+        drop = {**sbld(folder), **sections.get("drop", {})}
+        config = tiny_run(folder / f"whole {name}", corpus, **{**sections, "drop": drop})
+        there[f"whole {name}"] = config
+        there[f"stopped {name}"], there[f"resumed {name}"] = stop_and_resume(in_folder(config, folder / name), 3)
+    for name in CHAINS:
+        there |= {f"chain, {name}, {i}": config for i, config in enumerate(chain(folder, corpus, name)) if i > 0}
+    refused = tiny_run(folder / "refused", corpus, drop=HALF)
+    there["another config"] = [refused, change(refused, drop={"theta": 0.6}, optimizer={"lr": 0.5})]
+    there["after a refusal"] = refused
+    results = {name: [run_here(config)] for name, config in here.items()}
+    return results | dict(zip(there, run_trainers(2, list(there.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
+    outcomes: dict[str, list[int | str]], folder: Path, name: str
+) -> None:
+    assert outcomes["one process"] == [0]
+    assert outcomes[f"on {name}"] == [0, 0]
+    assert decisions(folder / f"on {name}") == decisions(folder / "one process")
+    np.testing.assert_allclose(losses(folder / f"on {name}"), losses(folder / "one process"), rtol=1e-4)
+    expected = valid_losses(folder / "one process")
+    assert list(expected) == [7, 14, 20]
+    assert valid_losses(folder / f"on {name}") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
+    outcomes: dict[str, list[int | str]], folder: Path, name: str
+) -> None:
+    assert outcomes[f"whole {name}"] == [0, 0]
+    assert outcomes[f"stopped {name}"] == [75, 75]
+    assert outcomes[f"resumed {name}"] == [0, 0]
+    assert losses(folder / name) == losses(folder / f"whole {name}")
+    assert decisions(folder / name) == decisions(folder / f"whole {name}")
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_run_that_changes_its_layout_keeps_its_decisions_and_losses(
+    outcomes: dict[str, list[int | str]], folder: Path, name: str
+) -> None:
+    assert [outcomes[f"chain, {name}, {i}"] for i in range(4)] == [[75], [75, 75], [75, 75], [0, 0]]
+    assert decisions(folder / f"chain, {name}") == decisions(folder / "chain in one process")
+    np.testing.assert_allclose(losses(folder / f"chain, {name}"), losses(folder / "chain in one process"), rtol=1e-4)
+
+
+def test_a_rank_with_another_config_is_named_on_every_rank(outcomes: dict[str, list[int | str]]) -> None:
+    for outcome in outcomes["another config"]:
+        assert isinstance(outcome, str)
+        assert "rank 1: optimizer.lr = 0.5 instead of 0.01, drop.theta = 0.6 instead of 0.5" in outcome
+    assert outcomes["after a refusal"] == [0, 0]
