@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -24,6 +25,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command; a user's mistake ends in one message and EXIT_MISTAKE."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # Several lines a process on what is not installed and what torch will rename; which layers are used is logged once.
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
     given = list(sys.argv[1:] if args is None else args)
     commands = {"prepare": _prepare, "pretrain": _pretrain, "compare": _compare}
     if not given or given[0] in ("-h", "--help"):
@@ -63,8 +66,12 @@ def _parser(usage: str, description: str) -> ArgumentParser:
 def _prepare(args: list[str]) -> int:
     from megatron_sbld.training.prepare import PrepareConfig, prepare
 
-    parser = _parser("prepare [options]", "Turn text into data sets (.bin/.idx) for training and validation.")
-    parser.add_class_arguments(PrepareConfig)
+    parser = _parser(
+        "prepare TEXT [TEXT ...] --output PREFIX [options]",
+        "Turn text into data sets (.bin/.idx) for training and validation.",
+    )
+    parser.add_argument("inputs", nargs="+", help="text files, JSON lines or folders of them; .gz and .xz are unpacked")
+    parser.add_class_arguments(PrepareConfig, skip={"inputs"})
     print(prepare(PrepareConfig(**parser.parse_args(args).as_dict())).summary())
     return 0
 
