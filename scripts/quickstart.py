@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Trains the same small GPT three times, undropped, with PLD and with SBLD, and compares the runs.
+
+Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), and a table and plots
+end it. Every call makes a folder of its own, so no run is ever continued or mixed with an older one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/quickstart.yaml"
+SENSITIVITY = "configs/quickstart_sensitivity.json"
+SEPARATOR = "<|endoftext|>"  # what `prepare` cuts documents at
+RUNS = {
+    "undropped": ["--drop.policy", "none"],
+    "pld": ["--drop.policy", "pld"],
+    "sbld": ["--drop.policy", "sbld", "--drop.sensitivity", SENSITIVITY],
+}
+NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def main() -> None:
+    args = parse_args()
+    out = make_folder(args.out)
+    text = corpus_of_standard_library(out) if args.text is None else args.text.resolve()
+    steps = len(RUNS) + 2
+    prefix = out / "data" / "corpus"
+    prepare = ["prepare", str(text), "--output", str(prefix), "--max_document_bytes", "16384"]
+    run_step(f"1/{steps} tokenize {text}", cli(*prepare))
+    for number, (name, options) in enumerate(RUNS.items(), start=2):
+        run_step(f"{number}/{steps} train: {name}", pretrain(prefix, out / name, options, args.iters))
+    folders = [str(out / name) for name in RUNS]
+    run_step(f"{steps}/{steps} compare", cli("compare", *folders, "--out", str(out)))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--text", type=Path, help="file or folder of text to train on; default: the Python standard library's sources"
+    )
+    parser.add_argument("--iters", type=int, help=f"iterations of each run; default: as in {CONFIG}")
+    parser.add_argument("--out", type=Path, help="folder to make; default: runs/quickstart/<date and time>")
+    args = parser.parse_args()
+    if args.text is not None and not args.text.exists():
+        parser.error(f"--text {args.text} does not exist")
+    if args.iters is not None and args.iters < 1:
+        parser.error(f"--iters {args.iters} is not allowed: it must be at least 1")
+    if args.out is not None and args.out.exists():
+        parser.error(f"--out {args.out} exists; name a folder that does not, so that no older run is mixed in")
+    return args
+
+
+def make_folder(out: Path | None) -> Path:
+    """The folder of this call, made anew, relative to the repository where it lies within."""
+    folder = (out or ROOT / "runs" / "quickstart" / time.strftime("%Y%m%d-%H%M%S")).resolve()
+    folder.mkdir(parents=True)
+    return folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+
+
+def corpus_of_standard_library(out: Path) -> Path:
+    """Writes the sources of this Python's standard library, in the order of their paths, into one file of documents."""
+    corpus = out / "standard_library.txt"
+    with (ROOT / corpus).open("w", encoding="utf-8") as stream:
+        for source in standard_library_sources():
+            stream.write(source.read_text(encoding="utf-8", errors="replace").rstrip("\n") + f"\n{SEPARATOR}\n")
+    return corpus
+
+
+def standard_library_sources() -> Iterator[Path]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for source in sorted(library.rglob("*.py")):
+        if NOT_SOURCES.isdisjoint(source.relative_to(library).parts):
+            yield source
+
+
+def pretrain(prefix: Path, run_dir: Path, options: list[str], iters: int | None) -> list[str]:
+    """The command that trains one of the runs."""
+    gpus = torch.cuda.device_count()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli", "pretrain"]
+    command += ["--config", CONFIG, "--logging.run_dir", str(run_dir), *options]
+    for split in ("train", "valid"):
+        command += [f"--data.{split}_data_path", json_list(f"{prefix}_{split}")]
+    if gpus:
+        command += ["--training.precision", "bf16"]
+    if iters is not None:
+        command += ["--training.train_iters", str(iters), "--optimizer.lr_warmup_iters", str(iters // 10)]
+    return command
+
+
+def cli(*args: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_sbld.cli", *args]
+
+
+def json_list(value: Path | str) -> str:
+    """A list option of the command line with one element."""
+    return json.dumps([str(value)])
+
+
+def run_step(title: str, command: list[str]) -> None:
+    """Shows and runs a command of the repository's root; if it fails, so does the script, with its exit status."""
+    print(f"\n=== {title}\n$ {shlex.join(command)}", flush=True)
+    # One thread a process: two processes on two cores would otherwise run four threads and wait for each other.
+    status = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+    if status != 0:
+        print(f"\nquickstart: failed with exit status {status}: {shlex.join(command)}", file=sys.stderr)
+        sys.exit(status if status > 0 else 128 - status)
+
+
+if __name__ == "__main__":
+    main()
