@@ -132,8 +132,7 @@ def measure_gain(pairs: Pairs, times: PassTimes, num_microbatches: int, *, sampl
     realised_samples, ideal_samples = _gains(pairs, times, num_microbatches, resampled)
     ratio = None
     if not pairs.kept.all():
-        # A resampled ideal gain of exactly 1 (nothing dropped in the rounds drawn) says nothing about the ratio.
-        informative = ideal_samples > 1
+        informative = ideal_samples != 1  # rounds drawn in which nothing was dropped say nothing about the ratio
         samples_of_ratio = (realised_samples[informative] - 1) / (ideal_samples[informative] - 1)
         ratio = _interval(float((realised[0] - 1) / (ideal[0] - 1)), samples_of_ratio)
     return Gain(

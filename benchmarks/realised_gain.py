@@ -118,7 +118,7 @@ def parse_args() -> argparse.Namespace:
         "--keep-probs", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5], help="besides 1" + shown
     )
     measurement.add_argument("--rounds", type=int, default=12, help="pairs of blocks for each keep_prob" + shown)
-    measurement.add_argument("--block-iterations", type=int, default=4, help="iterations of a block" + shown)
+    measurement.add_argument("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
     measurement.add_argument("--warmup", type=int, default=6, help="iterations before the first block" + shown)
     measurement.add_argument("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
     measurement.add_argument("--threads", type=int, default=1, help="torch's CPU threads of a process" + shown)
