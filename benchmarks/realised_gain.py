@@ -73,8 +73,10 @@ def main() -> None:
     args = parse_args()
     layouts = LAYOUTS if args.all_layouts else [(world_size_from_environment(), *parallel_sizes(args))]
     possible = [layout for layout in layouts if not torch.cuda.is_available() or layout[0] <= torch.cuda.device_count()]
-    for layout in possible:
-        validate(make_config(args, layout), layout[0])
+    try:
+        check_layouts(args, possible)
+    except ValueError as error:
+        sys.exit(f"realised_gain.py: error: {error}")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if int(os.environ.get("RANK", "0")) == 0:
         warn_of_load()
@@ -143,6 +145,18 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def parallel_sizes(args: argparse.Namespace) -> tuple[int, int]:
     return args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+
+
+def check_layouts(args: argparse.Namespace, layouts: list[tuple[int, int, int]]) -> None:
+    """The trainer's own checks, for every layout that is going to run."""
+    if not layouts:
+        raise ValueError(f"more processes than the {torch.cuda.device_count()} GPU(s) of this machine")
+    for layout in layouts:
+        validate(make_config(args, layout), layout[0])
+        if args.vocab_size % layout[1]:
+            raise ValueError(
+                f"--vocab-size {args.vocab_size}: must be divisible by the tensor-parallel size {layout[1]}"
+            )
 
 
 def make_config(args: argparse.Namespace, layout: tuple[int, int, int]) -> Config:
