@@ -39,7 +39,7 @@ from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
 from megatron_sbld.training.flops import padded_vocab_size, training_flops
-from megatron_sbld.training.metrics import MetricsWriter
+from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.start import Start, find_start
@@ -63,6 +63,7 @@ def pretrain(config: Config) -> int:
     """
     world_size = world_size_from_environment()
     validate(config, world_size)
+    check_logging(config.logging)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
     policy = build_policy(config.drop, config.model.num_layers, train_iterations(config))

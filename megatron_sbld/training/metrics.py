@@ -6,6 +6,7 @@ iteration; a resumed run first drops the rows that it is about to repeat.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -24,6 +25,18 @@ logger = logging.getLogger(__name__)
 _NOT_SCALARS = ("iteration", "keep_probs", "kept")
 
 
+def check_logging(config: LoggingConfig) -> None:
+    """For all ranks, before anything starts: later the first rank alone would fail, and the others wait for it.
+
+    Raises:
+        ValueError: wandb is configured and not installed.
+    """
+    if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"logging.wandb_project = {config.wandb_project!r}: needs wandb (pip install 'megatron-sbld[wandb]')"
+        )
+
+
 class MetricsWriter:
     """Writes the rows of one run.
 
@@ -32,9 +45,6 @@ class MetricsWriter:
         first_iteration: the first iteration of this process; rows from it on are dropped from an existing file.
         train_iters: iterations of the whole run, for the progress.
         run_config: the resolved config, for Weights & Biases.
-
-    Raises:
-        ValueError: wandb is configured and not installed.
     """
 
     def __init__(
@@ -47,7 +57,7 @@ class MetricsWriter:
         drop_rows_from(path, first_iteration)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(run_dir, first_iteration) if config.tensorboard else None
-        self._wandb = _wandb_run(config, run_config) if config.wandb_project else None
+        self._wandb = _wandb_run(config, run_config) if config.wandb_project is not None else None
         self._progress = _ProgressDisplay(config, first_iteration, train_iters)
 
     def train_row(self, row: dict[str, Any]) -> None:
@@ -87,23 +97,23 @@ class MetricsWriter:
 
 
 def drop_rows_from(path: Path, first_iteration: int) -> None:
-    """Remove the rows of iterations that will run again, and a torn last line; atomic.
+    """Remove the rows of iterations that will run again, and torn or damaged lines; atomic.
 
     Validation rows carry the iteration that they follow, so those of first_iteration - 1 stay.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s: left out a torn line of %d characters", path, len(line))
+            repeated = json.loads(line)["iteration"] >= first_iteration
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: left out a torn line of %d bytes", path, len(line))
             continue
-        if row["iteration"] < first_iteration:
-            kept.append(line + "\n")
+        if not repeated:
+            kept.append(line + b"\n")
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
 
 
@@ -114,12 +124,8 @@ def _tensorboard_writer(run_dir: Path, first_iteration: int) -> Any:
 
 
 def _wandb_run(config: LoggingConfig, run_config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"logging.wandb_project = {config.wandb_project!r}: needs wandb (pip install 'megatron-sbld[wandb]')"
-        ) from error
+    import wandb
+
     return wandb.init(project=config.wandb_project, name=config.wandb_name, dir=config.run_dir, config=run_config)
 
 

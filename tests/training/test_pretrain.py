@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def test_the_loss_scale_of_fp16_goes_on_where_it_was(config: Config) -> None:
         run_here(part)
     scales = [row["loss_scale"] for row in train_rows(config.logging.run_dir)]
     assert len(set(scales[3:])) > 1
-    assert all(later in (earlier / 2, earlier, earlier * 2) for earlier, later in zip(scales, scales[1:]))
+    assert all(later in (earlier / 2, earlier, earlier * 2) for earlier, later in itertools.pairwise(scales))
 
 
 def test_a_complete_run_started_again_does_nothing(config: Config) -> None:

@@ -1,0 +1,202 @@
+"""What a run writes down: every field of a row, TensorBoard, and progress that a user can follow."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_sbld.drop import build_policy
+from megatron_sbld.plan import draw_plan
+from megatron_sbld.training.config import Config, LoggingConfig
+from megatron_sbld.training.metrics import MetricsWriter, check_logging, drop_rows_from
+from tests.training.trainer_helpers import (
+    ITERATIONS,
+    LAYERS,
+    SEQUENCE,
+    change,
+    prepare_corpus,
+    rows,
+    run_here,
+    sbld,
+    tiny_run,
+    train_rows,
+)
+
+ROW = {
+    "loss": 5.5,
+    "tokens_per_s": 12345.6,
+    "kept_fraction": 0.5,
+    "keep_probs": [1.0, 0.25],
+    "kept": [1.0, 0.0],
+    "grad_norm": None,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, str]:
+    """A finished run with everything switched on, and what it printed."""
+    folder = tmp_path_factory.mktemp("metrics")
+    config = tiny_run(
+        folder / "run",
+        (corpus := prepare_corpus(folder)),
+        drop=sbld(folder),
+        data={"valid_data_path": [f"{corpus}_valid"]},
+        training={"eval_interval": 4},
+        optimizer={"log_num_zeros_in_grad": True},
+        logging={"tensorboard": True, "progress": "lines", "log_interval": 3},
+    )
+    with pytest.MonkeyPatch.context() as patch, (folder / "stderr").open("w") as stream:
+        patch.setattr(sys, "stderr", stream)
+        assert run_here(config) == 0
+    return config, (folder / "stderr").read_text()
+
+
+def test_a_row_has_every_field_of_the_design(run: tuple[Config, str]) -> None:
+    config, _ = run
+    found = train_rows(config.logging.run_dir)
+    assert len(found) == ITERATIONS
+    policy = build_policy(config.drop, LAYERS, ITERATIONS)
+    for t, row in enumerate(found, start=1):
+        keep_probs = policy.keep_probs(t)
+        plan = draw_plan(keep_probs, seed=1234, iteration=t, num_microbatches=8)
+        assert row["theta"] == policy.theta(t)
+        assert row["mean_keep_prob"] == keep_probs.mean()
+        assert row["keep_probs"] == pytest.approx(keep_probs, abs=1e-6)
+        assert row["kept"] == plan.mean(axis=0).tolist()
+        assert row["kept_fraction"] == plan.mean()
+        assert (row["global_batch_size"], row["consumed_samples"]) == (8, 8 * t)
+        assert row["consumed_tokens"] == 8 * t * SEQUENCE
+        assert row["tokens_per_s"] == pytest.approx(8 * SEQUENCE / row["step_time_s"])
+        assert row["grad_norm"] > 0
+        assert (row["num_zeros"] > 0) == (row["kept_fraction"] < 1)  # a dropped layer's gradients are zero
+        assert row["update_skipped"] is False
+    lrs = [row["lr"] for row in found]
+    assert lrs[:2] == pytest.approx([0.005, 0.01])
+    assert np.all(np.diff(lrs[1:]) < 0)
+    assert lrs[-1] == pytest.approx(1e-3)
+
+
+def test_a_validation_row_says_how_far_the_run_was(run: tuple[Config, str]) -> None:
+    config, _ = run
+    found = [row for row in rows(config.logging.run_dir) if "valid_loss" in row]
+    assert [row["iteration"] for row in found] == [4, 8]
+    steps = [row["step_time_s"] for row in train_rows(config.logging.run_dir)]
+    for row in found:
+        assert row["consumed_tokens"] == 8 * row["iteration"] * SEQUENCE
+        assert row["train_time_s"] == pytest.approx(sum(steps[: row["iteration"]]))
+
+
+def test_tensorboard_has_the_scalars_and_each_layers_keep_probability(run: tuple[Config, str]) -> None:
+    config, _ = run
+    events = EventAccumulator(str(Path(config.logging.run_dir) / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss", "lr", "grad_norm", "theta", "mean_keep_prob", "valid_loss", "tokens_per_s"} <= tags
+    assert {f"keep_prob/layer_{number:02d}" for number in range(1, LAYERS + 1)} <= tags
+    found = {event.step: event.value for event in events.Scalars("loss")}
+    assert found == pytest.approx({row["iteration"]: row["loss"] for row in train_rows(config.logging.run_dir)})
+
+
+def test_progress_lines_tell_loss_speed_kept_layers_and_time_left(run: tuple[Config, str]) -> None:
+    config, printed = run
+    row = train_rows(config.logging.run_dir)[2]
+    lines = [line for line in printed.splitlines() if line.startswith("iteration") and "left" in line]
+    assert [line.split()[1] for line in lines] == ["3/8", "6/8", "8/8"]
+    assert f"loss {row['loss']:.4f}" in lines[0]
+    assert f"{row['tokens_per_s']:,.0f} tokens/s" in lines[0]
+    assert f"kept {row['kept_fraction']:.0%} of layers" in lines[0]
+    assert lines[-1].endswith("left 0:00:00")
+    assert "iteration 4: validation loss" in printed
+    assert "complete: 8 iterations" in printed
+
+
+def writer(folder: Path, first_iteration: int = 1, **logging: Any) -> MetricsWriter:
+    config = LoggingConfig(run_dir=str(folder), **{"tensorboard": False, "progress": "none", **logging})
+    return MetricsWriter(config, first_iteration, 4, {})
+
+
+def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    open_writer = writer(tmp_path)
+    open_writer.train_row({"iteration": 1, **ROW})
+    assert rows(tmp_path) == [{"iteration": 1, **ROW}]
+    open_writer.close()
+
+
+def test_a_resumed_run_drops_what_it_repeats_and_a_torn_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"iteration": t, "loss": 1.0} for t in (1, 2, 3)] + [{"iteration": 2, "valid_loss": 1.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 4, "l')
+    writer(tmp_path, first_iteration=3).close()
+    assert rows(tmp_path) == [lines[0], lines[1], lines[3]]
+    assert "left out a torn line of 19 bytes" in caplog.text
+
+
+def test_dropping_rows_of_a_run_that_has_none_is_nothing(tmp_path: Path) -> None:
+    drop_rows_from(tmp_path / "metrics.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"[1, 2]\n", b"7\n", b'{"loss": 1.0}\n', b"\x00\x00\x00\n", b"\xff\xfe\n"])
+def test_damaged_lines_are_left_out(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n' + damage + b'{"iteration": 2}\n')
+    drop_rows_from(path, 3)
+    assert rows(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
+
+
+def test_the_bar_of_a_terminal_tells_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_writer = writer(tmp_path, progress="bar")
+    open_writer.train_row({"iteration": 1, **ROW})
+    open_writer.note("a note")
+    open_writer.train_row({"iteration": 4, **ROW})
+    open_writer.close()
+    printed = capsys.readouterr().err
+    assert "4/4" in printed
+    assert "a note" in printed
+
+
+def test_wandb_that_is_not_installed_is_refused_on_every_rank_before_the_start(
+    monkeypatch: pytest.MonkeyPatch, run: tuple[Config, str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"logging.wandb_project = 'mine': needs wandb \(pip install"):
+        check_logging(LoggingConfig(wandb_project="mine"))
+    check_logging(LoggingConfig())
+    config, _ = run
+    monkeypatch.setattr("megatron_sbld.training.loop.distributed_run", None)  # it must not come so far
+    assert "needs wandb" in str(run_here(change(config, logging={"wandb_project": "mine"})))
+
+
+def test_wandb_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, dict[str, Any]]] = []
+
+    class Wandb:
+        @staticmethod
+        def init(**options: Any) -> Any:
+            assert (options["project"], options["name"]) == ("mine", "first")
+            return Wandb
+
+        @staticmethod
+        def log(values: dict[str, Any], step: int) -> None:
+            logged.append((step, values))
+
+        @staticmethod
+        def finish() -> None:
+            logged.append((0, {}))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    open_writer = writer(tmp_path, wandb_project="mine", wandb_name="first")
+    open_writer.train_row({"iteration": 1, **ROW})
+    open_writer.valid_row({"iteration": 1, "valid_loss": 2.0})
+    open_writer.close()
+    assert [step for step, _ in logged] == [1, 1, 0]
+    assert logged[0][1]["loss"] == 5.5
+    assert "kept" not in logged[0][1]
+    assert logged[1][1] == {"valid_loss": 2.0}
