@@ -40,7 +40,7 @@ from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
 from megatron_sbld.training.flops import padded_vocab_size, training_flops
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
-from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
+from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
@@ -63,6 +63,7 @@ def pretrain(config: Config) -> int:
     """
     world_size = world_size_from_environment()
     validate(config, world_size)
+    check_model(config)
     check_logging(config.logging)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)

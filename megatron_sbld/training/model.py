@@ -20,11 +20,26 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
-from megatron_sbld.mcore.layer_specs import gpt_block_spec
+from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_model(config: Config) -> None:
+    """Refuse what cannot be built with the libraries of this machine.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    impl, reason = choose_transformer_impl(config.model.transformer_impl)
+    modules = config.training.recompute_modules or []
+    if impl == "local" and "layernorm" in modules:
+        raise ValueError(
+            f"training.recompute_modules = {modules}: layernorm needs Transformer Engine, but model.transformer_impl "
+            f"is local ({reason})"
+        )
 
 
 def transformer_config(config: Config) -> TransformerConfig:

@@ -28,7 +28,7 @@ def distributed_run(config: Config) -> Iterator[None]:
     """Everything between the first and the last collective of a run: groups, devices, seeds.
 
     Raises:
-        ValueError: ranks were given different configs; the message names them and the fields.
+        ValueError: nccl without a GPU; or ranks were given different configs, with the ranks and the fields.
     """
     if not torch.cuda.is_available():
         from megatron_sbld.mcore.standins import install_cpu_standins  # never loaded where there is a GPU
@@ -56,6 +56,10 @@ def _init_process_group(config: Config) -> None:
     backend = config.parallel.distributed_backend
     if backend == "auto":
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise ValueError(
+            "parallel.distributed_backend = 'nccl': needs a CUDA device; use auto or gloo"
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_sbld.drop import validate_drop
 from megatron_sbld.training.config import Config
+from megatron_sbld.training.flops import ffn_hidden_size
 
 _AT_LEAST_ONE = (
     "model.num_layers",
@@ -47,7 +48,6 @@ _NOT_NEGATIVE = (
     "optimizer.start_weight_decay",
     "optimizer.end_weight_decay",
     "optimizer.clip_grad",
-    "training.seed",
     "training.eval_interval",
     "checkpoint.save_interval",
 )
@@ -63,6 +63,8 @@ _POSITIVE = (
     "training.loss_scale",
     "logging.peak_tflops",
 )
+_RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+_MAX_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
 
@@ -112,8 +114,8 @@ def train_iterations(config: Config) -> int:
         start, increment, ramp_samples = training.rampup_batch_size
         steps = (training.global_batch_size - start) // increment
         consumed = 0
-        while consumed <= ramp_samples and consumed < training.train_samples:
-            step = min(int(consumed / (ramp_samples / steps)), steps) if steps else 0
+        while consumed <= min(ramp_samples, training.train_samples):
+            step = int(consumed / (ramp_samples / steps))
             consumed += start + step * increment
             iterations += 1
         remaining -= consumed
@@ -133,6 +135,7 @@ def _ranges(config: Config) -> list[str]:
         (_POSITIVE, "above 0", lambda value: value > 0),
         (_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1),
         (("model.rotary_percent",), "in (0, 1]", lambda value: 0 < value <= 1),
+        (("training.seed",), f"in [0, {_MAX_SEED}]", lambda value: 0 <= value <= _MAX_SEED),
     ):
         for path in paths:
             value = _get(config, path)
@@ -140,9 +143,7 @@ def _ranges(config: Config) -> list[str]:
                 problems.append(f"{path} = {value}: must be {allowed}")
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     if virtual is not None and virtual < 2:
-        problems.append(
-            f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: must be at least 2, or null"
-        )
+        problems.append(f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: must be at least 2, or null")
     return problems
 
 
@@ -163,9 +164,16 @@ def _model(config: Config) -> list[str]:
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", groups),
         ("model.hidden_size", model.hidden_size),
+        ("model.ffn_hidden_size", ffn_hidden_size(model)),
     ):
         if value % tensor:
             problems.append(f"{name} = {value}: must be divisible by parallel.tensor_model_parallel_size = {tensor}")
+    rotated = int((model.kv_channels or model.hidden_size // model.num_attention_heads) * model.rotary_percent)
+    if model.position_embedding_type == "rope" and (rotated % 2 or not rotated):
+        problems.append(
+            f"model.rotary_percent = {model.rotary_percent}: rotates {rotated} channels of a head; must be an even "
+            "number of at least 2"
+        )
     if model.position_embedding_type == "learned_absolute" and (
         model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length
     ):
@@ -232,9 +240,9 @@ def _length(config: Config) -> list[str]:
     if len(ramp) != 3 or any(value < 1 for value in ramp):
         return [f"training.rampup_batch_size = {ramp}: must be three positive numbers, [start, increment, samples]"]
     start, increment, _ = ramp
-    if start > training.global_batch_size or (training.global_batch_size - start) % increment:
+    if start >= training.global_batch_size or (training.global_batch_size - start) % increment:
         return [
-            f"training.rampup_batch_size = {ramp}: start plus a multiple of the increment must give "
+            f"training.rampup_batch_size = {ramp}: start plus one or more times the increment must give "
             f"training.global_batch_size = {training.global_batch_size}"
         ]
     return []
@@ -286,6 +294,8 @@ def _recomputation(config: Config) -> list[str]:
     modules = training.recompute_modules
     if modules is not None and training.recompute_granularity != "selective":
         return ["training.recompute_modules: needs training.recompute_granularity = 'selective'"]
+    if modules is not None and not (modules and set(modules) <= set(_RECOMPUTE_MODULES)):
+        return [f"training.recompute_modules = {modules}: allowed are {', '.join(_RECOMPUTE_MODULES)}, or null"]
     return []
 
 
@@ -313,8 +323,13 @@ def _optimizer(config: Config) -> list[str]:
             problems.append(
                 "optimizer.start_weight_decay, end_weight_decay: differ, so weight_decay_incr_style must too"
             )
-    elif None in (opt.start_weight_decay, opt.end_weight_decay):
+    elif opt.start_weight_decay is None or opt.end_weight_decay is None:
         problems.append("optimizer.weight_decay_incr_style: needs start_weight_decay and end_weight_decay")
+    elif opt.end_weight_decay < opt.start_weight_decay:
+        problems.append(
+            f"optimizer.end_weight_decay = {opt.end_weight_decay}: must be at least "
+            f"optimizer.start_weight_decay = {opt.start_weight_decay}"
+        )
     return problems
 
 
