@@ -57,9 +57,7 @@ def _init_process_group(config: Config) -> None:
     if backend == "auto":
         backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl" and not torch.cuda.is_available():
-        raise ValueError(
-            "parallel.distributed_backend = 'nccl': needs a CUDA device; use auto or gloo"
-        )
+        raise ValueError("parallel.distributed_backend = 'nccl': needs a CUDA device; use auto or gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
