@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 SENSITIVITY = "configs/quickstart_sensitivity.json"
 SEPARATOR = "<|endoftext|>"  # what `prepare` cuts documents at
+# PLD at its paper's theta. SBLD's is set so that it drops about as many layers as PLD, a little more, as in its paper.
 RUNS = {
     "undropped": ["--drop.policy", "none"],
-    "pld": ["--drop.policy", "pld"],
-    "sbld": ["--drop.policy", "sbld", "--drop.sensitivity", SENSITIVITY],
+    "pld": ["--drop.policy", "pld", "--drop.theta", "0.5"],
+    "sbld": ["--drop.policy", "sbld", "--drop.theta", "0.7", "--drop.sensitivity", SENSITIVITY],
 }
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
