@@ -80,6 +80,25 @@ def _pretrain(args: list[str]) -> int:
     from megatron_sbld.training.config import Config
     from megatron_sbld.training.config_file import check_keys, check_options
 
+    args = _config_first(args)
+    check_options(args)
+    for name, value in itertools.pairwise(args):
+        if name == "--config":
+            check_keys(value)
+    parser = _pretrain_parser()
+    try:
+        sections = parser.instantiate_classes(parser.parse_args(args))
+    except OverflowError as error:
+        raise ValueError(f"a number on the command line is too large: {error}") from error
+
+    from megatron_sbld.training.loop import pretrain
+
+    return pretrain(Config(**{name: section for name, section in sections.as_dict().items() if name != "config"}))
+
+
+def _pretrain_parser() -> ArgumentParser:
+    from megatron_sbld.training.config import Config
+
     parser = _parser(
         "pretrain --config FILE [--section.field VALUE ...]",
         "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
@@ -87,16 +106,7 @@ def _pretrain(args: list[str]) -> int:
     )
     parser.add_argument("--config", action="config", help="YAML file of sections")
     parser.add_class_arguments(Config)
-    args = _config_first(args)
-    check_options(args)
-    for name, value in itertools.pairwise(args):
-        if name == "--config":
-            check_keys(value)
-    sections = parser.instantiate_classes(parser.parse_args(args))
-
-    from megatron_sbld.training.loop import pretrain
-
-    return pretrain(Config(**{name: section for name, section in sections.as_dict().items() if name != "config"}))
+    return parser
 
 
 def _config_first(args: list[str]) -> list[str]:

@@ -12,9 +12,11 @@ import yaml
 
 from megatron_sbld.training.config import Config
 
+_LARGEST_INTEGER = 2**63 - 1  # beyond, conversions to float or to an array of integers fail without naming the field
+
 
 def check_keys(path: str) -> None:
-    """Refuse a config file with unknown sections or fields, or one that is no mapping of sections.
+    """Refuse a config file with unknown sections or fields, or one that is no mapping of sections of usable values.
 
     Raises:
         ValueError: naming the file, the key and what is allowed.
@@ -25,7 +27,7 @@ def check_keys(path: str) -> None:
         raise ValueError(f"config file {path}: cannot be read: {error}") from error
     try:
         sections = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: as for the date 2024-13-01
         raise ValueError(f"config file {path}: is not valid YAML: {error}") from error
     if not isinstance(sections, dict):
         raise ValueError(f"config file {path}: must be a mapping of sections, {', '.join(field_names(Config))}")
@@ -34,6 +36,9 @@ def check_keys(path: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"config file {path}: section {section} must be a mapping of fields, not {values!r}")
         _check(path, f"field {section}.", values, field_names(get_type_hints(Config)[section]))
+        for field, value in values.items():
+            if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+                raise ValueError(f"config file {path}: {section}.{field} = {value}: must have at most 64 bits")
 
 
 def check_options(args: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from megatron_sbld.drop import validate_drop
 from megatron_sbld.training.config import Config
@@ -82,7 +82,7 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ValueError: one line a problem, each with field, value and what is allowed.
     """
-    problems = _ranges(config)
+    problems = _nulls(config) or _ranges(config)
     if not problems:  # the checks below divide by what the ranges have made sure of
         problems = [
             *_model(config),
@@ -127,6 +127,20 @@ def _get(config: Config, path: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
+def _nulls(config: Config) -> list[str]:
+    """Fields that are null and may not be: the parser takes a null for any field."""
+    problems = []
+    for section, cls in get_type_hints(Config).items():
+        for name, hint in get_type_hints(cls).items():
+            if getattr(getattr(config, section), name) is None and type(None) not in get_args(hint):
+                problems.append(f"{section}.{name} = null: must have a value")
+    return problems
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # an integer may be too large to be asked
+
+
 def _ranges(config: Config) -> list[str]:
     problems = []
     for paths, allowed, fits in (
@@ -139,7 +153,7 @@ def _ranges(config: Config) -> list[str]:
     ):
         for path in paths:
             value = _get(config, path)
-            if value is not None and not (math.isfinite(value) and fits(value)):
+            if value is not None and not (_is_finite(value) and fits(value)):
                 problems.append(f"{path} = {value}: must be {allowed}")
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     if virtual is not None and virtual < 2:
