@@ -34,6 +34,8 @@ from tests.helpers import (
     wrap_ddp,
 )
 
+# All cases of a module run in one set of processes, inside the first test's fixture.
+pytestmark = pytest.mark.timeout(1200)
 LAYERS = 8
 
 
@@ -280,12 +282,12 @@ def one_process() -> dict[str, Result]:
 def two_processes() -> list[dict[str, Result]]:
     replicas = {"DP 2, microbatch": Case(scope="microbatch"), **TWO_REPLICAS_MICROBATCH}
     evaluated = {f"evaluated {name}": case for name, case in EVALUATED.items()}
-    return run_distributed(run_cases, 2, {**TWO_PROCESSES, **replicas, **evaluated}, timeout=400)
+    return run_distributed(run_cases, 2, {**TWO_PROCESSES, **replicas, **evaluated}, timeout=900)
 
 
 @pytest.fixture(scope="module")
 def four_processes() -> list[dict[str, Result]]:
-    return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=500)
+    return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=900)
 
 
 def assert_equal_runs(found: Result, expected: Result, relative: float = 1e-4) -> None:
