@@ -355,9 +355,9 @@ def test_killed_while_tokenizing_leaves_no_set_no_worker_and_no_obstacle(tmp_pat
     script = write(tmp_path / "killed.py", KILLED_RUN)
     command = [sys.executable, str(script), str(corpus[0]), str(tmp_path / "out")]
     process = subprocess.Popen(command, start_new_session=True)
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(300) == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("*out*")] == [".out.partial"]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while group_is_alive(process.pid):
         assert time.monotonic() < deadline, "a worker outlived the killed process"
         time.sleep(0.05)
