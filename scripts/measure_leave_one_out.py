@@ -4,6 +4,9 @@
 For every batch of the run's validation data the loss is computed with all layers, and with each layer in turn replaced
 by the identity. A layer's gap is the mean difference; its standard error comes from the batches. That is a cheap
 substitute for the base sensitivity of equations.md section 3, which trains the model anew without each layer.
+
+Run it from the repository's root, e.g. on the first run of `make quickstart`:
+    python scripts/measure_leave_one_out.py runs/quickstart/TIME/undropped --output configs/quickstart_sensitivity.json
 """
 
 from __future__ import annotations
