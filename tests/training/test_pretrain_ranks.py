@@ -146,6 +146,22 @@ def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
     assert valid_losses(folder / f"on {name}") == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_four_processes_take_the_decisions_and_have_the_losses_of_one(
+    outcomes: dict[str, list[int | str]], folder: Path, corpus: Path
+) -> None:
+    layouts = {
+        "TP 2 x PP 2": {**TENSOR, **PIPELINE},
+        "TP 2 x PP 2 interleaved, sequence parallelism": {**TENSOR, **INTERLEAVED, "sequence_parallel": True},
+        "PP 2 x DP 2, both overlaps": {**PIPELINE, **BOTH_OVERLAPS},
+    }
+    configs = [from_common_weights(folder, corpus, name, **layout) for name, layout in layouts.items()]
+    assert run_trainers(4, configs) == [[0] * 4] * len(configs)
+    for name in layouts:
+        assert decisions(folder / name) == decisions(folder / "one process")
+        np.testing.assert_allclose(losses(folder / name), losses(folder / "one process"), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
     outcomes: dict[str, list[int | str]], folder: Path, name: str

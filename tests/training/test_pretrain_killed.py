@@ -1,0 +1,178 @@
+"""Runs that are stopped from outside: SIGKILL to a rank under torchrun, SIGTERM; each goes on as if never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_sbld.training.checkpoint_files import latest_complete
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.loop import EXIT_TO_BE_CONTINUED
+from tests.training.trainer_helpers import (
+    BOTH_OVERLAPS,
+    change,
+    in_folder,
+    losses,
+    prepare_corpus,
+    rows,
+    run_here,
+    run_trainers,
+    sbld,
+    tiny_run,
+)
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+MEGATRON_SBLD = [sys.executable, "-m", "megatron_sbld"]
+KILLED_ITERATIONS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> Path:
+    return prepare_corpus(folder)
+
+
+def start(config: Config, launcher: list[str]) -> subprocess.Popen[bytes]:
+    """Start `pretrain` in processes of its own, with the config as a file; what it prints goes beside that."""
+    path = Path(f"{config.logging.run_dir}.yaml")
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    arguments = [*launcher, *MEGATRON_SBLD, "pretrain", "--config", str(path), "--checkpoint.resume", "auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with path.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, cwd=Path(__file__).parents[2])
+
+
+def wait_for_iteration(config: Config, process: subprocess.Popen[bytes], iteration: int, seconds: float = 240) -> None:
+    """Wait until a run has written the row of an iteration."""
+    path, deadline = Path(config.logging.run_dir) / "metrics.jsonl", time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count('"loss"') >= iteration):
+        assert process.poll() is None, log_of(config)
+        assert time.monotonic() < deadline, f"iteration {iteration} was not reached in {seconds} s\n{log_of(config)}"
+        time.sleep(0.01)
+
+
+def log_of(config: Config) -> str:
+    return Path(f"{config.logging.run_dir}.log").read_text()
+
+
+def rank_of(process: subprocess.Popen[bytes], rank: int) -> int:
+    """Process id of a rank that a launcher started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in map(int, children):
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return child
+    raise AssertionError(f"no child of {process.pid} is rank {rank}")
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """What a test starts, ended with it."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="plain optimizer"),
+        pytest.param(BOTH_OVERLAPS, id="distributed optimizer"),
+    ],
+)
+def test_a_run_whose_rank_is_killed_goes_on_as_if_it_had_not_been(
+    folder: Path, corpus: Path, parallel: dict[str, Any], processes: list[subprocess.Popen[bytes]]
+) -> None:
+    name = "distributed" if parallel else "plain"
+    config = tiny_run(
+        folder / name,
+        corpus,
+        drop=sbld(folder),
+        parallel=parallel,
+        training={"train_iters": KILLED_ITERATIONS},
+        checkpoint={"save_interval": 2, "async_save": bool(parallel)},
+        logging={"progress": "lines"},
+    )
+    whole = change(in_folder(config, folder / f"whole {name}"), checkpoint={"save_interval": 0})
+    assert run_trainers(2, [whole]) == [[0, 0]]
+
+    victim, iteration = random.randrange(2), random.randrange(3, KILLED_ITERATIONS - 2)
+    processes.append(killed := start(config, TORCHRUN))
+    wait_for_iteration(config, killed, iteration)
+    os.kill(rank_of(killed, victim), signal.SIGKILL)
+    assert killed.wait(120) != 0
+    written = len(rows(folder / name))
+    assert iteration <= written < KILLED_ITERATIONS, f"rank {victim} was killed too late"
+    saved = latest_complete(folder / name / "checkpoints")
+    assert saved is not None
+
+    processes.append(resumed := start(config, TORCHRUN))
+    assert resumed.wait(240) == 0, log_of(config)
+    assert f"iterations {saved.iteration + 1} to {KILLED_ITERATIONS}" in log_of(config)
+    assert losses(folder / name) == losses(folder / f"whole {name}"), (victim, iteration)
+
+
+def test_sigterm_saves_after_the_iteration_and_says_that_the_run_goes_on(
+    folder: Path, corpus: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """A single process, as Slurm's preemption would stop it."""
+    iterations = 400  # far more than run before the signal
+    config = tiny_run(
+        folder / "terminated",
+        corpus,
+        drop=sbld(folder),
+        training={"train_iters": iterations, "global_batch_size": 2},
+        logging={"progress": "lines", "log_interval": 100},
+    )
+    processes.append(process := start(config, []))
+    wait_for_iteration(config, process, 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_TO_BE_CONTINUED, log_of(config)
+    stopped_at = len(rows(folder / "terminated"))
+    assert 3 <= stopped_at < iterations
+    saved = latest_complete(folder / "terminated" / "checkpoints")
+    assert saved is not None
+    assert saved.iteration == stopped_at
+    assert f"stopped as asked after iteration {stopped_at} of {iterations}; start again to go on" in log_of(config)
+
+    # Here the rest of the run is as good as in a process of its own, and a few iterations say as much as all.
+    stop = {"exit_after_iterations": 3}
+    assert run_here(change(config, training=stop)) == EXIT_TO_BE_CONTINUED
+    whole = change(in_folder(config, folder / "whole"), training={"exit_after_iterations": stopped_at + 3})
+    assert run_here(whole) == EXIT_TO_BE_CONTINUED
+    assert losses(folder / "terminated") == losses(folder / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_rank_stops_all_of_them_at_the_same_iteration(
+    folder: Path, corpus: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    config = tiny_run(folder / "one rank", corpus, drop=sbld(folder), training={"train_iters": 400})
+    processes.append(process := start(config, TORCHRUN))
+    wait_for_iteration(config, process, 3)
+    os.kill(rank_of(process, 1), signal.SIGTERM)
+    assert process.wait(120) != 0
+    assert log_of(config).count(f"exitcode  : {EXIT_TO_BE_CONTINUED}") >= 1
+    saved = latest_complete(folder / "one rank" / "checkpoints")
+    assert saved is not None
+    assert saved.iteration == len(rows(folder / "one rank"))
