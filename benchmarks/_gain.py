@@ -1,10 +1,11 @@
 """Realised over ideal gain, from block times and layer times: arithmetic alone, without torch or Megatron.
 
 Ideal gain = T / (T - time of the dropped layers) (equations.md section 7 states it by FLOPs; here it is by measured
-times). What a dropped layer saves is counted on the critical path: the time of the forward and backward passes is that
-of the 1F1B schedule with every stage's measured durations, and a drop saves the difference that it makes to it. With
-one stage that is the dropped layers' time itself, times the microbatches. Transfers between stages count as free, and
-what follows the last backward pass (gradient reduction, optimizer step) is saved by nobody.
+times, both of the same iterations: a machine that was slower while layers were timed than while blocks ran changes
+neither side's share). What a dropped layer saves is counted on the critical path: the time of the forward and backward
+passes is that of the 1F1B schedule with every stage's measured durations, and a drop saves the difference that it makes
+to it. With one stage that is the dropped layers' time itself, times the microbatches. Transfers between stages count as
+free, and what follows the last backward pass (gradient reduction, optimizer step) is saved by nobody.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class PassTimes:
     layer_backward: Floats  # [..., L], recomputation included
     stage_forward: Floats  # [..., p], the layers of the stage included
     stage_backward: Floats  # [..., p]
+    iteration: Floats  # [..., 1], all of the iteration in which the passes were timed
 
     def mean_over(self, rounds: NDArray[np.int64]) -> PassTimes:
         """The mean over rounds [..., n] of times that have one leading dimension, the rounds'."""
@@ -148,8 +150,9 @@ def _gains(pairs: Pairs, times: PassTimes, num_microbatches: int, rounds: NDArra
     undropped = pairs.undropped[rounds].sum(axis=-1)
     mean = times.mean_over(rounds)
     each = PassTimes(*(getattr(mean, field.name)[:, None, None] for field in fields(mean)))  # for [samples, R, n, L]
-    saved = saved_time(each, pairs.kept[rounds], num_microbatches).sum(axis=(-1, -2))
-    return undropped / pairs.dropped[rounds].sum(axis=-1), undropped / (undropped - saved)
+    saved = saved_time(each, pairs.kept[rounds], num_microbatches).mean(axis=(-1, -2))  # of an iteration
+    iteration = mean.iteration[:, 0]
+    return undropped / pairs.dropped[rounds].sum(axis=-1), iteration / (iteration - saved)
 
 
 def _interval(value: float, samples: Floats) -> Interval:

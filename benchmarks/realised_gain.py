@@ -11,13 +11,14 @@ alternating order, so that slow drifts of the machine cancel. Undropped blocks r
 controller: the pair at keep_prob 1 therefore shows what switchable layers cost when they drop nothing. A more precise
 figure for that comes from timing the added calls in a loop.
 
-Ideal gain = T / (T - time of the dropped layers). T is the undropped blocks' time. A layer's time is that of its
-forward and backward passes, recomputation included, read by hooks around it (_layer_times.py) in one undropped
-iteration after each pair of blocks. Hooks time each layer in its place and under the load it has in training; a layer
-run by itself would find other caches, and a regression of times on decisions would take the realised gain for the ideal
-one. The optimizer step and the gradient reduction of a dropped layer are not saved and not counted. Counted is what the
-actual decisions of the dropped blocks save on the critical path: on the slowest rank of each stage and, with pipeline
-stages, in the 1F1B schedule with its bubbles, computed from every stage's durations with free transfers (_gain.py).
+Ideal gain = T / (T - time of the dropped layers). A layer's time is that of its forward and backward passes,
+recomputation included, read by hooks around it (_layer_times.py) in one undropped iteration after each pair of blocks,
+and T is the time of these iterations, so that a slower moment of the machine enlarges both alike. Hooks time each layer
+in its place and under the load it has in training; a layer run by itself would find other caches, and a regression of
+times on decisions would take the realised gain for the ideal one. The optimizer step and the gradient reduction of a
+dropped layer are not saved and not counted. Counted is what the actual decisions of the dropped blocks save on the
+critical path: on the slowest rank of each stage and, with pipeline stages, in the 1F1B schedule with its bubbles,
+computed from every stage's durations with free transfers (_gain.py).
 
 Ratio = (realised - 1) / (ideal - 1), from sums over all rounds, with a bootstrap over the rounds.
 """
@@ -273,7 +274,14 @@ def pass_times(args: argparse.Namespace, everyone: list[RankMeasurement], num_mi
         layers.append(by_round[:, :-1])
         stages.append(by_round[:, -1:])
     layer_times, stage_times = np.concatenate(layers, axis=1), np.concatenate(stages, axis=1)
-    return PassTimes(layer_times[..., 0], layer_times[..., 1], stage_times[..., 0], stage_times[..., 1])
+    iterations = np.max([rank.timed_iterations for rank in everyone], axis=0).reshape(args.rounds, -1)
+    return PassTimes(
+        layer_forward=layer_times[..., 0],
+        layer_backward=layer_times[..., 1],
+        stage_forward=stage_times[..., 0],
+        stage_backward=stage_times[..., 1],
+        iteration=iterations.mean(axis=1, keepdims=True),
+    )
 
 
 def write_report(args: argparse.Namespace, results: list[LayoutResult]) -> None:
