@@ -39,6 +39,16 @@ class RunData:
         """Name of the drop policy."""
         return self.config.drop.policy
 
+    @property
+    def seed(self) -> int:
+        """Seed of weights, data order and dropout: what makes runs of different policies a pair."""
+        return self.config.training.seed
+
+    @property
+    def last_iteration(self) -> int:
+        """Iteration at which the run stands."""
+        return int(self.train[-1]["iteration"])
+
     def column(self, name: str) -> FloatArray:
         """One value of every training row, [T]. Raises ValueError naming the first row that lacks it."""
         return self._column(self.train, name)
@@ -76,7 +86,8 @@ def read_runs(paths: Sequence[str]) -> list[RunData]:
     for path in resolved:
         if resolved.count(path) > 1:
             raise ValueError(f"run folder {path} is given twice; give each once")
-    return [read_run(path, label) for path, label in zip(resolved, _labels(resolved), strict=True)]
+    labels = shortest_ends([path.parts for path in resolved])
+    return [read_run(path, label) for path, label in zip(resolved, labels, strict=True)]
 
 
 def read_run(path: Path, label: str) -> RunData:
@@ -142,11 +153,11 @@ def _parsed_lines(file: Path) -> Iterator[Row]:
             }
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    depth = 1
-    while True:
-        labels = ["/".join(path.parts[-depth:]) for path in paths]
+def shortest_ends(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The shortest ends of the paths, given by their parts, that tell them apart; no two paths may be equal."""
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        labels = ["/".join(path[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
             return labels
-        depth += 1
+    assert not paths, f"paths {paths} are not different"
+    return []
