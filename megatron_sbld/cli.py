@@ -126,12 +126,17 @@ def _config_first(args: list[str]) -> list[str]:
 def _compare(args: list[str]) -> int:
     from megatron_sbld.report.compare import compare
 
-    parser = _parser("compare RUN [RUN ...] [--baseline RUN] [--out DIR]", "Compare runs: table and plots.")
+    parser = _parser(
+        "compare RUN [RUN ...] [--baseline RUN] [--out DIR] [--group BOOL]", "Compare runs: table and plots."
+    )
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--baseline", help="run folder that the others are compared with; default: the undropped one")
     parser.add_argument("--out", help="folder for the table and the plots")
+    parser.add_argument(
+        "--group", type=bool, default=True, help="one row for runs that differ in seeds alone; false: a row a run"
+    )
     given: Namespace = parser.parse_args(args)
-    compare(given.runs, given.baseline, given.out)
+    compare(given.runs, given.baseline, given.out, given.group)
     return 0
 
 

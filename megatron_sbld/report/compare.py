@@ -7,21 +7,25 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_sbld.report.groups import RunGroup, group_runs
 from megatron_sbld.report.plots import plot_keep_probs, plot_losses
-from megatron_sbld.report.runs import RunData, read_runs
+from megatron_sbld.report.runs import read_runs
 from megatron_sbld.report.summary import Comparison, choose_baseline, summarise
-from megatron_sbld.report.table import print_table, write_csv, write_json, write_markdown
+from megatron_sbld.report.table import print_table, write_csv, write_json, write_markdown, write_runs_csv
+from megatron_sbld.report.tradeoff import plot_tradeoff
 
 
-def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = None) -> Comparison:
+def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = None, group: bool = True) -> Comparison:
     """Prints a table of runs: validation loss, tokens/s, keep_prob, ideal and realised gain.
 
     Args:
         runs: run folders, in the order of the rows.
-        baseline: the run folder that the others are compared with; added in front if it is not among `runs`. None takes
-            the first that drops nothing, or the first.
-        out: folder for comparison.md, .csv, .json, loss.png and, where a run drops layers, keep_prob.png. None writes
-            nothing.
+        baseline: a run folder of the row that the others are compared with; added in front if it is not among `runs`.
+            None takes the first row that drops nothing, or the first.
+        out: folder for comparison.md, .csv and .json, comparison_runs.csv, loss.png and, where a run drops layers,
+            keep_prob.png, where one has a validation, tradeoff.png. None writes nothing.
+        group: one row for runs that differ in their seeds alone (groups.py says what that means); False makes a row a
+            run.
 
     Raises:
         ValueError: a run folder is missing, empty, malformed, or given twice.
@@ -32,30 +36,38 @@ def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = 
     resolved = [Path(path).resolve() for path in paths]
     if baseline is not None and Path(baseline).resolve() not in resolved:
         paths.insert(0, baseline)
-    data = read_runs(paths)
-    reference = choose_baseline(data) if baseline is None else _find(data, Path(baseline))
-    comparison = summarise(data, reference)
+    groups = group_runs(read_runs(paths), group)
+    reference = choose_baseline(groups) if baseline is None else _find(groups, Path(baseline))
+    comparison = summarise(groups, reference)
     console = Console()
     print_table(comparison, console)
     if out is not None:
-        for file in _save(comparison, data, Path(out)):
+        for file in _save(comparison, groups, Path(out)):
             console.print(f"saved {file}", highlight=False)
     return comparison
 
 
-def _find(runs: Sequence[RunData], path: Path) -> RunData:
-    return next(run for run in runs if run.path == path.resolve())
+def _find(groups: Sequence[RunGroup], path: Path) -> RunGroup:
+    return next(group for group in groups if any(run.path == path.resolve() for run in group.runs))
 
 
-def _save(comparison: Comparison, runs: Sequence[RunData], folder: Path) -> list[Path]:
+def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"comparison.{suffix}" for suffix in ("md", "csv", "json")]
-    for write, file in zip((write_markdown, write_csv, write_json), files, strict=True):
+    writers = {
+        "comparison.md": write_markdown,
+        "comparison.csv": write_csv,
+        "comparison_runs.csv": write_runs_csv,
+        "comparison.json": write_json,
+    }
+    files = [folder / name for name in writers]
+    for write, file in zip(writers.values(), files, strict=True):
         write(comparison, file)
-    plot_losses(runs, folder / "loss.png")
+    plot_losses(groups, folder / "loss.png")
     files.append(folder / "loss.png")
-    dropping = [run for run in runs if run.policy != "none"]
+    dropping = [group for group in groups if group.policy != "none"]
     if dropping:
         plot_keep_probs(dropping, folder / "keep_prob.png")
         files.append(folder / "keep_prob.png")
+    if plot_tradeoff(comparison, folder / "tradeoff.png"):
+        files.append(folder / "tradeoff.png")
     return files

@@ -2,75 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.runs import FloatArray, RunData
+from megatron_sbld.report.seeds import estimate
 
-_DPI = 150
+DPI = 150
 _MAX_COLUMNS = 2000  # of a heat map: more iterations than this are averaged, a PNG cannot show them
 _SMOOTHING = 0.02  # share of a run's iterations over which its training loss is averaged
 _SKIPPED = 0.1  # share of a run whose losses, far above the rest, may leave the frame
 _TIME_UNITS = (("s", 1.0, 600.0), ("min", 60.0, 36000.0), ("h", 3600.0, float("inf")))  # name, seconds, up to seconds
+_LEGEND_INSIDE = 6  # groups; a legend of more would hide the curves
+_LEGEND_ROWS = 22
 
 
-def plot_losses(runs: Sequence[RunData], file: Path) -> None:
-    """Draws the losses of all runs against iterations (left) and training time (right)."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+def group_style(number: int) -> dict[str, Any]:
+    """Colour and line of the `number`-th group, from 0: ten strong colours, ten pale ones, then the same dashed."""
+    colors = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]  # in pairs of strong and pale
+    return {"color": colors[2 * (number % 10) + number // 10 % 2], "linestyle": "-" if number < 20 else "--"}
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Name and seconds of the unit for times up to `seconds`."""
+    return next((name, unit_s) for name, unit_s, limit in _TIME_UNITS if seconds <= limit)
+
+
+def plot_losses(groups: Sequence[RunGroup], file: Path) -> None:
+    """Draws the losses of all groups against iterations (left) and training time (right), one colour a group.
+
+    A group of several runs is a thin line a run and their mean; its validation losses are means with standard errors.
+    """
+    outside = len(groups) > _LEGEND_INSIDE
+    figure = Figure(figsize=(15 if outside else 12, 4.8), layout="constrained")
     by_iteration, by_time = figure.subplots(1, 2, sharey=True)
-    total_s = max(run.elapsed_s(run.column("iteration"))[-1] for run in runs)
-    unit, unit_s = next((name, seconds) for name, seconds, limit in _TIME_UNITS if total_s <= limit)
-    for number, run in enumerate(runs):
-        iterations = run.column("iteration")
-        valid_iterations = run.valid_column("iteration")
-        color = f"C{number % 10}"
-        _draw_run(by_iteration, run, iterations, valid_iterations, color)
-        _draw_run(by_time, run, run.elapsed_s(iterations) / unit_s, run.elapsed_s(valid_iterations) / unit_s, color)
+    runs = [run for group in groups for run in group.runs]
+    unit, unit_s = time_unit(max(run.elapsed_s(run.column("iteration"))[-1] for run in runs))
+    for number, group in enumerate(groups):
+        _draw_group(by_iteration, group, number, None)
+        _draw_group(by_time, group, number, unit_s)
     by_iteration.set(xlabel="iteration", ylabel="loss (nats per token)", xlim=(0, None), ylim=_loss_limits(runs))
     by_time.set(xlabel=f"training time without validation and saving ({unit})", xlim=(0, None))
     for axes in (by_iteration, by_time):
         axes.grid(alpha=0.3)
-    by_time.legend(title="lines: training, running mean\ndots: validation", alignment="left")
-    figure.savefig(file, dpi=_DPI)
+    title = "lines: training, running mean\ndots: validation"
+    if len(runs) > len(groups):
+        title = "lines: training, running mean;\nbold: mean over seeds\ndots: validation, mean ± s.e."
+    handles, labels = by_time.get_legend_handles_labels()
+    if outside:
+        columns = -(-len(labels) // _LEGEND_ROWS)
+        figure.legend(
+            handles, labels, title=title, alignment="left", loc="outside right upper", ncols=columns, fontsize="small"
+        )
+    else:
+        by_time.legend(handles, labels, title=title, alignment="left")
+    figure.savefig(file, dpi=DPI)
 
 
-def plot_keep_probs(runs: Sequence[RunData], file: Path) -> None:
-    """Draws a heat map of keep_prob, layer by iteration, for each of `runs`, on one scale from 0 to 1."""
-    figure = Figure(figsize=(10, 1 + 3.2 * len(runs)), layout="constrained")
-    panels = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
-    for axes, run in zip(panels, runs, strict=True):
-        keep_probs = run.layers_column("keep_probs")
-        num_layers = keep_probs.shape[1]
-        first, last = run.train[0]["iteration"], run.train[-1]["iteration"]
+def plot_keep_probs(groups: Sequence[RunGroup], file: Path) -> None:
+    """Draws a heat map of keep_prob, layer by iteration, for each of `groups`, on one scale from 0 to 1.
+
+    Of several runs it is the mean, over the iterations that all of them have.
+    """
+    figure = Figure(figsize=(10, 1 + 3.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for axes, group in zip(panels, groups, strict=True):
+        iterations = _common([run.column("iteration") for run in group.runs])
+        if not len(iterations):
+            raise ValueError(f"{group.label}: its runs have no iteration in common; compare them with --group false")
+        keep_probs = np.mean(
+            [run.layers_column("keep_probs")[_positions(run.column("iteration"), iterations)] for run in group.runs],
+            axis=0,
+        )
         image = axes.imshow(
             _column_means(keep_probs).T,
             aspect="auto",
             origin="lower",
             interpolation="nearest",
-            extent=(first - 0.5, last + 0.5, 0.5, num_layers + 0.5),
+            extent=(iterations[0] - 0.5, iterations[-1] + 0.5, 0.5, keep_probs.shape[1] + 0.5),
             vmin=0,
             vmax=1,
             cmap="viridis",
         )
-        axes.set_title(f"{run.label}: mean keep_prob {keep_probs.mean():.3f}", loc="left")
+        axes.set_title(f"{group.label}: mean keep_prob {keep_probs.mean():.3f}", loc="left")
         axes.set_ylabel("layer")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[-1].set_xlabel("iteration")
     figure.colorbar(image, ax=list(panels), label="keep_prob (1: always kept)", fraction=0.04, pad=0.01)
-    figure.savefig(file, dpi=_DPI)
+    figure.savefig(file, dpi=DPI)
 
 
-def _draw_run(axes: Axes, run: RunData, x: FloatArray, valid_x: FloatArray, color: str) -> None:
-    losses = run.column("loss")
-    window = max(1, round(_SMOOTHING * len(losses)))
-    axes.plot(x, losses, color=color, alpha=0.15, linewidth=0.8)
-    axes.plot(x, _smooth(losses, window), color=color, linewidth=1.3, label=run.label)
-    axes.plot(valid_x, run.valid_column("valid_loss"), "o", color=color, markeredgecolor="white", markersize=6)
+def _draw_group(axes: Axes, group: RunGroup, number: int, unit_s: float | None) -> None:
+    """Draws a group against iterations, or against time in units of `unit_s` seconds."""
+    style = group_style(number)
+    several = len(group.runs) > 1
+
+    def abscissa(run: RunData, iterations: FloatArray) -> FloatArray:
+        return iterations if unit_s is None else run.elapsed_s(iterations) / unit_s
+
+    smoothed = [_smooth(run.column("loss"), max(1, round(_SMOOTHING * len(run.train)))) for run in group.runs]
+    for run, losses in zip(group.runs, smoothed, strict=True):
+        x = abscissa(run, run.column("iteration"))
+        if several:
+            axes.plot(x, losses, alpha=0.35, linewidth=0.6, **style)
+        else:
+            axes.plot(x, run.column("loss"), alpha=0.15, linewidth=0.8, **style)
+    common = _common([run.column("iteration") for run in group.runs])
+    mean_x = np.mean([abscissa(run, common) for run in group.runs], axis=0)
+    rows = [_positions(run.column("iteration"), common) for run in group.runs]
+    mean = np.mean([losses[row] for losses, row in zip(smoothed, rows, strict=True)], axis=0)
+    axes.plot(mean_x, mean, linewidth=1.6 if several else 1.3, label=group.label, **style)
+    _draw_validation(axes, group, style["color"], abscissa)
+
+
+def _draw_validation(
+    axes: Axes, group: RunGroup, color: Any, abscissa: Callable[[RunData, FloatArray], FloatArray]
+) -> None:
+    """Draws mean validation losses, with standard errors, where all validated runs have one."""
+    runs = group.validated
+    if not runs:
+        return
+    common = _common([run.valid_column("iteration") for run in runs])
+    losses = np.array(
+        [run.valid_column("valid_loss")[_positions(run.valid_column("iteration"), common)] for run in runs]
+    )
+    means = [estimate(column) for column in losses.T.tolist()]
+    axes.errorbar(
+        np.mean([abscissa(run, common) for run in runs], axis=0),
+        [mean.mean for mean in means],
+        yerr=[mean.stderr or 0.0 for mean in means] if len(runs) > 1 else None,
+        fmt="o",
+        color=color,
+        markeredgecolor="white",
+        markersize=6,
+        capsize=3,
+    )
+
+
+def _common(iterations: Sequence[FloatArray]) -> FloatArray:
+    """Iterations that all have, in order."""
+    return reduce(np.intersect1d, iterations)
+
+
+def _positions(iterations: FloatArray, wanted: FloatArray) -> npt.NDArray[np.intp]:
+    """Where `wanted`, all of which occur, are in the sorted `iterations`."""
+    return np.searchsorted(iterations, wanted)
 
 
 def _smooth(values: FloatArray, window: int) -> FloatArray:

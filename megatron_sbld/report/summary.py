@@ -1,42 +1,85 @@
 """The figures of a comparison: loss, throughput, and how much of the gain that the drops allow was realised.
 
+A row is a group of runs that differ in their seeds alone, and gives means over them; a group may be one run.
+
 The ideal gain is that of equations.md section 7: FLOPs alone decide how much time a dropped layer saves. Kernels that
 do not scale with their FLOPs, communication and pipeline bubbles are not in it; they are what the ratio shows.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_sbld.report.runs import RunData
+from megatron_sbld.report.groups import RunGroup
+from megatron_sbld.report.notes import SEEDS_NOTE, TIME_TO_LOSS_NOTE, group_notes
+from megatron_sbld.report.runs import FloatArray, RunData
+from megatron_sbld.report.seeds import (
+    Estimate,
+    estimate,
+    paired_difference,
+    paired_seeds,
+    time_to_loss,
+    unpaired_difference,
+)
 from megatron_sbld.training.flops import ideal_speedup, layer_share, padded_vocab_size
 from megatron_sbld.training.tokenizer import load_tokenizer
 
 WARMUP_ITERATIONS = 5
 BLOCK_ITERATIONS = 10
-_COMPARED_SECTIONS = ("model", "parallel", "data", "optimizer", "training")
 
-FloatArray = npt.NDArray[np.float64]
+
+@dataclass(frozen=True)
+class RunFigures:
+    """The figures of one run, of which a row's are means."""
+
+    group: str
+    """Label of the row that the run belongs to."""
+    label: str
+    path: str
+    training_seed: int
+    drop_seed: int
+    iterations: int
+    consumed_tokens: int
+    valid_loss: float | None
+    tokens_per_s: float
+    model_tflops_per_gpu: float | None
+    mean_keep_prob: float
+    kept_fraction: float
+    train_time_s: float
+    time_to_baseline_loss: float | None
+    """As in RunSummary; None as well for a seed that is left out of a paired comparison."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A row of the comparison. Gains are relative to the baseline: 0.2 is 20 % more tokens/s."""
+    """A row of the comparison: means over seeds. Gains are relative to the baseline: 0.2 is 20 % more tokens/s."""
 
     label: str
     path: str
+    """The run folder; of several runs the folder that they are in."""
     policy: str
+    num_seeds: int
+    """Runs of the row."""
     iterations: int
+    """Of the run that is least far, as consumed_tokens."""
     consumed_tokens: int
     valid_loss: float | None
     """Last validation loss; None without validation."""
+    valid_loss_stderr: float | None
+    """Standard error over seeds (ddof 1); None for one seed, as the other."""
     valid_loss_change: float | None
-    """The same, less the baseline's."""
+    """The same, less the baseline's: the mean of paired differences, or else the difference of the means."""
+    valid_loss_change_stderr: float | None
+    """Of the paired differences, or else the root of the sum of both groups' squared standard errors."""
+    num_paired_seeds: int | None
+    """Seeds over which the change is paired; 0 where it is not, None for the baseline and without a change."""
+    time_to_baseline_loss: float | None
+    """Training time until the validation loss first falls to the baseline's final one, relative to the baseline's time
+    at that validation. None unless all seeds reach it."""
     tokens_per_s: float
     model_tflops_per_gpu: float | None
     mean_keep_prob: float
@@ -54,34 +97,40 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the order of the runs, the baseline's label, and the footnotes without which the figures mislead."""
+    """Rows in the order of the groups, their runs, the baseline's label, and footnotes without which they mislead."""
 
     baseline: str
     rows: list[RunSummary]
+    runs: list[RunFigures]
     notes: list[str]
 
 
-def summarise(runs: Sequence[RunData], baseline: RunData) -> Comparison:
-    """Compares `runs` with `baseline`, which is one of them."""
-    phi = _layers_share(baseline)
-    if phi is None:
-        ideal = f"not known, since the tokenizer {baseline.config.data.tokenizer!r} is not found here"
-    else:
-        ideal = f"from the share of layers that ran, by FLOPs (the layers are {phi:.1%} of an iteration's)"
-    notes = [
-        f"Gains are against {baseline.label}. Ideal gain: {ideal}; realised gain: from tokens/s.",
-        f"Tokens/s: the first {WARMUP_ITERATIONS} iterations are left out, and every {BLOCK_ITERATIONS} iterations "
-        "count with their median, so that a hiccup of the machine does not.",
-    ]
-    if baseline.policy != "none":
-        notes.append(f"The baseline {baseline.label} drops layers itself ({baseline.policy}): gains are over that.")
-    notes += [note for run in runs if run is not baseline for note in _differences(run, baseline)]
-    return Comparison(baseline=baseline.label, rows=[_summarise_run(run, baseline) for run in runs], notes=notes)
+def summarise(groups: Sequence[RunGroup], baseline: RunGroup) -> Comparison:
+    """Compares `groups` with `baseline`, which is one of them."""
+    notes = _general_notes(groups, baseline)
+    reference = [_run_figures(run, baseline.label, None) for run in baseline.runs]
+    rows, runs = [], []
+    for group in groups:
+        paired = paired_seeds([run.seed for run in group.validated], [run.seed for run in baseline.validated])
+        times = _times_to_baseline_loss(group, baseline, paired)
+        figures = [_run_figures(run, group.label, time) for run, time in zip(group.runs, times, strict=True)]
+        row = _summarise_group(group, baseline, figures, reference, paired)
+        notes += group_notes(group, baseline, paired)
+        compared = _compared_times(figures, paired)
+        reached = [time for time in compared if time is not None]
+        if 0 < len(reached) < len(compared):
+            notes.append(
+                f"{group.label}: {len(reached)} of {len(compared)} seeds reach the baseline's final loss, so that no "
+                "mean time to it is given."
+            )
+        rows.append(row)
+        runs += figures
+    return Comparison(baseline=baseline.label, rows=rows, runs=runs, notes=notes)
 
 
-def choose_baseline(runs: Sequence[RunData]) -> RunData:
-    """The first run that drops nothing, else the first."""
-    return next((run for run in runs if run.policy == "none"), runs[0])
+def choose_baseline(groups: Sequence[RunGroup]) -> RunGroup:
+    """The first group that drops nothing, else the first."""
+    return next((group for group in groups if group.policy == "none"), groups[0])
 
 
 def tokens_per_s(run: RunData) -> float:
@@ -103,76 +152,162 @@ def steady(values: FloatArray) -> FloatArray:
     return values[min(WARMUP_ITERATIONS, len(values) // 2) :]
 
 
-def _summarise_run(run: RunData, baseline: RunData) -> RunSummary:
-    ideal, realised = _gains(run, baseline)
-    valid_loss, baseline_loss = _last_valid_loss(run), _last_valid_loss(baseline)
+def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup) -> list[str]:
+    phi = _layers_share(baseline)
+    if phi is None:
+        ideal = f"not known, since the tokenizer {baseline.config.data.tokenizer!r} is not found here"
+    else:
+        ideal = f"from the share of layers that ran, by FLOPs (the layers are {phi:.1%} of an iteration's)"
+    notes = [
+        f"Gains are against {baseline.label}. Ideal gain: {ideal}; realised gain: from tokens/s.",
+        f"Tokens/s: the first {WARMUP_ITERATIONS} iterations are left out, and every {BLOCK_ITERATIONS} iterations "
+        "count with their median, so that a hiccup of the machine does not.",
+    ]
+    if any(len(group.runs) > 1 for group in groups):
+        notes.append(SEEDS_NOTE)
+    if baseline.validated:
+        notes.append(TIME_TO_LOSS_NOTE)
+    if baseline.policy != "none":
+        notes.append(f"The baseline {baseline.label} drops layers itself ({baseline.policy}): gains are over that.")
+    return notes
+
+
+def _run_figures(run: RunData, group: str, time_to_baseline_loss: float | None) -> RunFigures:
     has_tflops = all("model_tflops_per_gpu" in row for row in run.train)
-    return RunSummary(
+    return RunFigures(
+        group=group,
         label=run.label,
         path=str(run.path),
-        policy=run.policy,
-        iterations=int(run.train[-1]["iteration"]),
+        training_seed=run.seed,
+        drop_seed=run.config.drop.seed,
+        iterations=run.last_iteration,
         consumed_tokens=int(run.column("consumed_tokens")[-1]),
-        valid_loss=valid_loss,
-        valid_loss_change=None if valid_loss is None or baseline_loss is None else valid_loss - baseline_loss,
+        valid_loss=_last_valid_loss(run) if run.valid else None,
         tokens_per_s=tokens_per_s(run),
         model_tflops_per_gpu=float(np.median(steady(run.column("model_tflops_per_gpu")))) if has_tflops else None,
         mean_keep_prob=float(steady(run.column("mean_keep_prob")).mean()),
-        kept_fraction=_kept_fraction(run),
-        ideal_gain=ideal,
-        realised_gain=realised,
-        gain_ratio=realised / ideal if ideal and realised is not None else None,
+        kept_fraction=float(steady(run.column("kept_fraction")).mean()),
         train_time_s=float(run.column("step_time_s").sum()),
+        time_to_baseline_loss=time_to_baseline_loss,
     )
 
 
-def _gains(run: RunData, baseline: RunData) -> tuple[float | None, float | None]:
-    """Ideal and realised gain of `run` over `baseline`; None for another model, whose tokens cost something else."""
-    if run.config.model != baseline.config.model:
+def _summarise_group(
+    group: RunGroup,
+    baseline: RunGroup,
+    figures: Sequence[RunFigures],
+    reference: Sequence[RunFigures],
+    paired: Sequence[int] | None,
+) -> RunSummary:
+    """The row of `group` from the figures of its runs and of the baseline's, `reference`."""
+    ideal, realised = _gains(group, baseline, figures, reference)
+    losses = [run.valid_loss for run in figures if run.valid_loss is not None]
+    loss = estimate(losses) if losses else None
+    change = _loss_change(group, baseline, paired)
+    compared = change is not None and group is not baseline
+    paths = [run.path for run in figures]
+    return RunSummary(
+        label=group.label,
+        path=paths[0] if len(paths) == 1 else os.path.commonpath(paths),
+        policy=group.policy,
+        num_seeds=len(figures),
+        iterations=min(run.iterations for run in figures),
+        consumed_tokens=min(run.consumed_tokens for run in figures),
+        valid_loss=loss.mean if loss else None,
+        valid_loss_stderr=loss.stderr if loss else None,
+        valid_loss_change=change.mean if change else None,
+        valid_loss_change_stderr=change.stderr if change else None,
+        num_paired_seeds=len(paired or ()) if compared else None,
+        time_to_baseline_loss=_mean_if_all(_compared_times(figures, paired)),
+        tokens_per_s=_mean([run.tokens_per_s for run in figures]),
+        model_tflops_per_gpu=_mean_if_all([run.model_tflops_per_gpu for run in figures]),
+        mean_keep_prob=_mean([run.mean_keep_prob for run in figures]),
+        kept_fraction=_mean([run.kept_fraction for run in figures]),
+        ideal_gain=ideal,
+        realised_gain=realised,
+        gain_ratio=realised / ideal if ideal and realised is not None else None,
+        train_time_s=_mean([run.train_time_s for run in figures]),
+    )
+
+
+def _gains(
+    group: RunGroup, baseline: RunGroup, figures: Sequence[RunFigures], reference: Sequence[RunFigures]
+) -> tuple[float | None, float | None]:
+    """Ideal and realised gain over the baseline; None for another model, whose tokens cost something else."""
+    if group.config.model != baseline.config.model:
         return None, None
-    realised = tokens_per_s(run) / tokens_per_s(baseline) - 1
-    phi, baseline_phi = _layers_share(run), _layers_share(baseline)
+    rate, baseline_rate = (_mean([run.tokens_per_s for run in runs]) for runs in (figures, reference))
+    realised = rate / baseline_rate - 1
+    phi, baseline_phi = _layers_share(group), _layers_share(baseline)
     if phi is None or baseline_phi is None:
         return None, realised
-    ideal = ideal_speedup(phi, _kept_fraction(run)) / ideal_speedup(baseline_phi, _kept_fraction(baseline)) - 1
-    return ideal, realised
+    kept, baseline_kept = (_mean([run.kept_fraction for run in runs]) for runs in (figures, reference))
+    return ideal_speedup(phi, kept) / ideal_speedup(baseline_phi, baseline_kept) - 1, realised
 
 
-def _layers_share(run: RunData) -> float | None:
-    """phi of equations.md section 7; None where the run's tokenizer, which gives the vocabulary, is not found."""
+def _layers_share(group: RunGroup) -> float | None:
+    """phi of equations.md section 7; None where the runs' tokenizer, which gives the vocabulary, is not found."""
+    config = group.config
     try:
-        vocab_size = load_tokenizer(run.config.data.tokenizer).vocab_size
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
     except ValueError:
         return None
-    recompute = run.config.training.recompute_granularity == "full"
-    return layer_share(run.config.model, padded_vocab_size(vocab_size, run.config), recompute=recompute)
+    recompute = config.training.recompute_granularity == "full"
+    return layer_share(config.model, padded_vocab_size(vocab_size, config), recompute=recompute)
 
 
-def _kept_fraction(run: RunData) -> float:
-    return float(steady(run.column("kept_fraction")).mean())
+def _loss_change(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> Estimate | None:
+    """Validation loss less the baseline's, over the seeds `paired`, or of the means where they are None."""
+    if not group.validated or not baseline.validated:
+        return None
+    if group is baseline:
+        return Estimate(0.0, None)
+    if paired is None:
+        return unpaired_difference(*([_last_valid_loss(run) for run in runs.validated] for runs in (group, baseline)))
+    ours, theirs = ({run.seed: _last_valid_loss(run) for run in runs.validated} for runs in (group, baseline))
+    return paired_difference([ours[seed] for seed in paired], [theirs[seed] for seed in paired])
 
 
-def _last_valid_loss(run: RunData) -> float | None:
-    return float(run.valid_column("valid_loss")[-1]) if run.valid else None
+def _times_to_baseline_loss(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[float | None]:
+    """For each run the share of the baseline's time after which it reaches the baseline's final loss; None if never.
+
+    The baseline is the run of the same seed where seeds are paired, the mean of its runs where they are not. A run of
+    the baseline is measured against itself: below 1 it shows how far the validation loss goes up and down.
+    """
+    times: list[float | None] = []
+    for run in group.runs:
+        if group is baseline:
+            references = [run] if run.valid else []
+        else:
+            references = [other for other in baseline.validated if paired is None or run.seed == other.seed in paired]
+        if not references or not run.valid:
+            times.append(None)
+            continue
+        loss = _mean([_last_valid_loss(other) for other in references])
+        duration = _mean([float(other.valid_column("train_time_s")[-1]) for other in references])
+        reached_s = time_to_loss(run.valid_column("train_time_s"), run.valid_column("valid_loss"), loss)
+        times.append(None if reached_s is None else reached_s / duration)
+    return times
 
 
-def _differences(run: RunData, baseline: RunData) -> list[str]:
-    """Footnotes on whatever beside dropping tells a run from the baseline."""
-    notes = []
-    if run.config.model != baseline.config.model:
-        notes.append(f"{run.label} is another model than {baseline.label}: no gains are given.")
-    ours, theirs = dataclasses.asdict(run.config), dataclasses.asdict(baseline.config)
-    differing = [
-        f"{section}.{key}"
-        for section in _COMPARED_SECTIONS
-        for key, value in ours[section].items()
-        if value != theirs[section][key]
+def _compared_times(figures: Sequence[RunFigures], paired: Sequence[int] | None) -> list[float | None]:
+    """time_to_baseline_loss of the runs whose validation loss is compared with the baseline's."""
+    return [
+        run.time_to_baseline_loss
+        for run in figures
+        if run.valid_loss is not None and (paired is None or run.training_seed in paired)
     ]
-    if differing:
-        notes.append(f"{run.label} differs from {baseline.label} beside dropping, in {', '.join(differing)}.")
-    if run.train[-1]["iteration"] != baseline.train[-1]["iteration"]:
-        last, other = run.train[-1]["iteration"], baseline.train[-1]["iteration"]
-        notes.append(
-            f"{run.label} stands at iteration {last}, {baseline.label} at {other}: their losses do not compare."
-        )
-    return notes
+
+
+def _last_valid_loss(run: RunData) -> float:
+    return float(run.valid_column("valid_loss")[-1])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _mean_if_all(values: Sequence[float | None]) -> float | None:
+    """Mean of the values; None if one is unknown or there is none."""
+    known = [value for value in values if value is not None]
+    return _mean(known) if known and len(known) == len(values) else None

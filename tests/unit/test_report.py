@@ -10,54 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from megatron_sbld.drop import DropConfig
 from megatron_sbld.report.compare import compare
+from megatron_sbld.report.groups import group_runs
 from megatron_sbld.report.runs import read_run, read_runs
 from megatron_sbld.report.summary import choose_baseline, summarise, tokens_per_s
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_sbld.training.config import DataConfig, TrainingConfig
 from megatron_sbld.training.flops import ideal_speedup, layer_share
+from tests.unit.report_helpers import MODEL, TOKENS, row, steady_run, valid_row, write_run
 
-TOKENS = 2048  # of an iteration
-MODEL = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=256)
 PHI = layer_share(MODEL, 384)  # 259 byte-level tokens, padded to a multiple of 128
-
-
-def row(iteration, step_time_s=0.5, keep_prob=1.0, loss=None, num_layers=4):
-    return {
-        "iteration": iteration,
-        "loss": 5.0 / iteration if loss is None else loss,
-        "step_time_s": step_time_s,
-        "tokens_per_s": TOKENS / step_time_s,
-        "mean_keep_prob": keep_prob,
-        "kept_fraction": keep_prob,
-        "consumed_tokens": TOKENS * iteration,
-        "keep_probs": [keep_prob] * num_layers,
-    }
-
-
-def valid_row(iteration, valid_loss):
-    return {
-        "iteration": iteration,
-        "valid_loss": valid_loss,
-        "train_time_s": 1.0,
-        "consumed_tokens": TOKENS * iteration,
-    }
-
-
-def write_run(folder, rows, policy="none", tail="", **sections):
-    folder.mkdir(parents=True, exist_ok=True)
-    config = Config(**{"model": MODEL, "drop": DropConfig(policy=policy), **sections})
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-    return str(folder)
-
-
-def steady_run(folder, step_time_s, keep_prob, policy, valid_loss, **sections):
-    num_layers = sections.get("model", MODEL).num_layers
-    rows = [row(i, step_time_s, keep_prob, num_layers=num_layers) for i in range(1, 41)]
-    return write_run(folder, [*rows, valid_row(40, valid_loss)], policy, **sections)
 
 
 def png_size(file):
@@ -181,8 +143,8 @@ def test_gains_are_relative_to_the_undropped_run(tmp_path):
         steady_run(tmp_path / "pld", 0.4, 0.5, "pld", 2.1),
         steady_run(tmp_path / "full", 0.5, 1.0, "none", 2.0),
     ]
-    runs = read_runs(folders)
-    comparison = summarise(runs, choose_baseline(runs))
+    groups = group_runs(read_runs(folders))
+    comparison = summarise(groups, choose_baseline(groups))
     dropped, full = comparison.rows
     assert comparison.baseline == "full"
     assert dropped.ideal_gain == pytest.approx(1 / (1 - PHI * 0.5) - 1)
@@ -200,9 +162,9 @@ def test_full_recomputation_raises_the_layers_share(tmp_path):
         steady_run(tmp_path / "full", 0.5, 1.0, "none", 2.0, training=training),
         steady_run(tmp_path / "pld", 0.4, 0.5, "pld", 2.1, training=training),
     ]
-    runs = read_runs(folders)
+    groups = group_runs(read_runs(folders))
     expected = ideal_speedup(layer_share(MODEL, 384, recompute=True), 0.5) - 1
-    assert summarise(runs, runs[0]).rows[1].ideal_gain == pytest.approx(expected)
+    assert summarise(groups, groups[0]).rows[1].ideal_gain == pytest.approx(expected)
 
 
 def test_against_a_dropping_baseline_the_ideal_gain_is_what_the_other_adds(tmp_path):
@@ -210,8 +172,8 @@ def test_against_a_dropping_baseline_the_ideal_gain_is_what_the_other_adds(tmp_p
         steady_run(tmp_path / "pld", 0.4, 0.8, "pld", 2.1),
         steady_run(tmp_path / "sbld", 0.3, 0.5, "sbld", 2.0),
     ]
-    runs = read_runs(folders)
-    comparison = summarise(runs, choose_baseline(runs))
+    groups = group_runs(read_runs(folders))
+    comparison = summarise(groups, choose_baseline(groups))
     assert comparison.rows[1].ideal_gain == pytest.approx((1 - PHI * 0.2) / (1 - PHI * 0.5) - 1)
     assert any("drops layers itself (pld)" in note for note in comparison.notes)
 
@@ -222,8 +184,8 @@ def test_a_run_of_another_depth_gets_no_gains_and_a_note(tmp_path):
         steady_run(tmp_path / "full", 0.5, 1.0, "none", 2.0),
         steady_run(tmp_path / "deep", 0.9, 0.5, "pld", 2.1, model=deeper),
     ]
-    runs = read_runs(folders)
-    comparison = summarise(runs, runs[0])
+    groups = group_runs(read_runs(folders))
+    comparison = summarise(groups, groups[0])
     assert (comparison.rows[1].ideal_gain, comparison.rows[1].realised_gain) == (None, None)
     assert any("deep is another model" in note for note in comparison.notes)
     assert any("model.num_layers" in note for note in comparison.notes)
@@ -235,17 +197,20 @@ def test_without_its_tokenizer_a_run_has_no_ideal_gain_and_says_why(tmp_path):
         steady_run(tmp_path / "full", 0.5, 1.0, "none", 2.0, data=data),
         steady_run(tmp_path / "pld", 0.4, 0.5, "pld", 2.1, data=data),
     ]
-    runs = read_runs(folders)
-    comparison = summarise(runs, runs[0])
+    groups = group_runs(read_runs(folders))
+    comparison = summarise(groups, groups[0])
     assert comparison.rows[1].ideal_gain is None
     assert comparison.rows[1].realised_gain == pytest.approx(0.25)
     assert any("gone/tokenizer.json" in note for note in comparison.notes)
 
 
 def test_runs_that_stand_at_different_iterations_are_noted(tmp_path):
-    folders = [write_run(tmp_path / name, [row(i) for i in range(1, last)]) for name, last in (("a", 21), ("b", 11))]
-    runs = read_runs(folders)
-    comparison = summarise(runs, runs[0])
+    folders = [
+        write_run(tmp_path / name, [row(i) for i in range(1, last + 1)], policy)
+        for name, policy, last in (("a", "none", 20), ("b", "pld", 10))
+    ]
+    groups = group_runs(read_runs(folders))
+    comparison = summarise(groups, groups[0])
     assert any("b stands at iteration 10, a at 20" in note for note in comparison.notes)
 
 
@@ -273,6 +238,7 @@ def test_csv_and_json_hold_the_unrounded_figures(saved):
     assert lines[0]["gain_ratio"] == ""
     content = json.loads((out / "comparison.json").read_text())
     assert content["rows"][1] == dataclasses.asdict(comparison.rows[1])
+    assert content["runs"][1]["path"] == comparison.rows[1].path
     assert content["notes"] == comparison.notes
 
 
@@ -287,7 +253,8 @@ def test_plots_are_png_files_of_the_expected_size(saved):
     _, out, _ = saved
     assert png_size(out / "loss.png") == (1800, 720)
     assert png_size(out / "keep_prob.png") == (1500, 1110)
-    assert min((out / name).stat().st_size for name in ("loss.png", "keep_prob.png")) > 10_000
+    assert png_size(out / "tradeoff.png") == (1800, 780)
+    assert min((out / name).stat().st_size for name in ("loss.png", "keep_prob.png", "tradeoff.png")) > 10_000
 
 
 def test_the_console_shows_every_figure_even_when_it_is_narrow(saved, capsys, monkeypatch):
@@ -311,6 +278,7 @@ def test_runs_without_validation_or_drops_are_compared_without_a_heat_map(tmp_pa
     assert comparison.rows[0].valid_loss is None
     assert (tmp_path / "out" / "loss.png").exists()
     assert not (tmp_path / "out" / "keep_prob.png").exists()
+    assert not (tmp_path / "out" / "tradeoff.png").exists()
 
 
 def test_a_diverged_run_is_still_plotted(tmp_path):

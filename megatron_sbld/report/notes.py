@@ -1,0 +1,103 @@
+"""The footnotes of a comparison: how its figures are made, and where they do not compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from megatron_sbld.report.groups import RunGroup
+
+_COMPARED_SECTIONS = ("model", "parallel", "data", "optimizer", "training")
+_NOT_COMPARED = ("training.seed", "data.data_cache_path")  # seeds have footnotes of their own
+
+SEEDS_NOTE = (
+    "Rows are means over seeds; s.e.: standard error of the mean (sample standard deviation over the root of the "
+    "number of seeds). The change is the mean of the differences from the baseline's run of the same seed, its s.e. "
+    "that of these differences."
+)
+TIME_TO_LOSS_NOTE = (
+    "Time to baseline loss: training time until a run's validation loss first falls to the final one of the baseline, "
+    "as a share of the baseline's training time until then (of the same seed where paired); interpolated linearly "
+    "between validations, - where it is not reached."
+)
+
+
+def group_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[str]:
+    """Footnotes on one row.
+
+    Args:
+        paired: seeds over which the change is paired; None where it is not.
+    """
+    notes = [] if group is baseline else _difference_notes(group, baseline)
+    notes += _progress_notes(group, baseline)
+    missing = [run.label for run in group.runs if not run.valid]
+    if missing and group.validated:
+        notes.append(f"{group.label}: not in the mean validation loss, for want of a validation: {_and(missing)}.")
+    if group is not baseline and group.validated and baseline.validated:
+        notes += _pairing_notes(group, baseline, paired)
+    seeds = _seeds(group)
+    if len(set(seeds)) < len(seeds):
+        notes.append(
+            f"{group.label}: a seed occurs more than once ({_and(seeds)}); the s.e. takes its runs for independent."
+        )
+    if len({run.config.drop.sensitivity for run in group.runs}) > 1:
+        notes.append(f"{group.label}: every seed has a sensitivity file of its own.")
+    return notes
+
+
+def _difference_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
+    """On whatever beside dropping and seeds tells a group from the baseline."""
+    notes = []
+    if group.config.model != baseline.config.model:
+        notes.append(f"{group.label} is another model than {baseline.label}: no gains are given.")
+    ours, theirs = dataclasses.asdict(group.config), dataclasses.asdict(baseline.config)
+    differing = [
+        f"{section}.{key}"
+        for section in _COMPARED_SECTIONS
+        for key, value in ours[section].items()
+        if value != theirs[section][key] and f"{section}.{key}" not in _NOT_COMPARED
+    ]
+    if differing:
+        notes.append(f"{group.label} differs from {baseline.label} beside dropping, in {', '.join(differing)}.")
+    return notes
+
+
+def _progress_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
+    """On runs that stand at different iterations, or were last validated at different ones."""
+    ours, theirs = ({run.last_iteration for run in runs.runs} for runs in (group, baseline))
+    validated, others_validated = ({run.valid[-1]["iteration"] for run in runs.validated} for runs in (group, baseline))
+    within = between = ""
+    if len(ours) > 1:
+        within = f"stand at iterations {_and(sorted(ours))}"
+    elif len(validated) > 1:
+        within = f"were last validated at iterations {_and(sorted(validated))}"
+    if ours != theirs:
+        between = f"{group.label} stands at iteration {_and(sorted(ours))}, {baseline.label} at {_and(sorted(theirs))}"
+    elif validated and others_validated and validated != others_validated:
+        between = (
+            f"{group.label} was last validated at iteration {_and(sorted(validated))}, {baseline.label} at "
+            f"{_and(sorted(others_validated))}"
+        )
+    notes = [f"{group.label}: its runs {within}: their mean loss does not compare."] if within else []
+    return notes + ([f"{between}: their losses do not compare."] if between else [])
+
+
+def _pairing_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[str]:
+    """On a change that is not paired, or not over all seeds."""
+    ours, theirs = (sorted(run.seed for run in runs.validated) for runs in (group, baseline))
+    seeds = f"its seeds are {_and(ours)}, those of {baseline.label} {_and(theirs)}"
+    if paired is None:
+        return [f"{group.label}: the change is not paired but the difference of the means: {seeds}."]
+    if list(paired) != ours or ours != theirs:
+        return [f"{group.label}: the change is over the common seeds alone ({_and(paired)}): {seeds}."]
+    return []
+
+
+def _seeds(group: RunGroup) -> list[int]:
+    return sorted(run.seed for run in group.runs)
+
+
+def _and(values: Iterable[object]) -> str:
+    """1, 2 and 3."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} and {last}" if others else last
