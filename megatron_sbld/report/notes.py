@@ -13,7 +13,7 @@ _NOT_COMPARED = ("training.seed", "data.data_cache_path")  # seeds have footnote
 SEEDS_NOTE = (
     "Rows are means over seeds; s.e.: standard error of the mean (sample standard deviation over the root of the "
     "number of seeds). The change is the mean of the differences from the baseline's run of the same seed, its s.e. "
-    "that of these differences."
+    "that of these differences; where seeds differ, a footnote says so."
 )
 TIME_TO_LOSS_NOTE = (
     "Time to baseline loss: training time until a run's validation loss first falls to the final one of the baseline, "

@@ -21,10 +21,11 @@ from megatron_sbld.report.seeds import estimate
 DPI = 150
 _MAX_COLUMNS = 2000  # of a heat map: more iterations than this are averaged, a PNG cannot show them
 _SMOOTHING = 0.02  # share of a run's iterations over which its training loss is averaged
-_SKIPPED = 0.1  # share of a run whose losses, far above the rest, may leave the frame
+_SKIPPED = 0.25  # share of a run whose losses, far above the rest, may leave the frame
 _TIME_UNITS = (("s", 1.0, 600.0), ("min", 60.0, 36000.0), ("h", 3600.0, float("inf")))  # name, seconds, up to seconds
 _LEGEND_INSIDE = 6  # groups; a legend of more would hide the curves
 _LEGEND_ROWS = 22
+_HIGH_PANELS = 4  # heat maps; more are drawn less high
 
 
 def group_style(number: int) -> dict[str, Any]:
@@ -36,6 +37,19 @@ def group_style(number: int) -> dict[str, Any]:
 def time_unit(seconds: float) -> tuple[str, float]:
     """Name and seconds of the unit for times up to `seconds`."""
     return next((name, unit_s) for name, unit_s, limit in _TIME_UNITS if seconds <= limit)
+
+
+def outside_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None) -> None:
+    """A legend at the right of the panels."""
+    figure.legend(
+        handles,
+        labels,
+        title=title,
+        alignment="left",
+        loc="outside right upper",
+        ncols=-(-len(labels) // _LEGEND_ROWS),
+        fontsize="small",
+    )
 
 
 def plot_losses(groups: Sequence[RunGroup], file: Path) -> None:
@@ -60,10 +74,7 @@ def plot_losses(groups: Sequence[RunGroup], file: Path) -> None:
         title = "lines: training, running mean;\nbold: mean over seeds\ndots: validation, mean ± s.e."
     handles, labels = by_time.get_legend_handles_labels()
     if outside:
-        columns = -(-len(labels) // _LEGEND_ROWS)
-        figure.legend(
-            handles, labels, title=title, alignment="left", loc="outside right upper", ncols=columns, fontsize="small"
-        )
+        outside_legend(figure, handles, labels, title)
     else:
         by_time.legend(handles, labels, title=title, alignment="left")
     figure.savefig(file, dpi=DPI)
@@ -74,7 +85,8 @@ def plot_keep_probs(groups: Sequence[RunGroup], file: Path) -> None:
 
     Of several runs it is the mean, over the iterations that all of them have.
     """
-    figure = Figure(figsize=(10, 1 + 3.2 * len(groups)), layout="constrained")
+    height = 3.2 if len(groups) <= _HIGH_PANELS else 1.8
+    figure = Figure(figsize=(10, 1 + height * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
     for axes, group in zip(panels, groups, strict=True):
         iterations = _common([run.column("iteration") for run in group.runs])
@@ -169,8 +181,12 @@ def _smooth(values: FloatArray, window: int) -> FloatArray:
 
 def _loss_limits(runs: Sequence[RunData]) -> tuple[float, float] | None:
     """A frame in which the runs' ends can be told apart: the first losses may lie above it. None if all diverged."""
-    losses = [run.column("loss")[int(_SKIPPED * len(run.train)) :] for run in runs]
-    losses += [run.valid_column("valid_loss") for run in runs]
+    losses = []
+    for run in runs:
+        start = int(_SKIPPED * len(run.train))
+        first = run.train[start]["iteration"]
+        losses.append(run.column("loss")[start:])
+        losses.append(run.valid_column("valid_loss")[run.valid_column("iteration") >= first])
     finite = np.concatenate(losses)
     finite = finite[np.isfinite(finite)]
     if not len(finite):

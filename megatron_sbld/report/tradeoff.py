@@ -13,36 +13,39 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from megatron_sbld.report.plots import DPI, group_style, time_unit
+from megatron_sbld.report.plots import DPI, group_style, outside_legend, time_unit
 from megatron_sbld.report.summary import Comparison, RunSummary
 
 _DISTANCES = (9, 18, 30, 44, 60, 80)  # points between a point and its label, nearest first
 _DIRECTIONS = 16
+_NAMED = 8  # points; more are numbered, and a legend has their names
 
 
 @dataclass(frozen=True)
 class _Point:
     row: RunSummary
+    label: str
     loss: float
     color: Any
     x: float
 
 
 def plot_tradeoff(comparison: Comparison, file: Path) -> bool:
-    """Draws a labelled point for each row with a finite validation loss; False, and no file, if there is none.
+    """Draws a point for each row with a finite validation loss; False, and no file, if there is none.
 
     Left: against the mean keep probability, right: against training time. Bars are standard errors over seeds, the
-    dashed line is the baseline's loss.
+    dashed line is the baseline's loss. Points have their names beside them; many have their rows' numbers.
     """
     rows = [row for row in comparison.rows if row.valid_loss is not None and math.isfinite(row.valid_loss)]
     if not rows:
         return False
     unit, unit_s = time_unit(max(row.train_time_s for row in rows))
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    numbered = len(rows) > _NAMED
+    figure = Figure(figsize=(15 if numbered else 12, 5.2), layout="constrained")
     by_keep_prob, by_time = figure.subplots(1, 2, sharey=True)
     panels = [
-        (by_keep_prob, _points(comparison, lambda row: row.mean_keep_prob)),
-        (by_time, _points(comparison, lambda row: row.train_time_s / unit_s)),
+        (by_keep_prob, _points(comparison, numbered, lambda row: row.mean_keep_prob)),
+        (by_time, _points(comparison, numbered, lambda row: row.train_time_s / unit_s)),
     ]
     for axes, points in panels:
         _draw_points(axes, points, comparison.baseline)
@@ -52,6 +55,8 @@ def plot_tradeoff(comparison: Comparison, file: Path) -> bool:
         ylabel="validation loss (nats per token)" + (", mean ± s.e. over seeds" if several else ""),
     )
     by_time.set(xlabel=f"training time without validation and saving ({unit})")
+    if numbered:
+        outside_legend(figure, *by_time.get_legend_handles_labels())
     figure.draw_without_rendering()  # only now the layout is final, and with it where the labels may stand
     figure.set_layout_engine("none")
     for axes, points in panels:
@@ -60,10 +65,12 @@ def plot_tradeoff(comparison: Comparison, file: Path) -> bool:
     return True
 
 
-def _points(comparison: Comparison, abscissa: Callable[[RunSummary], float]) -> list[_Point]:
+def _points(comparison: Comparison, numbered: bool, abscissa: Callable[[RunSummary], float]) -> list[_Point]:
     """The rows with a finite validation loss, in the colours that the groups have in the other plots."""
     return [
-        _Point(row, row.valid_loss, group_style(number)["color"], abscissa(row))
+        _Point(
+            row, str(number + 1) if numbered else row.label, row.valid_loss, group_style(number)["color"], abscissa(row)
+        )
         for number, row in enumerate(comparison.rows)
         if row.valid_loss is not None and math.isfinite(row.valid_loss)
     ]
@@ -71,9 +78,9 @@ def _points(comparison: Comparison, abscissa: Callable[[RunSummary], float]) -> 
 
 def _draw_points(axes: Axes, points: Sequence[_Point], baseline: str) -> None:
     for point in points:
-        stderr = point.row.valid_loss_stderr
-        yerr = None if stderr is None else [stderr]
-        axes.errorbar([point.x], [point.loss], yerr=yerr, fmt="o", color=point.color, capsize=3, markersize=7, zorder=3)
+        yerr = point.row.valid_loss_stderr
+        name = f"{point.label}  {point.row.label}"
+        axes.errorbar(point.x, point.loss, yerr, fmt="o", color=point.color, capsize=3, markersize=7, label=name)
         if point.row.label == baseline:
             axes.axhline(point.loss, color=point.color, linestyle="--", linewidth=0.8, alpha=0.6)
     axes.margins(0.12)
@@ -88,9 +95,9 @@ def _draw_labels(axes: Axes, points: Sequence[_Point]) -> None:
 
 
 def _draw_label(axes: Axes, point: _Point, taken: Sequence[Bbox]) -> Bbox:
-    """Writes a label beside its point; the box that it takes. Where no place is free it stands at the nearest."""
+    """Writes a label beside its point; the box that it takes. Where no place is free it may cover something."""
     label = axes.annotate(
-        point.row.label,
+        point.label,
         (point.x, point.loss),
         xytext=(0, 0),
         textcoords="offset points",
@@ -99,13 +106,14 @@ def _draw_label(axes: Axes, point: _Point, taken: Sequence[Bbox]) -> Bbox:
     )
     label.get_window_extent()  # an annotation finds its place only when it is asked for it or drawn
     frame = axes.get_window_extent()
-    for distance in _DISTANCES:
-        for step in range(_DIRECTIONS):
-            box = _place(label, distance, 2 * math.pi * step / _DIRECTIONS)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                return box
-    return _place(label, _DISTANCES[0], 0.0)
+    places = [(distance, 2 * math.pi * step / _DIRECTIONS) for distance in _DISTANCES for step in range(_DIRECTIONS)]
+    within = [place for place in places if _contains(frame, _place(label, *place))]
+    free = (place for place in within if not any(_place(label, *place).overlaps(box) for box in taken))
+    return _place(label, *next(free, within[0] if within else places[0]))
+
+
+def _contains(frame: Bbox, box: Bbox) -> bool:
+    return bool(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
 
 
 def _place(label: Annotation, distance: float, angle: float) -> Bbox:

@@ -11,6 +11,8 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 
 from megatron_sbld import cli
 from megatron_sbld.drop import DropConfig
@@ -20,6 +22,7 @@ from megatron_sbld.report.plots import group_style
 from megatron_sbld.report.runs import read_runs
 from megatron_sbld.report.seeds import estimate, paired_difference, paired_seeds, time_to_loss, unpaired_difference
 from megatron_sbld.report.summary import choose_baseline, summarise
+from megatron_sbld.report.tradeoff import plot_tradeoff
 from megatron_sbld.training.config import DataConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 from tests.unit.report_helpers import row, valid_row, write_run
 
@@ -446,6 +449,37 @@ def test_groups_of_uneven_and_unvalidated_runs_are_plotted(tmp_path):
     ]
     compare(folders, out=str(tmp_path / "out"))
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"loss.png", "keep_prob.png", "tradeoff.png"}
+
+
+def drawn_tradeoff(tmp_path, monkeypatch, num_rows):
+    """The labels, frames and legend of a plot of runs that lie close to each other."""
+    folders = [
+        seed_run(tmp_path / f"sbld-number-{i}", 1, (3.0, 2.0 + i / 1000), "sbld", drop={"theta": 0.9 - i / 100})
+        for i in range(1, num_rows + 1)
+    ]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    assert plot_tradeoff(compared(*folders), tmp_path / "tradeoff.png")
+    return figures[0]
+
+
+@pytest.mark.parametrize(("num_rows", "first"), [(8, "sbld-number-1"), (20, "1")])
+def test_labels_of_close_points_cover_neither_each_other_nor_the_frame(tmp_path, monkeypatch, num_rows, first):
+    figure = drawn_tradeoff(tmp_path, monkeypatch, num_rows)
+    for axes in figure.axes:
+        labels = [text for text in axes.texts if isinstance(text, Annotation)]
+        assert len(labels) == num_rows
+        assert labels[0].get_text() == first
+        boxes = [Text.get_window_extent(label) for label in labels]
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+        frame = axes.get_window_extent()
+        assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+
+
+def test_many_points_are_numbered_as_the_rows_and_named_in_a_legend(tmp_path, monkeypatch):
+    figure = drawn_tradeoff(tmp_path, monkeypatch, 12)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [f"{i}  sbld-number-{i}" for i in range(1, 13)]
 
 
 def test_twenty_groups_have_twenty_colours_and_more_are_dashed():
