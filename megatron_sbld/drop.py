@@ -44,7 +44,7 @@ from megatron_sbld.schedule import (
     scale_for_peak,
 )
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.sensitivity.lists import choose_lists
+from megatron_sbld.sensitivity.lists import choose_lists, layers_of_fraction
 
 PolicyName = Literal["none", "sbld", "pld", "layerdrop", "stochastic_depth"]
 ScheduleName = Literal["pwegd", "exponential", "linear", "polynomial", "constant"]
@@ -92,6 +92,8 @@ class DropConfig:
     """SBLD: highest keep probability outside the lists."""
     sensitivity: str | None = None
     """SBLD: path of a sensitivity file for this number of layers."""
+    interpolate: bool = False
+    """SBLD: take a sensitivity file of another number of layers, interpolated by relative depth."""
     sensitivity_update: Literal["none"] = "none"
     """SBLD: whether training re-estimates the sensitivity; this version offers none."""
     block_layers: list[int] | None = None
@@ -141,7 +143,8 @@ _SCHEDULE_FIELDS: dict[str, set[str]] = {
 }
 _LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
 _SBLD_FIELDS = {
-    *("alpha", "beta", "theta_min", "theta_max", "allow_keep_prob", "sensitivity", "sensitivity_update"),
+    *("alpha", "beta", "theta_min", "theta_max", "allow_keep_prob"),
+    *("sensitivity", "interpolate", "sensitivity_update"),
     *_LIST_FIELDS,
 }
 _EXCLUSIVE_FIELDS = (
@@ -158,6 +161,8 @@ _RANGES = {
     **dict.fromkeys(("theta_min", "theta_max", "block_fraction", "allow_fraction"), "[0, 1]"),
     **dict.fromkeys(("allow_keep_prob", "recovery_fraction"), "[0, 1]"),
 }
+# Settings that change what leaving a layer out costs, so that gaps measured with another one may rank differently.
+_MEASURED_FIELDS = ("decision_scope", "granularity", "residual_scale", "dropped_update")
 _DEFAULT_PEAK_FRACTION = 0.1
 _PLD_DECAYS = 100.0
 
@@ -267,6 +272,8 @@ def _check_ranges(config: DropConfig) -> None:
     check_integer("drop.seed", config.seed, 0, MAX_SEED)
     if config.balance_stages is not None:
         check_integer("drop.balance_stages", config.balance_stages, 1)
+    if not isinstance(config.interpolate, bool):
+        raise ValueError(f"drop.interpolate = {config.interpolate!r} is not allowed: it must be true or false")
     if config.sensitivity is not None and not isinstance(config.sensitivity, str):
         raise ValueError(f"drop.sensitivity = {config.sensitivity!r} is not allowed: it must be the path of a file")
 
@@ -328,6 +335,29 @@ def _check_sbld(config: DropConfig, num_layers: int) -> None:
         allow = check_layers("allow_layers", () if config.allow_layers is None else config.allow_layers, num_layers)
         # The policy's own check of the lists, before any file is read.
         SBLDPolicy(Constant(1.0), [0.0] * num_layers, block_layers=block, allow_layers=allow)
+    _check_list_sizes(config, num_layers)
+
+
+def _check_list_sizes(config: DropConfig, num_layers: int) -> None:
+    """Refuse lists or fractions that ask for more layers than there are, or leave none to drop.
+
+    The default fraction beside a list that the user gave asks for nothing: it takes what the list leaves.
+    """
+    sizes, names = {}, {}
+    for kind in ("block", "allow"):
+        layers, fraction = getattr(config, f"{kind}_layers"), getattr(config, f"{kind}_fraction")
+        names[kind] = f"drop.{kind}_fraction = {fraction}" if layers is None else f"drop.{kind}_layers = {layers}"
+        sizes[kind] = layers_of_fraction(fraction, num_layers) if layers is None else len(layers)
+    if sizes["block"] == num_layers:
+        raise ValueError(
+            f"{names['block']} is not allowed: it blocks all {num_layers} layers, and nothing would be dropped; "
+            "use policy none"
+        )
+    if sizes["block"] + sizes["allow"] > num_layers and _changed_fields(config) & {"block_fraction", "allow_fraction"}:
+        raise ValueError(
+            f"{names['block']} and {names['allow']} ask for {sizes['block']} and {sizes['allow']} of {num_layers} "
+            "layers: together they may have each layer once"
+        )
 
 
 def _build_pwegd(config: DropConfig, train_iters: int) -> PWEGD:
@@ -356,12 +386,36 @@ def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.Pa
         measured = SensitivityFile.load(path)
     except ValueError as error:
         raise ValueError(f"drop.sensitivity = {config.sensitivity!r} is not allowed: {error}") from error
-    if measured.num_layers != num_layers:
+    _warn_of_other_settings(config, measured)
+    if measured.num_layers == num_layers:
+        return measured
+    if not config.interpolate:
         raise ValueError(
             f"drop.sensitivity = {config.sensitivity!r} is for {measured.num_layers} layers, but the model has "
-            f"{num_layers}: measure one for this depth (scripts/measure_leave_one_out.py)"
+            f"{num_layers}: measure one for this depth (scripts/measure_leave_one_out.py), or set drop.interpolate true"
         )
-    return measured
+    try:
+        fitting = measured.interpolated(num_layers)
+    except ValueError as error:
+        raise ValueError(f"drop.interpolate = True is not allowed for {num_layers} layers: {error}") from error
+    warnings.warn(
+        f"the gaps in {config.sensitivity} are interpolated from {measured.num_layers} to {num_layers} layers "
+        "(drop.interpolate): a guess, until they are measured at this depth",
+        stacklevel=3,
+    )
+    return fitting
+
+
+def _warn_of_other_settings(config: DropConfig, measured: SensitivityFile) -> None:
+    ours = {name: getattr(config, name) for name in _MEASURED_FIELDS}
+    # None stands for the policy's own.
+    ours["residual_scale"] = ours["residual_scale"] or SBLDPolicy.default_residual_scale
+    for name, value in measured.measured_otherwise(ours).items():
+        warnings.warn(
+            f"{config.sensitivity} was measured with {name} {value}, but drop.{name} is {ours[name]}: its gaps may "
+            "rank the layers differently",
+            stacklevel=4,
+        )
 
 
 def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[int], set[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,31 @@ class SensitivityFile:
         except ValueError as error:
             raise ValueError(f"sensitivity file {path}: {error}") from error
 
+    def interpolated(self, num_layers: int) -> SensitivityFile:
+        """An estimate for a model of another depth; the file itself for its own.
+
+        Gaps and standard errors are linear in the relative depth (l - 0.5) / L of the measured layers, and those of the
+        first and the last one hold beyond them. Sensitivity and lists follow from the gaps (equations.md 2).
+        measured_with says from how many layers. Raises ValueError where the gaps become equal, as for one layer.
+        """
+        if num_layers == self.num_layers:
+            return self
+        measured, wanted = _relative_depths(self.num_layers), _relative_depths(num_layers)
+        gap, gap_stderr = (np.interp(wanted, measured, values).tolist() for values in (self.gap, self.gap_stderr))
+        provenance = {**self.measured_with, "interpolated_from_num_layers": self.num_layers}
+        return SensitivityFile.from_gaps(gap, gap_stderr, provenance)
+
+    def measured_otherwise(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of these settings of a drop section, those that the gaps were measured with another value of, and that value.
+
+        Compared is what measured_with has under "drop"; null there stands for the default and is not compared.
+        """
+        measured = self.measured_with.get("drop")
+        if not isinstance(measured, dict):
+            return {}
+        others = {name: measured.get(name) for name in settings}
+        return {name: value for name, value in others.items() if value is not None and value != settings[name]}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; it is replaced as a whole or not at all."""
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
@@ -122,6 +147,11 @@ def normalise(gap: ArrayLike) -> NDArray[np.float64]:
     if not highest > lowest:
         raise ValueError(f"gap is {lowest} for all layers: equal gaps say nothing about which layers matter")
     return (gaps - lowest) / (highest - lowest)
+
+
+def _relative_depths(num_layers: int) -> NDArray[np.float64]:
+    """The middle of each layer's share of the depth, in (0, 1)."""
+    return (np.arange(check_integer("num_layers", num_layers, 1)) + 0.5) / num_layers
 
 
 def _checked_content(content: Any) -> dict[str, Any]:

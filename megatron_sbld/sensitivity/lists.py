@@ -33,8 +33,8 @@ def choose_lists(
     if not (np.isfinite(gaps).all() and np.isfinite(stderrs).all() and (stderrs >= 0).all()):
         raise ValueError("gap and gap_stderr must be finite, and gap_stderr not negative")
     num_layers = len(gaps)
-    num_block = _share(check_number("block_fraction", block_fraction, "[0, 1]"), num_layers)
-    num_allow = _share(check_number("allow_fraction", allow_fraction, "[0, 1]"), num_layers)
+    num_block = layers_of_fraction(check_number("block_fraction", block_fraction, "[0, 1]"), num_layers)
+    num_allow = layers_of_fraction(check_number("allow_fraction", allow_fraction, "[0, 1]"), num_layers)
     if num_block + num_allow > num_layers:
         raise ValueError(
             f"block_fraction = {block_fraction} and allow_fraction = {allow_fraction} ask for {num_block} and "
@@ -47,6 +47,7 @@ def choose_lists(
     return tuple(sorted(int(layer) + 1 for layer in block)), tuple(sorted(int(layer) + 1 for layer in allow))
 
 
-def _share(fraction: float, num_layers: int) -> int:
+def layers_of_fraction(fraction: float, num_layers: int) -> int:
+    """How many layers the rule counts to a list: floor(fraction L)."""
     # Rounded before it is floored, because 0.29 * 100 is 28.999999999999996.
     return math.floor(round(fraction * num_layers, 6))

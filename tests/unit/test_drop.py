@@ -128,6 +128,18 @@ def test_lists_come_from_the_rule_unless_the_user_gives_them(sensitivity):
     assert lists(allow_layers=[1], block_fraction=0.25) == ((11, 12), (1,))
 
 
+def test_a_list_may_leave_the_other_ones_default_fraction_nothing(sensitivity):
+    policy = build(policy="sbld", sensitivity=sensitivity, allow_layers=list(range(1, 13)))
+    assert (policy.block_layers, policy.allow_layers) == ((), tuple(range(1, 13)))
+    policy = build(policy="sbld", sensitivity=sensitivity, block_layers=[layer for layer in range(1, 13) if layer != 4])
+    assert policy.allow_layers == ()
+
+
+def test_lists_that_contradict_each_other_are_refused_before_the_file_is_read():
+    with pytest.raises(ValueError, match=r"drop\.block_fraction = 0\.6 and drop\.allow_fraction"):
+        build(policy="sbld", sensitivity="absent.json", block_fraction=0.6, allow_fraction=0.6)
+
+
 def test_lists_of_the_file_that_the_rule_does_not_give_are_reported(sensitivity):
     measured = dataclasses.replace(SensitivityFile.load(sensitivity), block=(2,))
     measured.save(sensitivity)
@@ -136,8 +148,62 @@ def test_lists_of_the_file_that_the_rule_does_not_give_are_reported(sensitivity)
 
 
 def test_a_sensitivity_file_of_another_depth_is_refused(sensitivity):
-    with pytest.raises(ValueError, match=r"drop\.sensitivity = .* is for 12 layers, but the model has 24"):
+    with pytest.raises(ValueError, match=r"is for 12 layers, but the model has 24: .*set drop\.interpolate true"):
         build_policy(DropConfig(policy="sbld", sensitivity=sensitivity), 24, TRAIN_ITERS)
+
+
+def test_a_sensitivity_file_of_another_depth_is_interpolated_when_asked_for(sensitivity):
+    config = DropConfig(policy="sbld", sensitivity=sensitivity, interpolate=True)
+    with pytest.warns(UserWarning, match="interpolated from 12 to 24 layers") as warned:
+        policy = build_policy(config, 24, TRAIN_ITERS)
+    assert len(warned) == 1
+    expected = SensitivityFile.load(sensitivity).interpolated(24)
+    assert policy.sensitivity.tolist() == list(expected.sensitivity)
+    assert (policy.block_layers, policy.allow_layers) == (expected.block, expected.allow)
+    with pytest.raises(ValueError, match=r"drop\.interpolate = True is not allowed for 1 layers: gap is .* equal gaps"):
+        build_policy(config, 1, TRAIN_ITERS)
+
+
+def test_a_file_of_the_models_own_depth_is_used_as_it_is_with_interpolate(sensitivity):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy = build(policy="sbld", sensitivity=sensitivity, interpolate=True)
+    assert policy.sensitivity.tolist() == list(SensitivityFile.load(sensitivity).sensitivity)
+
+
+@pytest.mark.parametrize(
+    ("measured", "fields", "message"),
+    [
+        ({"decision_scope": "microbatch"}, {}, "decision_scope microbatch, but drop.decision_scope is iteration"),
+        ({"decision_scope": "iteration"}, {"decision_scope": "microbatch"}, "drop.decision_scope is microbatch"),
+        (
+            {"residual_scale": "inverse_keep_prob"},
+            {},
+            "residual_scale inverse_keep_prob, but drop.residual_scale is none",
+        ),
+        (
+            {"residual_scale": "none"},
+            {"residual_scale": "inverse_keep_prob"},
+            "drop.residual_scale is inverse_keep_prob",
+        ),
+        ({"dropped_update": "freeze"}, {}, "dropped_update freeze, but drop.dropped_update is apply"),
+        ({"decision_scope": "iteration", "residual_scale": "none", "theta": 0.1, "seed": 7}, {}, None),
+        ({"residual_scale": "none"}, {"residual_scale": None}, None),
+        ({"residual_scale": None}, {"residual_scale": "none"}, None),
+        ("layer by layer", {}, None),
+        ({}, {"residual_scale": "inverse_keep_prob"}, None),
+    ],
+)
+def test_settings_that_the_gaps_were_measured_without_are_reported(tmp_path, measured, fields, message):
+    path = tmp_path / "measured.json"
+    model = {"hidden_size": 99}  # of another width, which is the reuse that the paper makes
+    SensitivityFile.from_gaps(GAP, [0.01] * NUM_LAYERS, {"drop": measured, "model": model}).save(path)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        build(policy="sbld", sensitivity=str(path), **fields)
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == (message is not None)
+    assert all(message in text for text in messages)
 
 
 OUT_OF_RANGE = {
@@ -160,6 +226,7 @@ OUT_OF_RANGE = {
     "theta_min": -0.1,
     "theta_max": 1.1,
     "sensitivity": 3,
+    "interpolate": 1,
     "sensitivity_update": "dynamic",
     "block_fraction": 1.1,
     "allow_fraction": -0.1,
@@ -204,8 +271,28 @@ def test_a_value_out_of_range_is_refused_by_name_even_when_nothing_is_dropped(na
         ({"block_layers": [1, 1]}, r"drop\.block_layers = .*only once"),
         ({"block_layers": [1, 2], "allow_layers": [2]}, r"drop\.block_layers and allow_layers both have \[2\]"),
         ({"block_layers": list(range(1, 13))}, r"drop\.block_layers has all 12 layers"),
-        ({"block_fraction": 1.0, "allow_fraction": 0.0}, r"drop\.block_layers has all 12 layers"),
-        ({"block_fraction": 0.6, "allow_fraction": 0.6}, r"drop\.block_fraction = 0\.6 and allow_fraction"),
+        ({"allow_layers": [13]}, r"drop\.allow_layers entry = 13 .*\[1, 12\]"),
+        ({"block_layers": [0]}, r"drop\.block_layers entry = 0 .*\[1, 12\]"),
+        ({"block_layers": [-1]}, r"drop\.block_layers entry = -1"),
+        ({"block_layers": [1.5]}, r"drop\.block_layers entry = 1\.5 .*an integer"),
+        ({"allow_layers": ["2"]}, r"drop\.allow_layers entry = '2' .*an integer"),
+        ({"allow_layers": [True]}, r"drop\.allow_layers entry = True .*an integer"),
+        ({"block_layers": 3}, r"drop\.block_layers = 3 .*a list of layer numbers"),
+        ({"allow_layers": "12"}, r"drop\.allow_layers = '12' .*a list of layer numbers"),
+        ({"block_layers": [1, 2, 5], "allow_layers": [5, 2]}, r"both have \[2, 5\]"),
+        ({"block_fraction": 1.0, "allow_fraction": 0.0}, r"drop\.block_fraction = 1\.0 .*blocks all 12 layers"),
+        ({"block_fraction": 1.0, "allow_layers": [1]}, r"drop\.block_fraction = 1\.0 .*blocks all 12 layers"),
+        ({"block_fraction": 1.0}, r"drop\.block_fraction = 1\.0 .*blocks all 12 layers"),
+        ({"block_fraction": 0.6, "allow_fraction": 0.6}, r"drop\.block_fraction = 0\.6 and drop\.allow_fraction"),
+        ({"allow_fraction": 1.0}, r"drop\.block_fraction = 0\.15 and drop\.allow_fraction = 1\.0 .* 1 and 12 of 12"),
+        (
+            {"block_layers": [1, 2, 3, 4, 5, 6, 7], "allow_fraction": 0.5},
+            r"drop\.block_layers = \[1, .*, 7\] and drop\.allow_fraction = 0\.5 ask for 7 and 6 of 12",
+        ),
+        (
+            {"allow_layers": [1, 2, 3, 4, 5, 6, 7], "block_fraction": 0.5},
+            r"drop\.block_fraction = 0\.5 and drop\.allow_layers = \[1, .*, 7\] ask for 6 and 7 of 12",
+        ),
         ({"replicas": "distinct"}, r"drop\.replicas = 'distinct' needs drop\.sampler balanced"),
         ({"balance_stages": 2}, r"drop\.balance_stages = 2 needs drop\.sampler balanced"),
         ({"sampler": "balanced", "balance_stages": 5}, r"drop\.balance_stages = 5 .*divide the 12 layers"),

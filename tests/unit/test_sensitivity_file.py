@@ -81,6 +81,31 @@ def test_the_rule_refuses_what_it_cannot_choose_from(arguments, message):
         choose_lists(**{"gap": [0.1, 0.2], "gap_stderr": [0.1, 0.1], **arguments})
 
 
+def test_interpolation_is_linear_in_the_relative_depth_and_holds_the_ends():
+    measured = SensitivityFile.from_gaps([0.4, 0.0, 0.2, 0.8], [0.04, 0.0, 0.02, 0.08], {"command": "test"})
+    deeper = measured.interpolated(8)
+    # Layer l of 8 lies at (l - 0.5) / 8, a quarter of a measured layer's depth beside one of the four.
+    expected = np.array([0.4, 0.3, 0.1, 0.05, 0.15, 0.35, 0.65, 0.8])
+    np.testing.assert_allclose(deeper.gap, expected, atol=1e-12)
+    np.testing.assert_allclose(deeper.gap_stderr, expected / 10, atol=1e-12)
+    np.testing.assert_allclose(deeper.sensitivity, normalise(expected), atol=1e-12)
+    assert (deeper.block, deeper.allow) == choose_lists(deeper.gap, deeper.gap_stderr)
+    assert deeper.measured_with == {"command": "test", "interpolated_from_num_layers": 4}
+    np.testing.assert_allclose(measured.interpolated(2).gap, [0.2, 0.5], atol=1e-12)
+
+
+def test_interpolation_to_the_same_depth_changes_nothing(measured):
+    assert measured.interpolated(8) is measured
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "message"), [(0, "num_layers = 0"), (1, "equal gaps"), (2.5, "num_layers = 2.5")]
+)
+def test_interpolation_to_no_depth_is_refused(measured, num_layers, message):
+    with pytest.raises(ValueError, match=message):
+        measured.interpolated(num_layers)
+
+
 def test_a_saved_file_is_loaded_as_it_was(measured, tmp_path):
     path = tmp_path / "sensitivity.json"
     measured.save(path)
