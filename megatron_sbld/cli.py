@@ -9,11 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_sbld import __version__
+
+if TYPE_CHECKING:
+    from megatron_sbld.training.config import Config
 
 EXIT_MISTAKE = 2
 """Exit status for a user's mistake, as argparse's own."""
@@ -28,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     # Several lines a process on what is not installed and what torch will rename; which layers are used is logged once.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
     given = list(sys.argv[1:] if args is None else args)
-    commands = {"prepare": _prepare, "pretrain": _pretrain, "compare": _compare}
+    commands = {"prepare": _prepare, "pretrain": _pretrain, "schedule": _schedule, "compare": _compare}
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         sys.exit(0)
@@ -52,6 +55,7 @@ Layer dropping for GPT pretraining on Megatron.
 commands:
   prepare    turn text into data sets
   pretrain   train a GPT; under torchrun with many processes
+  schedule   show a config's keep probabilities before training; fit PWEGD to two runs
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
 
 `megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
@@ -77,36 +81,48 @@ def _prepare(args: list[str]) -> int:
 
 
 def _pretrain(args: list[str]) -> int:
-    from megatron_sbld.training.config import Config
-    from megatron_sbld.training.config_file import check_keys, check_options
-
-    args = _config_first(args)
-    check_options(args)
-    for name, value in itertools.pairwise(args):
-        if name == "--config":
-            check_keys(value)
-    parser = _pretrain_parser()
-    try:
-        sections = parser.instantiate_classes(parser.parse_args(args))
-    except OverflowError as error:
-        raise ValueError(f"a number on the command line is too large: {error}") from error
+    config, _ = _parse_config(_pretrain_parser(), args)
 
     from megatron_sbld.training.loop import pretrain
 
-    return pretrain(Config(**{name: section for name, section in sections.as_dict().items() if name != "config"}))
+    return pretrain(config)
 
 
 def _pretrain_parser() -> ArgumentParser:
-    from megatron_sbld.training.config import Config
-
-    parser = _parser(
+    return _config_parser(
         "pretrain --config FILE [--section.field VALUE ...]",
         "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
         "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 2 a mistake in the config.",
     )
+
+
+def _config_parser(usage: str, description: str) -> ArgumentParser:
+    """A parser of a config file and of its fields as options."""
+    from megatron_sbld.training.config import Config
+
+    parser = _parser(usage, description)
     parser.add_argument("--config", action="config", help="YAML file of sections")
     parser.add_class_arguments(Config)
     return parser
+
+
+def _parse_config(parser: ArgumentParser, args: list[str], others: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """The config that the arguments stand for, and the values of the command's `others`, options without dashes."""
+    from megatron_sbld.training.config import Config
+    from megatron_sbld.training.config_file import check_keys, check_options
+
+    args = _config_first(args)
+    check_options(args, [f"--{name}" for name in others])
+    for name, value in itertools.pairwise(args):
+        if name == "--config":
+            check_keys(value)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    except OverflowError as error:
+        raise ValueError(f"a number on the command line is too large: {error}") from error
+    del values["config"]
+    options = {name: values.pop(name) for name in others}
+    return Config(**values), options
 
 
 def _config_first(args: list[str]) -> list[str]:
@@ -121,6 +137,59 @@ def _config_first(args: list[str]) -> list[str]:
         else:
             others.append(arg)
     return configs + others
+
+
+def _schedule(args: list[str]) -> int:
+    commands = {"show": _schedule_show, "fit": _schedule_fit}
+    if not args or args[0] in ("-h", "--help"):
+        print(_SCHEDULE_USAGE)
+        return 0
+    if args[0] not in commands:
+        raise ValueError(f"unknown command 'schedule {args[0]}'; allowed are {', '.join(commands)}")
+    return commands[args[0]](args[1:])
+
+
+_SCHEDULE_USAGE = """usage: megatron-sbld schedule show|fit [options]
+
+  show   the keep probabilities that a config stands for, over the run and by layer; nothing is trained
+  fit    PWEGD's parameters from the loss gap between a run that drops layers and its baseline
+
+`megatron-sbld schedule show --help` and `fit --help` say what each takes."""
+
+
+def _schedule_show(args: list[str]) -> int:
+    parser = _config_parser(
+        "schedule show --config FILE [--section.field VALUE ...] [--out DIR]",
+        "Show theta and keep_prob of every layer over a run, and the gain to expect. Takes the config of `pretrain`; "
+        "nothing is trained, data is not read, one process is enough.",
+    )
+    parser.add_argument("--out", type=str | None, help="folder for schedule.png and schedule.json")
+    config, options = _parse_config(parser, args, ["out"])
+
+    from megatron_sbld.report.schedule import show_schedule
+
+    show_schedule(config, options["out"])
+    return 0
+
+
+def _schedule_fit(args: list[str]) -> int:
+    parser = _parser(
+        "schedule fit BASELINE_RUN DROPPED_RUN --peak-theta X [--theta Y] [--window N] [--out DIR]",
+        "Fit PWEGD to the loss gap between two runs that differ in dropping alone. The gap gives the shape (a, b, c, "
+        "epsilon), --peak-theta the height (eta). Prints them as YAML for a config, with the errors of other shapes.",
+    )
+    parser.add_argument("baseline_run", help="run folder with drop.policy none")
+    parser.add_argument("dropped_run", help="run folder of the same model and data that drops layers")
+    parser.add_argument("--peak-theta", type=float, required=True, help="highest theta of the schedule, in [theta, 1]")
+    parser.add_argument("--theta", type=float, help="limit of the schedule; default: the dropped run's drop.theta")
+    parser.add_argument("--window", type=int, help="iterations of the running mean; default: 2 %% of the trace")
+    parser.add_argument("--out", help="folder for schedule.yaml, fit.json and fit.png")
+    given = parser.parse_args(args)
+
+    from megatron_sbld.report.fit import fit_schedule
+
+    fit_schedule(given.baseline_run, given.dropped_run, given.peak_theta, given.theta, given.window, given.out)
+    return 0
 
 
 def _compare(args: list[str]) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from megatron_sbld.report.groups import RunGroup
@@ -96,22 +97,28 @@ def plot_keep_probs(groups: Sequence[RunGroup], file: Path) -> None:
             [run.layers_column("keep_probs")[_positions(run.column("iteration"), iterations)] for run in group.runs],
             axis=0,
         )
-        image = axes.imshow(
-            _column_means(keep_probs).T,
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            extent=(iterations[0] - 0.5, iterations[-1] + 0.5, 0.5, keep_probs.shape[1] + 0.5),
-            vmin=0,
-            vmax=1,
-            cmap="viridis",
-        )
+        image = draw_keep_probs(axes, keep_probs, int(iterations[0]), int(iterations[-1]))
         axes.set_title(f"{group.label}: mean keep_prob {keep_probs.mean():.3f}", loc="left")
-        axes.set_ylabel("layer")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[-1].set_xlabel("iteration")
     figure.colorbar(image, ax=list(panels), label="keep_prob (1: always kept)", fraction=0.04, pad=0.01)
     figure.savefig(file, dpi=DPI)
+
+
+def draw_keep_probs(axes: Axes, keep_probs: FloatArray, first: int, last: int) -> AxesImage:
+    """Draws a heat map of keep_probs, [T, L], at equal distances from iteration `first` to `last`."""
+    image = axes.imshow(
+        _column_means(keep_probs).T,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, 0.5, keep_probs.shape[1] + 0.5),
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
+    )
+    axes.set_ylabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return image
 
 
 def _draw_group(axes: Axes, group: RunGroup, number: int, unit_s: float | None) -> None:

@@ -25,6 +25,7 @@ from megatron_sbld.report.seeds import (
     time_to_loss,
     unpaired_difference,
 )
+from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ideal_speedup, layer_share, padded_vocab_size
 from megatron_sbld.training.tokenizer import load_tokenizer
 
@@ -153,7 +154,7 @@ def steady(values: FloatArray) -> FloatArray:
 
 
 def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup) -> list[str]:
-    phi = _layers_share(baseline)
+    phi = layers_share(baseline.config)
     if phi is None:
         ideal = f"not known, since the tokenizer {baseline.config.data.tokenizer!r} is not found here"
     else:
@@ -238,16 +239,15 @@ def _gains(
         return None, None
     rate, baseline_rate = (_mean([run.tokens_per_s for run in runs]) for runs in (figures, reference))
     realised = rate / baseline_rate - 1
-    phi, baseline_phi = _layers_share(group), _layers_share(baseline)
+    phi, baseline_phi = layers_share(group.config), layers_share(baseline.config)
     if phi is None or baseline_phi is None:
         return None, realised
     kept, baseline_kept = (_mean([run.kept_fraction for run in runs]) for runs in (figures, reference))
     return ideal_speedup(phi, kept) / ideal_speedup(baseline_phi, baseline_kept) - 1, realised
 
 
-def _layers_share(group: RunGroup) -> float | None:
+def layers_share(config: Config) -> float | None:
     """phi of equations.md section 7; None where the runs' tokenizer, which gives the vocabulary, is not found."""
-    config = group.config
     try:
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
     except ValueError:

@@ -41,17 +41,19 @@ def check_keys(path: str) -> None:
                 raise ValueError(f"config file {path}: {section}.{field} = {value}: must have at most 64 bits")
 
 
-def check_options(args: Iterable[str]) -> None:
+def check_options(args: Iterable[str], others: Iterable[str] = ()) -> None:
     """Refuse a `--section.field` on the command line that does not exist.
+
+    others: options of the command besides those of the config.
 
     Raises:
         ValueError: naming the option and what is allowed.
     """
-    sections = field_names(Config)
+    sections, known = field_names(Config), {"--config", "--help", "--print_config", *others}
     for arg in args:
         option = arg.partition("=")[0]
         section, dot, field = option.removeprefix("--").partition(".")
-        if not option.startswith("--") or option in ("--config", "--help", "--print_config"):
+        if not option.startswith("--") or option in known:
             continue
         if section not in sections:
             raise ValueError(f"unknown option {option}; {_suggestion(section, sections)}")

@@ -38,7 +38,8 @@ from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint
 from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
-from megatron_sbld.training.flops import padded_vocab_size, training_flops
+from megatron_sbld.training.flops import layer_share, padded_vocab_size, training_flops
+from megatron_sbld.training.forecast import forecast, forecast_text
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
@@ -288,6 +289,10 @@ class _Run:
             f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x "
             f"data {self.replicas}; policy {self.config.drop.policy}; iterations {first} to {self.train_iters}"
         )
+        if self.config.drop.policy != "none" and self.writer is not None:
+            recompute = self.config.training.recompute_granularity == "full"
+            phi = layer_share(self.config.model, self.vocab_size, recompute=recompute)
+            self._note(forecast_text(forecast(self.controller.policy, self.train_iters, phi)))
 
     def _note(self, text: str) -> None:
         if self.writer is not None:

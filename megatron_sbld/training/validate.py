@@ -70,29 +70,29 @@ _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam
 
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Replicas: what the tensor, pipeline and context parallel sizes leave of the processes."""
-    parallel = config.parallel
-    return world_size // (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    return world_size // _model_parallel_size(config)
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int | None) -> None:
     """Refuse a config that cannot work on `world_size` processes.
+
+    world_size: None where nothing is trained: it is then the fewest that hold the model, and data may be missing.
 
     Raises:
         ValueError: one line a problem, each with field, value and what is allowed.
     """
     problems = _nulls(config) or _ranges(config)
     if not problems:  # the checks below divide by what the ranges have made sure of
+        processes = world_size or _model_parallel_size(config)
         problems = [
             *_model(config),
-            *_layout(config, world_size),
+            *_layout(config, processes),
             *_length(config),
             *_recomputation(config),
             *_optimizer(config),
-            *_data(config),
+            *(_data(config) if world_size is not None else []),
         ]
-        problems = problems or _batch(config, data_parallel_size(config, world_size))
+        problems = problems or _batch(config, data_parallel_size(config, processes))
     if not problems:
         try:
             stages = config.parallel.pipeline_model_parallel_size
@@ -120,6 +120,12 @@ def train_iterations(config: Config) -> int:
             iterations += 1
         remaining -= consumed
     return iterations + max(0, remaining) // training.global_batch_size
+
+
+def _model_parallel_size(config: Config) -> int:
+    """Processes that hold one replica of the model."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def _get(config: Config, path: str) -> Any:

@@ -1,0 +1,118 @@
+"""What `megatron-sbld schedule show` does: the keep probabilities that a config stands for, as tables and as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sbld.drop import build_policy
+from megatron_sbld.policy import Policy, SBLDPolicy
+from megatron_sbld.report.schedule_plots import plot_schedule
+from megatron_sbld.report.summary import layers_share
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.forecast import Forecast, forecast, forecast_text
+from megatron_sbld.training.validate import train_iterations, validate
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """keep_prob of every layer at a few iterations."""
+
+    iterations: list[int]
+    theta: list[float | None]
+    """theta(t), None where the recovery ignores it."""
+    keep_probs: NDArray[np.float64]
+    """[iterations, L]"""
+    listed: list[str]
+    """Block, Allow or nothing, by layer."""
+
+
+def show_schedule(config: Config, out: str | None = None) -> Forecast:
+    """Prints the forecast and the layers' keep probabilities of a config; nothing is trained and no data is read.
+
+    Args:
+        config: as for `pretrain`; data may be missing, and any number of processes is assumed that fits.
+        out: folder for schedule.png and schedule.json. None writes nothing.
+
+    Raises:
+        ValueError: a mistake in the config or the sensitivity file, or policy none, which has no schedule.
+    """
+    validate(config, None)
+    if config.drop.policy == "none":
+        raise ValueError(
+            "drop.policy = 'none' is not allowed: it drops nothing and has no schedule; "
+            "choose sbld, pld, layerdrop or stochastic_depth"
+        )
+    train_iters = train_iterations(config)
+    policy = build_policy(config.drop, config.model.num_layers, train_iters)
+    phi = layers_share(config)
+    outlook = forecast(policy, train_iters, phi)
+    table = layer_table(policy, outlook)
+    print(f"policy {config.drop.policy}, {policy.num_layers} layers, {train_iters} iterations\n")
+    print(forecast_text(outlook), _share_text(phi, config.data.tokenizer), sep="\n", end="\n\n")
+    print(layer_table_text(table))
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_schedule(policy, train_iters, f"{config.drop.policy}: {_mean_text(outlook)}", folder / "schedule.png")
+        _write_json(config, phi, outlook, table, folder / "schedule.json")
+        print(f"\nsaved {folder / 'schedule.png'}\nsaved {folder / 'schedule.json'}")
+    return outlook
+
+
+def layer_table(policy: Policy, outlook: Forecast) -> LayerTable:
+    """The layers at the first iteration, the peak, and the end of each phase."""
+    ends = [phase.last for phase in outlook.phases]
+    peak = [] if outlook.peak is None else [outlook.peak.first]
+    iterations = sorted({1, *peak, *ends})
+    recovers = [iteration >= policy.first_recovery_iteration for iteration in iterations]
+    listed = [""] * policy.num_layers
+    if isinstance(policy, SBLDPolicy):
+        for name, layers in (("Block", policy.block_layers), ("Allow", policy.allow_layers)):
+            for layer in layers:
+                listed[layer - 1] = name
+    return LayerTable(
+        iterations=iterations,
+        theta=[None if full else policy.theta(i) for i, full in zip(iterations, recovers, strict=True)],
+        keep_probs=np.array([policy.keep_probs(iteration) for iteration in iterations]),
+        listed=listed,
+    )
+
+
+def layer_table_text(table: LayerTable) -> str:
+    """The table of layers as plain text: a line for each layer, a column for each iteration."""
+    lines = [
+        f"{'iteration':<17}" + "".join(f"{iteration:>9}" for iteration in table.iterations),
+        f"{'theta':<17}" + "".join("        -" if theta is None else f"{theta:9.3f}" for theta in table.theta),
+        f"{'mean keep_prob':<17}" + "".join(f"{mean:9.3f}" for mean in table.keep_probs.mean(axis=1)),
+    ]
+    for layer, (listed, keep_probs) in enumerate(zip(table.listed, table.keep_probs.T, strict=True), start=1):
+        lines.append(f"{f'layer {layer}':<11}{listed:<6}" + "".join(f"{keep_prob:9.3f}" for keep_prob in keep_probs))
+    return "\n".join(lines)
+
+
+def _mean_text(outlook: Forecast) -> str:
+    return f"mean keep_prob {outlook.total.mean_keep_prob:.3f} over {outlook.total.last} iterations"
+
+
+def _share_text(phi: float | None, tokenizer: str) -> str:
+    if phi is None:
+        return f"gains are not known, since data.tokenizer = {tokenizer!r} is not found here"
+    return f"the layers are {phi:.1%} of an iteration's FLOPs"
+
+
+def _write_json(config: Config, phi: float | None, outlook: Forecast, table: LayerTable, file: Path) -> None:
+    content: dict[str, Any] = {
+        "model": {"num_layers": config.model.num_layers},
+        "drop": dataclasses.asdict(config.drop),
+        "layers_share": phi,
+        "forecast": dataclasses.asdict(outlook),
+        "layers": {**dataclasses.asdict(table), "keep_probs": table.keep_probs.tolist()},
+    }
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
