@@ -120,7 +120,7 @@ def _parse_config(parser: ArgumentParser, args: list[str], others: Sequence[str]
         values = parser.instantiate_classes(parser.parse_args(args)).as_dict()
     except OverflowError as error:
         raise ValueError(f"a number on the command line is too large: {error}") from error
-    del values["config"]
+    values.pop("config", None)
     options = {name: values.pop(name) for name in others}
     return Config(**values), options
 

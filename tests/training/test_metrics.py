@@ -14,8 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_sbld.drop import build_policy
 from megatron_sbld.plan import draw_plan
 from megatron_sbld.training.config import Config, LoggingConfig
+from megatron_sbld.training.flops import layer_share, padded_vocab_size
+from megatron_sbld.training.forecast import forecast, forecast_text
 from megatron_sbld.training.metrics import MetricsWriter, check_logging, drop_rows_from
 from tests.training.trainer_helpers import (
+    FULL_DEPTH,
+    HALF,
     ITERATIONS,
     LAYERS,
     SEQUENCE,
@@ -117,6 +121,28 @@ def test_progress_lines_tell_loss_speed_kept_layers_and_time_left(run: tuple[Con
     assert lines[-1].endswith("left 0:00:00")
     assert "iteration 4: validation loss" in printed
     assert "complete: 8 iterations" in printed
+
+
+def test_the_forecast_is_printed_before_the_first_iteration(run: tuple[Config, str]) -> None:
+    config, printed = run
+    policy = build_policy(config.drop, LAYERS, ITERATIONS)
+    phi = layer_share(config.model, padded_vocab_size(259, config))
+    table = forecast_text(forecast(policy, ITERATIONS, phi))
+    assert "time saved" in table
+    assert table in printed[: printed.index("iteration 3/8")]
+
+
+@pytest.mark.parametrize(
+    ("drop", "progress", "expected"), [(HALF, "lines", True), (FULL_DEPTH, "lines", False), (HALF, "none", False)]
+)
+def test_there_is_no_forecast_without_drops_or_progress(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], drop: dict[str, Any], progress: str, expected: bool
+) -> None:
+    corpus = prepare_corpus(tmp_path)
+    capfd.readouterr()
+    config = tiny_run(tmp_path / "run", corpus, drop=drop, training={"train_iters": 3}, logging={"progress": progress})
+    assert run_here(config) == 0
+    assert ("mean keep_prob" in "".join(capfd.readouterr())) is expected
 
 
 def writer(folder: Path, first_iteration: int = 1, **logging: Any) -> MetricsWriter:

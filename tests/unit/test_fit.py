@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def losses(seed, gap, noise, correlation=0.0):
-    """Losses of a baseline and of a run `gap` above it, as training gives them: batches that both see, and own noise."""
+    """Losses of a baseline and of a run `gap` above it: noise of batches that both see, and noise of their own."""
     random = np.random.default_rng(seed)
     t = np.arange(1, len(gap) + 1)
     baseline = 3.0 + 6.0 * t**-0.4 + 0.2 * random.normal(size=len(t))
