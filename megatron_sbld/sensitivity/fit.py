@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
-from scipy.special import xlogy
-from scipy.stats import norm
+from scipy.special import ndtri, xlogy
 
 from megatron_sbld.checks import check_integer, check_number
 from megatron_sbld.schedule import amplitude_for_peak, pwegd_density
@@ -28,7 +27,7 @@ FloatArray = NDArray[np.float64]
 MIN_ITERATIONS = 50
 MAX_SHAPE = 30.0
 _FALSE_ALARM = 0.01  # probability of taking noise for a gap, over the whole trace
-_FALL = 0.1  # share of its height that a trace must have fallen by at its end, or a fit would guess the rest
+_FALL = 0.2  # share of its height that a trace must have fallen by at its end, or a fit would guess the rest
 _EXPONENTIAL_SHAPE = 1.05  # below it the peak is within 2.5 % of b from epsilon: a rise that is not seen
 _FITTED_POINTS = 4000  # longer traces are averaged over equal blocks before they are fitted
 
@@ -95,8 +94,8 @@ def require_peak(trace: Trace) -> None:
     half, length = trace.window // 2, len(trace.gap)
     inner = slice(half, length - half)  # at the ends fewer iterations are averaged
     highest = float(trace.smoothed[inner].max())
-    peak_iteration = int(trace.iterations[inner][trace.smoothed[inner].argmax()])
-    significant = float(norm.isf(_FALSE_ALARM * trace.window / length)) * trace.noise
+    position = half + int(trace.smoothed[inner].argmax())
+    significant = -float(ndtri(_FALSE_ALARM * trace.window / length)) * trace.noise
     hint = f"(means of {trace.window} iterations, noise {trace.noise:.3g}; a longer window averages more out)"
     if highest <= significant / np.sqrt(trace.window):
         raise ValueError(
@@ -111,10 +110,11 @@ def require_peak(trace: Trace) -> None:
         )
     tail = max(trace.window, length // 10)
     end = float(trace.gap[-tail:].mean())
-    if highest - end <= max(significant * np.sqrt(1.0 / trace.window + 1.0 / tail), _FALL * highest):
+    fallen = highest - end > max(significant * np.sqrt(1.0 / trace.window + 1.0 / tail), _FALL * highest)
+    if not fallen or position >= length - tail:
         raise ValueError(
             f"the loss gap has no peak: it is still {end:.3g} in the last {tail} iterations, its highest is "
-            f"{highest:.3g} at iteration {peak_iteration} {hint}; train both runs for longer"
+            f"{highest:.3g} at iteration {trace.iterations[position]:.0f} {hint}; train both runs for longer"
         )
 
 

@@ -392,12 +392,12 @@ def test_runs_that_cannot_be_fitted_are_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--peak-theta"),
+        ([], "arguments are required: peak_theta"),
         (["--peak-theta", "1.5"], "peak_theta = 1.5 is not allowed: it must be a number in (0, 1]"),
         (["--peak-theta", "0.4"], "peak_theta = 0.4 is not allowed: it must be a number in [0.5, 1]"),
         (["--peak-theta", "0.8", "--theta", "0.9"], "peak_theta = 0.8 is not allowed: it must be a number in [0.9, 1]"),
         (["--peak-theta", "0.8", "--theta", "0"], "theta = 0.0 is not allowed: it must be a number in (0, 1]"),
-        (["--peak-theta", "high"], "peak-theta"),
+        (["--peak-theta", "high"], '"peak_theta": Expected'),
         (["--peak-theta", "0.8", "--window", "0"], "window = 0 is not allowed"),
         (["--peak-theta", "0.8", "--window", "200"], "window = 200 is not allowed: it must be an integer in [1, 133]"),
     ],

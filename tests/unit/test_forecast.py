@@ -53,6 +53,7 @@ def test_each_phase_has_its_own_mean_and_range_of_theta():
         assert phase.ideal_gain == pytest.approx(ideal_speedup(PHI, mean) - 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:end = 0.2")
 def test_the_gain_of_the_whole_run_is_that_of_its_time_and_not_a_mean_of_gains():
     policy = LayerDropPolicy(Linear(start=1.0, end=0.2, duration=1000), 4)
     outlook = forecast(policy, 1000, PHI)
