@@ -75,5 +75,5 @@ def _draw_curves(
 def _gap_limits(trace: Trace) -> tuple[float, float]:
     """A frame for the smoothed trace; single iterations may leave it."""
     height = float(trace.smoothed.max())
-    spread = float(np.quantile(np.abs(trace.gap), 0.98))
-    return -max(0.1 * height, min(spread, height)), 1.05 * max(height, min(spread, 3 * height))
+    low, high = np.quantile(trace.gap, [0.01, 0.99])
+    return min(-0.1 * height, max(low, -height)), 1.05 * max(height, min(high, 3 * height))

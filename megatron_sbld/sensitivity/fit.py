@@ -96,17 +96,18 @@ def require_peak(trace: Trace) -> None:
     highest = float(trace.smoothed[inner].max())
     position = half + int(trace.smoothed[inner].argmax())
     significant = -float(ndtri(_FALSE_ALARM * trace.window / length)) * trace.noise
-    hint = f"(means of {trace.window} iterations, noise {trace.noise:.3g}; a longer window averages more out)"
+    means = f"(means of {trace.window} iterations, noise of one {trace.noise:.3g})"
     if highest <= significant / np.sqrt(trace.window):
         raise ValueError(
-            f"the loss gap is never significantly above 0: at most {highest:.3g} {hint}; "
-            "drop more layers, or train longer"
+            f"the loss gap is never significantly above 0: at most {highest:.3g} {means}; "
+            "average over a longer window, drop more layers, or train longer"
         )
     start = float(trace.gap[: trace.window].mean())
     if highest - start <= significant * np.sqrt(2.0 / trace.window):
         raise ValueError(
-            f"the loss gap has no peak: it falls from its start, {start:.3g} {hint}; an exponential schedule "
-            "(drop.schedule exponential) has that shape"
+            f"the loss gap has no peak: it falls from its start, {start:.3g}, and is {highest:.3g} at most {means}; "
+            "if it rises within fewer iterations, choose a shorter window, else an exponential schedule "
+            "(drop.schedule exponential), which has that shape"
         )
     tail = max(trace.window, length // 10)
     end = float(trace.gap[-tail:].mean())
@@ -114,7 +115,7 @@ def require_peak(trace: Trace) -> None:
     if not fallen or position >= length - tail:
         raise ValueError(
             f"the loss gap has no peak: it is still {end:.3g} in the last {tail} iterations, its highest is "
-            f"{highest:.3g} at iteration {trace.iterations[position]:.0f} {hint}; train both runs for longer"
+            f"{highest:.3g} at iteration {trace.iterations[position]:.0f} {means}; train both runs for longer"
         )
 
 

@@ -206,6 +206,16 @@ def test_a_mistake_is_named(sections: dict[str, dict[str, Any]], message: str) -
         validate(change(VALID, **sections), world_size=8)
 
 
+def test_where_nothing_is_trained_data_may_be_missing_and_the_processes_are_as_many_as_the_layout_needs() -> None:
+    layout = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3}
+    config = change(VALID, data={"train_data_path": []}, parallel=layout)
+    validate(config, None)
+    with pytest.raises(ValueError, match=r"data.train_data_path: is empty"):
+        validate(config, world_size=12)
+    with pytest.raises(ValueError, match=r"model.num_layers = 12: must be divisible by the 5 pipeline stages"):
+        validate(change(config, parallel={"pipeline_model_parallel_size": 5}), None)
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     config = change(VALID, model={"num_layers": 13}, optimizer={"min_lr": 1.0}, parallel={"sequence_parallel": True})
     config = change(config, parallel={"pipeline_model_parallel_size": 2}, data={"train_data_path": []})
