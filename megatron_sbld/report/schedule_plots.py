@@ -12,14 +12,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megatron_sbld.policy import Policy
-from megatron_sbld.report.plots import draw_keep_probs
+from megatron_sbld.report.plots import DPI, draw_keep_probs
 from megatron_sbld.report.runs import FloatArray
 from megatron_sbld.sensitivity.fit import Fit, Trace
 from megatron_sbld.training.forecast import spread_iterations
 
 IntArray = NDArray[np.int64]
 
-_DPI = 150
 _MAX_POINTS = 2000  # of a curve or columns of a heat map: a PNG cannot show more
 
 
@@ -36,7 +35,7 @@ def plot_schedule(policy: Policy, train_iters: int, title: str, file: Path) -> N
     thetas = np.array([policy.theta(iteration) for iteration in iterations[dropping].tolist()])
     _draw_curves(below, iterations, keep_probs, iterations[dropping], thetas)
     below.set(xlabel="iteration", ylabel="keep_prob", ylim=(0, max(1.05, 1.05 * thetas.max(initial=0.0))))
-    figure.savefig(file, dpi=_DPI)
+    figure.savefig(file, dpi=DPI)
 
 
 def plot_fits(trace: Trace, fits: Sequence[Fit], title: str, file: Path) -> None:
@@ -55,7 +54,7 @@ def plot_fits(trace: Trace, fits: Sequence[Fit], title: str, file: Path) -> None
     axes.set(xlabel="iteration", ylabel="loss gap (nats per token)", ylim=_gap_limits(trace))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=_DPI)
+    figure.savefig(file, dpi=DPI)
 
 
 def _draw_curves(
