@@ -120,6 +120,20 @@ class DropController:
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
 
+    def replace_policy(self, policy: Policy) -> None:
+        """Use another policy of this model from the next iteration on, whose decisions ranks compare anew.
+
+        Raises:
+            ValueError: it has another number of layers, or another residual_scale than was attached to the layers.
+        """
+        if (policy.num_layers, policy.residual_scale) != (self.policy.num_layers, self.policy.residual_scale):
+            raise ValueError(
+                f"the policy has {policy.num_layers} layers and residual_scale {policy.residual_scale!r}; it replaces "
+                f"one of {self.policy.num_layers} and {self.policy.residual_scale!r}"
+            )
+        self.policy = policy
+        self._verified = None
+
     def kept(self, layer_number: int, microbatch: int) -> bool:
         """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration."""
         if not self._rows:

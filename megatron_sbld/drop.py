@@ -94,8 +94,21 @@ class DropConfig:
     """SBLD: path of a sensitivity file for this number of layers."""
     interpolate: bool = False
     """SBLD: take a sensitivity file of another number of layers, interpolated by relative depth."""
-    sensitivity_update: Literal["none"] = "none"
-    """SBLD: whether training re-estimates the sensitivity; this version offers none."""
+    sensitivity_update: Literal["none", "dynamic"] = "none"
+    """SBLD: whether training re-estimates the sensitivity. dynamic: from the run's own losses and decisions; the file's
+    sensitivity is the prior, which only significant differences move."""
+    update_interval: int = 100
+    """Dynamic: iterations from one update of the sensitivity to the next. An update takes about a millisecond, so a
+    hundred iterations hide it, and it is a tenth of update_memory, so nothing is seen late."""
+    update_memory: int = 1000
+    """Dynamic: iterations after which an observation's weight has fallen to 1/e, at least 10. At 1,000 a layer that is
+    dropped in 1 of 5 iterations is known to about 1/18 of the noise between batches; longer is more exact, slower."""
+    exploration: float = 0.02
+    """Dynamic: least probability with which each layer outside of the Block list is kept, and dropped, in [0, 0.5): a
+    layer that always runs cannot be observed. At 0.02 such a layer is dropped 20 times in 1,000 iterations."""
+    release_block: bool = False
+    """Dynamic: drop Block layers with probability `exploration` too, and take one off the list while its sensitivity is
+    significantly lower than measured and below that of a layer outside of the list."""
     block_layers: list[int] | None = None
     """SBLD: layers that are never dropped; None takes block_fraction of the layers by sensitivity."""
     block_fraction: float = 0.15
@@ -147,6 +160,7 @@ _SBLD_FIELDS = {
     *("sensitivity", "interpolate", "sensitivity_update"),
     *_LIST_FIELDS,
 }
+_DYNAMIC_FIELDS = {"update_interval", "update_memory", "exploration", "release_block"}
 _EXCLUSIVE_FIELDS = (
     ("b", "peak_iteration"),
     ("eta", "peak_theta"),
@@ -160,6 +174,7 @@ _RANGES = {
     **dict.fromkeys(("eta", "alpha", "beta"), "[0, inf)"),
     **dict.fromkeys(("theta_min", "theta_max", "block_fraction", "allow_fraction"), "[0, 1]"),
     **dict.fromkeys(("allow_keep_prob", "recovery_fraction"), "[0, 1]"),
+    "exploration": "[0, 0.5)",
 }
 # Settings that change what leaving a layer out costs, so that gaps measured with another one may rank differently.
 _MEASURED_FIELDS = ("decision_scope", "granularity", "residual_scale", "dropped_update")
@@ -196,10 +211,23 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
     build_schedule(config, train_iters)
     if config.policy == "sbld":
         _check_sbld(config, num_layers)
+    if updates_sensitivity(config) and config.replicas == "distinct":
+        raise ValueError(
+            "drop.replicas = 'distinct' does not work with drop.sensitivity_update dynamic: the loss is a mean over "
+            "replicas, which took different decisions; use shared"
+        )
     unused = sorted(changed & _unused_fields(config))
     if unused:
         names = ", ".join(f"drop.{name}" for name in unused)
-        warnings.warn(f"no effect with drop.policy {config.policy}: {names}", stacklevel=2)
+        chosen = f"drop.policy {config.policy}"
+        if config.policy == "sbld" and not updates_sensitivity(config):
+            chosen += f" and drop.sensitivity_update {config.sensitivity_update}"
+        warnings.warn(f"no effect with {chosen}: {names}", stacklevel=2)
+
+
+def updates_sensitivity(config: DropConfig) -> bool:
+    """Whether the section asks for an estimate of the sensitivity while the model trains."""
+    return config.policy == "sbld" and config.sensitivity_update == "dynamic"
 
 
 def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
@@ -245,6 +273,7 @@ def build_policy(
     if config.policy == "stochastic_depth":
         return StochasticDepthPolicy(schedule, num_layers, **common)
     measured = _load_sensitivity(config, num_layers, base_dir)
+    dynamic = updates_sensitivity(config)
     with _named_as_fields():
         block, allow = _choose_layers(config, measured)
         return SBLDPolicy(
@@ -257,6 +286,8 @@ def build_policy(
             block_layers=block,
             allow_layers=allow,
             allow_keep_prob=config.allow_keep_prob,
+            exploration=config.exploration if dynamic else 0.0,
+            explore_block=dynamic and config.release_block,
             **common,
         )
 
@@ -270,6 +301,9 @@ def _check_ranges(config: DropConfig) -> None:
         if value is not None or _default(name) is not None:
             check_number(f"drop.{name}", value, allowed)
     check_integer("drop.seed", config.seed, 0, MAX_SEED)
+    check_integer("drop.update_interval", config.update_interval, 1)
+    check_integer("drop.update_memory", config.update_memory, 10)
+    check_choice("drop.release_block", config.release_block, (True, False))
     if config.balance_stages is not None:
         check_integer("drop.balance_stages", config.balance_stages, 1)
     if not isinstance(config.interpolate, bool):
@@ -455,6 +489,8 @@ def _changed_fields(config: DropConfig) -> set[str]:
 def _unused_fields(config: DropConfig) -> set[str]:
     """Fields of other policies and schedules than the section's."""
     unused = set().union(*_SCHEDULE_FIELDS.values()) - _SCHEDULE_FIELDS[_schedule_name(config)]
+    if not updates_sensitivity(config):
+        unused |= _DYNAMIC_FIELDS
     return unused if config.policy == "sbld" else unused | _SBLD_FIELDS
 
 

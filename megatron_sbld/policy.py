@@ -7,6 +7,7 @@ knows nothing of models. Policies are immutable.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -80,6 +81,9 @@ class SBLDPolicy(Policy):
     alpha, beta: weights of theta(t) and of S, >= 0.  theta_min, theta_max: limits in [0, 1].
     block_layers: layers (1-based) that are never dropped; not all of them.
     allow_layers: layers (1-based) that are kept with allow_keep_prob throughout; none of block_layers.
+    exploration: least probability, in [0, 0.5), with which every layer outside of block_layers is kept, and dropped, so
+        that its effect stays observable (sensitivity/dynamic.py); the Allow list's included. The recovery is exempt.
+    explore_block: block_layers are dropped with probability `exploration` instead of never.
 
     >>> policy = SBLDPolicy(Constant(0.5), [0.0, 0.4, 0.8, 1.0], block_layers=(4,), allow_layers=(1,))
     >>> policy.keep_probs(1).tolist()
@@ -98,6 +102,8 @@ class SBLDPolicy(Policy):
         allow_layers: Iterable[int] = (),
         allow_keep_prob: float = 0.4,
         *,
+        exploration: float = 0.0,
+        explore_block: bool = False,
         residual_scale: ResidualScale | None = None,
         recovery_fraction: float = 0.0,
         train_iters: int | None = None,
@@ -115,6 +121,8 @@ class SBLDPolicy(Policy):
         self.theta_max = check_number("theta_max", theta_max, "[0, 1]")
         self.theta_min = check_number("theta_min", theta_min, f"[0, {self.theta_max}]")
         self.allow_keep_prob = check_number("allow_keep_prob", allow_keep_prob, "[0, 1]")
+        self.exploration = check_number("exploration", exploration, "[0, 0.5)")
+        self.explore_block = explore_block
         self.block_layers = check_layers("block_layers", block_layers, self.num_layers)
         self.allow_layers = check_layers("allow_layers", allow_layers, self.num_layers)
         in_both = sorted(set(self.block_layers) & set(self.allow_layers))
@@ -125,14 +133,31 @@ class SBLDPolicy(Policy):
                 f"block_layers has all {self.num_layers} layers: nothing would be dropped; use policy none"
             )
 
+    def with_sensitivity(self, sensitivity: ArrayLike, block_layers: Iterable[int]) -> SBLDPolicy:
+        """The same policy with another S, in [0, 1], [L], and a Block list that is this one's or a part of it."""
+        changed = copy.copy(self)
+        changed.sensitivity = _checked_sensitivity(sensitivity)
+        changed.block_layers = check_layers("block_layers", block_layers, self.num_layers)
+        if len(changed.sensitivity) != self.num_layers or not set(changed.block_layers) <= set(self.block_layers):
+            raise ValueError(
+                f"sensitivity of {len(changed.sensitivity)} layers and block_layers {list(changed.block_layers)} "
+                f"do not fit {self.num_layers} layers with block_layers {list(self.block_layers)}"
+            )
+        return changed
+
     def theta(self, iteration: int) -> float:
         """theta(t) of the schedule, not clamped."""
         return float(self.schedule(check_integer("iteration", iteration, 0)))
 
     def _keep_probs(self, theta: float) -> NDArray[np.float64]:
         keep_probs = np.clip(self.alpha * theta + self.beta * self.sensitivity, self.theta_min, self.theta_max)
-        keep_probs[np.array(self.block_layers, dtype=int) - 1] = 1.0
+        block = np.array(self.block_layers, dtype=int) - 1
+        keep_probs[block] = 1.0
         keep_probs[np.array(self.allow_layers, dtype=int) - 1] = self.allow_keep_prob
+        if self.exploration > 0.0:
+            keep_probs = np.clip(keep_probs, self.exploration, 1.0 - self.exploration)
+            if not self.explore_block:
+                keep_probs[block] = 1.0
         return keep_probs
 
 

@@ -128,6 +128,8 @@ def _read_rows(file: Path) -> tuple[list[Row], list[Row]]:
         if "valid_loss" in row:
             valid[iteration] = row
             continue
+        if "gap" in row:  # an update of the sensitivity; it follows its iteration
+            continue
         if iteration <= last:
             train = {key: kept for key, kept in train.items() if key < iteration}
             valid = {key: kept for key, kept in valid.items() if key < iteration}

@@ -31,7 +31,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop import build_policy
+from megatron_sbld.drop import build_policy, updates_sensitivity
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights
@@ -43,6 +43,7 @@ from megatron_sbld.training.forecast import forecast, forecast_text
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
+from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
@@ -130,6 +131,7 @@ class _Run:
         self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config) if start is None else start.vocab_size
         self.replicas = data_parallel_size(config, dist.get_world_size())
         self.controller = _build_controller(config, policy)
+        self.sensitivity = SensitivityUpdate(config.drop, self.controller) if updates_sensitivity(config.drop) else None
         self.chunks: list[DistributedDataParallel] = build_model(config, self.vocab_size)
         if config.drop.policy != "none":
             make_switchable(self.chunks, self.controller)
@@ -182,7 +184,8 @@ class _Run:
         began = time.perf_counter()
         self.controller.begin_iteration(self.iteration + 1, num_microbatches)
         batches = itertools.tee(self.data.train_batches(num_microbatches), len(self.chunks))
-        result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested)
+        by_microbatch = self.sensitivity is not None and self.sensitivity.needs_microbatch_losses
+        result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested, by_microbatch)
         if result.update_successful:
             self.scheduler.step(increment=batch_size)
         step_time_s = time.perf_counter() - began
@@ -196,7 +199,15 @@ class _Run:
             )
         if self.writer is not None:
             self.writer.train_row(self._train_row(result, step_time_s, batch_size))
+        if self.sensitivity is not None:
+            self._update_sensitivity(self.sensitivity, result)
         return result.stop_requested
+
+    def _update_sensitivity(self, sensitivity: SensitivityUpdate, result: StepResult) -> None:
+        sensitivity.observe(result)
+        row = sensitivity.update_if_due()
+        if row is not None and self.writer is not None:
+            self.writer.sensitivity_row(row)
 
     def _train_row(self, result: StepResult, step_time_s: float, batch_size: int) -> dict[str, Any]:
         seq_length, controller = self.config.model.seq_length, self.controller
@@ -254,6 +265,7 @@ class _Run:
             "consumed_samples": self.consumed_samples,
             "train_time_s": self.train_time_s,
             "drop": self.controller.state_dict(),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.state_dict(),
             "config": dataclasses.asdict(self.config),
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -272,6 +284,8 @@ class _Run:
             self.consumed_samples = int(state["consumed_samples"])
             self.train_time_s = float(state["train_time_s"])
             differences = self.controller.load_state_dict(state["drop"])
+            if self.sensitivity is not None and state.get("sensitivity") is not None:
+                differences += self.sensitivity.load_state_dict(state["sensitivity"])
         for difference in differences:
             logger.warning("%s", difference)
 

@@ -22,7 +22,9 @@ from megatron_sbld.training.config import LoggingConfig
 
 logger = logging.getLogger(__name__)
 
-_NOT_SCALARS = ("iteration", "keep_probs", "kept")
+_NOT_SCALARS = ("iteration", "keep_probs", "kept", "gap", "gap_stderr", "sensitivity", "block_layers")
+_LAYER_SCALARS = {"keep_probs": "keep_prob", "gap": "gap", "gap_stderr": "gap_stderr", "sensitivity": "sensitivity"}
+"""Fields with a value for each layer, and what TensorBoard calls them."""
 
 
 def check_logging(config: LoggingConfig) -> None:
@@ -70,6 +72,10 @@ class MetricsWriter:
         self._write(row)
         self._progress.note(f"iteration {row['iteration']}: validation loss {row['valid_loss']:.4f}")
 
+    def sensitivity_row(self, row: dict[str, Any]) -> None:
+        """Write an update's row."""
+        self._write(row)
+
     def note(self, text: str) -> None:
         """Show a line of text without disturbing the progress bar."""
         self._progress.note(text)
@@ -87,8 +93,8 @@ class MetricsWriter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         scalars = {name: value for name, value in row.items() if name not in _NOT_SCALARS and value is not None}
-        if "keep_probs" in row:
-            scalars |= {f"keep_prob/layer_{number:02d}": p for number, p in enumerate(row["keep_probs"], start=1)}
+        for field, name in _LAYER_SCALARS.items():
+            scalars |= {f"{name}/layer_{number:02d}": value for number, value in enumerate(row.get(field, ()), start=1)}
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, row["iteration"])

@@ -29,6 +29,8 @@ class StepResult(NamedTuple):
     num_zeros: int | None
     update_successful: bool
     stop_requested: bool
+    microbatch_losses: list[float]
+    """Mean loss of each microbatch over all replicas; empty unless asked for."""
 
 
 def _device() -> torch.device:
@@ -66,6 +68,7 @@ def train_step(
     optimizer: MegatronOptimizer,
     batches: Sequence[Iterator[Batch]],
     stop_requested: bool,
+    report_microbatches: bool = False,
 ) -> StepResult:
     """Forward, backward and optimizer step over all microbatches of an iteration.
 
@@ -75,19 +78,24 @@ def train_step(
         optimizer: Megatron's.
         batches: one iterator of microbatches for each chunk.
         stop_requested: whether this rank was asked to stop; the result says whether any was.
+        report_microbatches: report the loss of each microbatch too; needed by all ranks or none.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _forward_backward(config, chunks, batches, get_num_microbatches(), forward_only=False)
+    num_microbatches = get_num_microbatches()
+    losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=False)
     update_successful, grad_norm, num_zeros = optimizer.step()
-    loss_sum, num_tokens, stopping = _sum_over_ranks(losses, stop_requested)
+    loss_sum, num_tokens, stopping, microbatch_losses = _sum_over_ranks(
+        losses, stop_requested, num_microbatches if report_microbatches else 0
+    )
     return StepResult(
         loss=loss_sum / max(num_tokens, 1),
         grad_norm=None if grad_norm is None else float(grad_norm),
         num_zeros=None if num_zeros is None else int(num_zeros),
         update_successful=bool(update_successful),
         stop_requested=stopping > 0,
+        microbatch_losses=microbatch_losses,
     )
 
 
@@ -97,7 +105,7 @@ def validation_loss(
     """Mean loss of `num_microbatches` microbatches a replica, at full depth and without dropout."""
     with _evaluating(config, chunks):
         losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=True)
-    loss_sum, num_tokens, _ = _sum_over_ranks(losses, False)
+    loss_sum, num_tokens, _, _ = _sum_over_ranks(losses, False)
     return loss_sum / max(num_tokens, 1)
 
 
@@ -138,16 +146,23 @@ def _forward_backward(
     return reports
 
 
-def _sum_over_ranks(losses: list[dict[str, torch.Tensor]], stop_requested: bool) -> tuple[float, int, int]:
-    """(summed loss, tokens that count, ranks that were asked to stop) over all ranks, in one collective.
+def _sum_over_ranks(
+    losses: list[dict[str, torch.Tensor]], stop_requested: bool, num_microbatches: int = 0
+) -> tuple[float, int, int, list[float]]:
+    """(summed loss, tokens that count, ranks that were asked to stop, mean losses of the first `num_microbatches`
+    microbatches) over all ranks, in one collective.
 
     Losses live on the last pipeline stage, the same on its tensor-parallel ranks: the first of these contributes.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=_device())
+    totals = torch.zeros(3 + 2 * num_microbatches, dtype=torch.float64, device=_device())
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
-        totals[0] = torch.stack([report["loss"] for report in losses]).double().sum()
-        totals[1] = torch.stack([report["num_tokens"] for report in losses]).double().sum()
+        loss_sums = torch.stack([report["loss"] for report in losses])
+        token_counts = torch.stack([report["num_tokens"] for report in losses])
+        totals[0], totals[1] = loss_sums.double().sum(), token_counts.double().sum()
+        if num_microbatches:
+            totals[3:] = torch.cat([loss_sums.double(), token_counts.double()])
     totals[2] = float(stop_requested)
     dist.all_reduce(totals)
-    loss_sum, num_tokens, stopping = totals.tolist()
-    return loss_sum, int(num_tokens), int(stopping)
+    loss_sum, num_tokens, stopping, *by_microbatch = totals.tolist()
+    pairs = zip(by_microbatch[:num_microbatches], by_microbatch[num_microbatches:], strict=True)
+    return loss_sum, int(num_tokens), int(stopping), [loss / max(tokens, 1) for loss, tokens in pairs]

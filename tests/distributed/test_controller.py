@@ -61,15 +61,28 @@ def ranks_agree() -> tuple[list, int]:
     return plans, count[0]
 
 
-def both(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]]]:
-    return ranks_agree(), one_rank_is_odd(odd_rank)
+def one_rank_replaces_its_policy(odd_rank: int) -> str:
+    """The error that this rank sees at the next iteration, in the middle of a window that was verified."""
+    controller = build(window=20)
+    controller.begin_iteration(1, 2)
+    for theta in (0.6, 0.7 if dist.get_rank() == odd_rank else 0.8):
+        controller.replace_policy(LayerDropPolicy(Constant(theta), 6))
+        try:
+            controller.begin_iteration(2, 2)
+        except DropDisagreementError as error:
+            return f"theta {theta}: {error}"
+    return "no error"
+
+
+def both(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]], str]:
+    return ranks_agree(), one_rank_is_odd(odd_rank), one_rank_replaces_its_policy(odd_rank)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) -> None:
     odd_rank = world_size - 1
     results = run_distributed(both, world_size, odd_rank)
-    for (plans, collectives), errors in results:
+    for (plans, collectives), errors, replaced in results:
         assert plans == results[0][0][0]
         assert collectives == 5
         for name, (message, seconds) in errors.items():
@@ -77,5 +90,6 @@ def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) ->
             assert seconds < 10, name
             assert [f"rank {rank}: " in message for rank in range(odd_rank)] == [False] * odd_rank, name
         assert "seed 99 instead of 1" in errors["seed"][0]
+        assert f"rank {odd_rank}: mean keep probability 0.7" in replaced
         assert "num_layers 5 instead of 6" in errors["layers"][0]
         assert "num_microbatches 3 instead of 2" in errors["microbatches"][0]

@@ -153,3 +153,17 @@ def test_a_rank_with_another_configuration_is_named_with_what_differs(changes: d
     with pytest.raises(DropDisagreementError, match=message) as error:
         _raise_on_disagreement(np.stack([record(), record(), record(**changes)]))
     assert "rank 1" not in str(error.value)
+
+
+def test_another_policy_decides_from_the_next_iteration_on() -> None:
+    controller = DropController(HALF, seed=5)
+    controller.begin_iteration(1, 1)
+    before = controller.plan.copy()
+    other = LayerDropPolicy(Constant(0.9), LAYERS)
+    controller.replace_policy(other)
+    assert np.array_equal(controller.plan, before)
+    controller.begin_iteration(2, 1)
+    assert controller.keep_probs.tolist() == [0.9] * LAYERS
+    for misfit in (LayerDropPolicy(Constant(0.9), 4), PLDPolicy(Constant(0.9), LAYERS)):
+        with pytest.raises(ValueError, match="it replaces one of 6 and 'none'"):
+            controller.replace_policy(misfit)

@@ -227,7 +227,11 @@ OUT_OF_RANGE = {
     "theta_max": 1.1,
     "sensitivity": 3,
     "interpolate": 1,
-    "sensitivity_update": "dynamic",
+    "sensitivity_update": "always",
+    "update_interval": 0,
+    "update_memory": 9,
+    "exploration": 0.5,
+    "release_block": "yes",
     "block_fraction": 1.1,
     "allow_fraction": -0.1,
     "allow_keep_prob": 1.1,
@@ -293,6 +297,10 @@ def test_a_value_out_of_range_is_refused_by_name_even_when_nothing_is_dropped(na
             {"allow_layers": [1, 2, 3, 4, 5, 6, 7], "block_fraction": 0.5},
             r"drop\.block_fraction = 0\.5 and drop\.allow_layers = \[1, .*, 7\] ask for 6 and 7 of 12",
         ),
+        (
+            {"replicas": "distinct", "sampler": "balanced", "sensitivity_update": "dynamic"},
+            r"drop\.replicas = 'distinct' does not work with drop\.sensitivity_update dynamic",
+        ),
         ({"replicas": "distinct"}, r"drop\.replicas = 'distinct' needs drop\.sampler balanced"),
         ({"balance_stages": 2}, r"drop\.balance_stages = 2 needs drop\.sampler balanced"),
         ({"sampler": "balanced", "balance_stages": 5}, r"drop\.balance_stages = 5 .*divide the 12 layers"),
@@ -343,3 +351,25 @@ def test_a_run_or_model_of_no_length_is_refused():
 def test_theta_below_the_papers_range_warns():
     with pytest.warns(UserWarning, match=r"theta = 0\.3 is below 0\.4"):
         build(policy="pld", theta=0.3)
+
+
+def test_dynamic_sensitivity_explores_and_without_it_nothing_does(sensitivity):
+    dynamic = build(policy="sbld", sensitivity=sensitivity, sensitivity_update="dynamic", theta=1.0)
+    assert dynamic.keep_probs(1)[0] == 1.0
+    assert np.delete(dynamic.keep_probs(1), [0, 2]) == pytest.approx([0.98] * 10)
+    fields = {"sensitivity_update": "dynamic", "exploration": 0.1, "release_block": True}
+    explored = build(policy="sbld", sensitivity=sensitivity, theta=1.0, **fields)
+    assert np.delete(explored.keep_probs(1), 2) == pytest.approx([0.9] * 11)
+    assert build(policy="sbld", sensitivity=sensitivity, theta=1.0).keep_probs(1)[1] == 1.0
+
+
+def test_fields_of_dynamic_sensitivity_that_have_no_effect_are_reported(sensitivity):
+    fields = {"update_interval": 5, "update_memory": 50, "exploration": 0.1, "release_block": True}
+    names = r"drop\.exploration, drop\.release_block, drop\.update_interval, drop\.update_memory"
+    with pytest.warns(UserWarning, match=rf"policy sbld and drop\.sensitivity_update none: {names}$"):
+        assert build(policy="sbld", sensitivity=sensitivity, theta=1.0, **fields).keep_probs(1)[1] == 1.0
+    with pytest.warns(UserWarning, match=r"policy pld: .*drop\.exploration.*drop\.sensitivity_update"):
+        build(policy="pld", sensitivity_update="dynamic", **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(policy="sbld", sensitivity=sensitivity, sensitivity_update="dynamic", **fields)

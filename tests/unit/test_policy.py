@@ -216,3 +216,37 @@ def test_a_policy_does_not_follow_later_changes_of_the_callers_list():
     sensitivity[0] = 1.0
     policy.keep_probs(1)[0] = 0.0
     assert policy.keep_probs(1).tolist() == [0.5, 1.0]
+
+
+def test_exploration_keeps_every_layer_outside_of_the_block_list_observable():
+    options = {"block_layers": (6,), "allow_layers": (1,), "beta": 1.0, "theta_min": 0.0}
+    sensitivity = [0.0, 0.2, 0.5, 0.9, 1.0, 1.0]
+    plain = SBLDPolicy(Constant(0.3), sensitivity, allow_keep_prob=0.0, **options)
+    explored = SBLDPolicy(Constant(0.3), sensitivity, allow_keep_prob=0.0, exploration=0.02, **options)
+    assert plain.keep_probs(1) == pytest.approx([0.0, 0.5, 0.8, 1.0, 1.0, 1.0])
+    assert explored.keep_probs(1) == pytest.approx([0.02, 0.5, 0.8, 0.98, 0.98, 1.0])
+    released = SBLDPolicy(Constant(0.3), sensitivity, exploration=0.02, explore_block=True, **options)
+    assert released.keep_probs(1)[5] == 0.98
+    with pytest.raises(ValueError, match=r"exploration = 0\.5 .*\[0, 0\.5\)"):
+        SBLDPolicy(Constant(0.3), sensitivity, exploration=0.5)
+
+
+def test_the_recovery_explores_nothing():
+    policy = SBLDPolicy(Constant(0.5), [0.0, 1.0], exploration=0.1, recovery_fraction=0.5, train_iters=10)
+    assert policy.keep_probs(5).tolist() == [0.5, 0.9]
+    assert policy.keep_probs(6).tolist() == [1.0, 1.0]
+
+
+def test_another_sensitivity_makes_another_policy_and_leaves_the_first_as_it_was():
+    first = SBLDPolicy(
+        Constant(0.5), [0.0, 0.4, 1.0], block_layers=(2, 3), allow_layers=(1,), recovery_fraction=0.5, train_iters=10
+    )
+    second = first.with_sensitivity([0.0, 0.2, 0.6], block_layers=(3,))
+    assert first.keep_probs(1).tolist() == [0.4, 1.0, 1.0]
+    assert second.keep_probs(1).tolist() == [0.4, 0.6, 1.0]
+    assert second.keep_probs(6).tolist() == [1.0] * 3
+    for sensitivity, block in (([0.0, 1.0], (3,)), ([0.0, 0.2, 0.6], (1, 3))):
+        with pytest.raises(ValueError, match="do not fit 3 layers with block_layers"):
+            first.with_sensitivity(sensitivity, block)
+    with pytest.raises(ValueError, match=r"sensitivity of layer 3 = .*1\.5"):
+        first.with_sensitivity([0.0, 0.2, 1.5], (3,))

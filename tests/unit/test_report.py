@@ -51,6 +51,13 @@ def test_a_torn_line_anywhere_else_is_refused_by_its_number(tmp_path):
         read_run(Path(folder), "run")
 
 
+def test_updates_of_the_sensitivity_are_no_training_rows(tmp_path):
+    update = {"iteration": 2, "gap": [0.1] * 4, "gap_stderr": [0.01] * 4, "sensitivity": [0.5] * 4, "block_layers": []}
+    run = read_runs([write_run(tmp_path / "run", [row(1), row(2), update, valid_row(2, 4.0), row(3)])])[0]
+    assert run.column("loss").tolist() == [5.0, 2.5, 5.0 / 3]
+    assert run.valid_column("valid_loss").tolist() == [4.0]
+
+
 def test_a_resumed_run_counts_the_last_row_of_an_iteration(tmp_path):
     rows = [row(1), row(2, loss=9.0), valid_row(2, 9.0), row(3, loss=9.0), row(2, loss=4.0), row(3, loss=3.0)]
     run = read_run(Path(write_run(tmp_path / "run", rows)), "run")
