@@ -19,6 +19,7 @@ from tests.training.trainer_helpers import (
     NO_DROPOUT,
     change,
     decisions,
+    dynamic,
     in_folder,
     losses,
     prepare_corpus,
@@ -27,6 +28,7 @@ from tests.training.trainer_helpers import (
     sbld,
     stop_and_resume,
     tiny_run,
+    updates,
     valid_losses,
 )
 
@@ -42,6 +44,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2": {},
     "DP 2, both overlaps": BOTH_OVERLAPS,
 }
+# Long enough for estimates that rest on more than their prior, stopped between two updates.
+DYNAMIC: dict[str, dict[str, Any]] = {
+    "drop": {
+        "sensitivity_update": "dynamic",
+        "decision_scope": "microbatch",
+        "update_interval": 10,
+        "update_memory": 30,
+    },
+    "training": {"train_iters": 32},
+}
+DYNAMIC_STOP = 24
 RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "DP 2": {},
     "DP 2, both overlaps": {"parallel": BOTH_OVERLAPS},
@@ -53,6 +66,8 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "DP 2, distinct replicas": {"drop": {"sampler": "balanced", "replicas": "distinct"}},
     "PP 2 interleaved": {"parallel": INTERLEAVED},
     "TP 2": {"parallel": TENSOR},
+    "DP 2, both overlaps, dynamic": {"parallel": BOTH_OVERLAPS, **DYNAMIC},
+    "PP 2 interleaved, dynamic": {"parallel": INTERLEAVED, **DYNAMIC},
 }
 # Each run is stopped after 3 iterations and continued on the next layout.
 CHAINS: dict[str, list[dict[str, Any]]] = {
@@ -93,6 +108,19 @@ def from_common_weights(folder: Path, corpus: Path, name: str, **parallel: Any) 
     )
 
 
+def with_updates(folder: Path, corpus: Path, name: str, **sections: Any) -> Config:
+    """40 iterations from the weights of the run `base`, with an update of the sensitivity every 10."""
+    return without_dropout(
+        folder,
+        corpus,
+        name,
+        drop=dynamic(folder),
+        training={"train_iters": 40},
+        checkpoint={"load": str(folder / "base")},
+        **sections,
+    )
+
+
 def chain(folder: Path, corpus: Path, name: str) -> list[Config]:
     """One run of 12 iterations on four layouts."""
     iterations = CHAIN_STOPS * len(CHAINS[name])
@@ -110,6 +138,7 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
             folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
         ),
         "one process": from_common_weights(folder, corpus, "one process"),
+        "dynamic in one process": with_updates(folder, corpus, "dynamic in one process"),
         "chain in one process": change(
             in_folder(chain(folder, corpus, "plain optimizer")[0], folder / "chain in one process"),
             training={"exit_after_iterations": None},
@@ -117,13 +146,19 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
         **{f"chain, {name}, 0": chain(folder, corpus, name)[0] for name in CHAINS},
     }
     there: dict[str, Any] = {
+        f"dynamic on {name}": with_updates(folder, corpus, f"dynamic on {name}", parallel=layout)
+        for name, layout in LAYOUTS.items()
+    }
+    there |= {
         f"on {name}": from_common_weights(folder, corpus, f"on {name}", **layout) for name, layout in LAYOUTS.items()
     }
     for name, sections in RESUMED.items():
         drop = {**sbld(folder), **sections.get("drop", {})}
         config = tiny_run(folder / f"whole {name}", corpus, **{**sections, "drop": drop})
         there[f"whole {name}"] = config
-        there[f"stopped {name}"], there[f"resumed {name}"] = stop_and_resume(in_folder(config, folder / name), 3)
+        there[f"stopped {name}"], there[f"resumed {name}"] = stop_and_resume(
+            in_folder(config, folder / name), DYNAMIC_STOP if "dynamic" in name else 3
+        )
     for name in CHAINS:
         there |= {f"chain, {name}, {i}": config for i, config in enumerate(chain(folder, corpus, name)) if i > 0}
     refused = tiny_run(folder / "refused", corpus, drop=HALF)
@@ -144,6 +179,21 @@ def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
     expected = valid_losses(folder / "one process")
     assert list(expected) == [7, 14, 20]
     assert valid_losses(folder / f"on {name}") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_estimates_the_sensitivity_as_one_process_does(
+    outcomes: dict[str, list[int | str]], folder: Path, name: str
+) -> None:
+    assert outcomes["dynamic in one process"] == [0]
+    assert outcomes[f"dynamic on {name}"] == [0, 0]
+    expected, found = updates(folder / "dynamic in one process"), updates(folder / f"dynamic on {name}")
+    assert [row["iteration"] for row in found] == [10, 20, 30, 40]
+    for field in ("gap", "gap_stderr", "sensitivity"):
+        for here, there in zip(expected, found, strict=True):
+            np.testing.assert_allclose(there[field], here[field], rtol=0, atol=2e-3)
+    assert found[-1]["sensitivity"] != found[0]["sensitivity"]
+    assert decisions(folder / f"dynamic on {name}") == decisions(folder / "dynamic in one process")
 
 
 @pytest.mark.slow
@@ -171,6 +221,9 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
     assert outcomes[f"resumed {name}"] == [0, 0]
     assert losses(folder / name) == losses(folder / f"whole {name}")
     assert decisions(folder / name) == decisions(folder / f"whole {name}")
+    assert updates(folder / name) == updates(folder / f"whole {name}")
+    changed = {tuple(row["sensitivity"]) for row in updates(folder / name)}
+    assert (len(changed) > 1) == ("dynamic" in name)
 
 
 @pytest.mark.parametrize("name", CHAINS)

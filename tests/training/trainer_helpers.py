@@ -92,6 +92,17 @@ def sbld(folder: Path) -> dict[str, Any]:
     }
 
 
+def dynamic(folder: Path) -> dict[str, Any]:
+    """`sbld` with a sensitivity that is renewed every 10 iterations from the losses of single microbatches."""
+    return {
+        **sbld(folder),
+        "sensitivity_update": "dynamic",
+        "decision_scope": "microbatch",
+        "update_interval": 10,
+        "update_memory": 30,
+    }
+
+
 def tiny_sections(folder: Path, corpus: Path, **sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A config as YAML would give it: the tiny run in `folder`, with fields of any section replaced."""
     base = {
@@ -195,3 +206,8 @@ def valid_losses(run_dir: Path | str) -> dict[int, float]:
 def decisions(run_dir: Path | str) -> list[list[float]]:
     """Share of the microbatches that each layer ran in, by iteration."""
     return [row["kept"] for row in train_rows(run_dir)]
+
+
+def updates(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The rows of updates of the sensitivity."""
+    return [row for row in rows(run_dir) if "gap" in row]
