@@ -17,6 +17,9 @@ from megatron_sbld.sensitivity.lists import SIGNIFICANT_STDERRS
 
 Floats = NDArray[np.float64]
 
+_SPREAD_STDS = 3.0
+"""Standard deviations by which Cochran's Q must exceed its mean: by chance it does once in 160 updates (24 layers)."""
+
 
 def mixed_sensitivity(
     base: ArrayLike, estimate: GapEstimate, significant_stderrs: float = SIGNIFICANT_STDERRS
@@ -28,8 +31,8 @@ def mixed_sensitivity(
     Among the observed layers, with mean and spread of the estimates freed of their noise (random-effects model, by
     DerSimonian and Laird 1986): target = mean S + (gap - mean gap) spread of S / spread of the gaps. A layer moves
     towards its target by what the difference has beyond significant_stderrs. Nothing moves if the estimates do not
-    differ from one another (Cochran's Q is not beyond its mean by significant_stderrs of its standard deviations), if
-    they are of fewer than three layers, or if the base list has no spread over these layers.
+    differ from one another (Cochran's Q is not beyond its mean by 3 of its standard deviations), if they are of fewer
+    than three layers, or if the base list has no spread over these layers.
     """
     result = np.array(base, dtype=np.float64)
     layers = np.flatnonzero(estimate.observed)
@@ -39,7 +42,7 @@ def mixed_sensitivity(
     precision = 1.0 / variance
     freedom = len(layers) - 1
     q = float(precision @ (gap - np.average(gap, weights=precision)) ** 2)
-    if q <= freedom + significant_stderrs * np.sqrt(2.0 * freedom):
+    if q <= freedom + _SPREAD_STDS * np.sqrt(2.0 * freedom):
         return result
     spread2 = (q - freedom) / (precision.sum() - (precision @ precision) / precision.sum())
     weights = 1.0 / (variance + spread2)

@@ -16,6 +16,7 @@ from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     FULL_DEPTH,
     HALF,
+    LARGE_WEIGHTS,
     NO_DROPOUT,
     change,
     decisions,
@@ -45,15 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2, both overlaps": BOTH_OVERLAPS,
 }
 # Long enough for estimates that rest on more than their prior, stopped between two updates.
-DYNAMIC: dict[str, dict[str, Any]] = {
-    "drop": {
-        "sensitivity_update": "dynamic",
-        "decision_scope": "microbatch",
-        "update_interval": 10,
-        "update_memory": 30,
-    },
-    "training": {"train_iters": 32},
-}
+DYNAMIC: dict[str, dict[str, Any]] = {"model": LARGE_WEIGHTS, "training": {"train_iters": 32}}
 DYNAMIC_STOP = 24
 RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "DP 2": {},
@@ -116,7 +109,7 @@ def with_updates(folder: Path, corpus: Path, name: str, **sections: Any) -> Conf
         name,
         drop=dynamic(folder),
         training={"train_iters": 40},
-        checkpoint={"load": str(folder / "base")},
+        checkpoint={"load": str(folder / "base, large weights")},
         **sections,
     )
 
@@ -137,6 +130,15 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
         "base": without_dropout(
             folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
         ),
+        "base, large weights": without_dropout(
+            folder,
+            corpus,
+            "base, large weights",
+            model={**NO_DROPOUT, **LARGE_WEIGHTS},
+            drop=FULL_DEPTH,
+            training={"train_iters": 3},
+            checkpoint={"save_at_end": True},
+        ),
         "one process": from_common_weights(folder, corpus, "one process"),
         "dynamic in one process": with_updates(folder, corpus, "dynamic in one process"),
         "chain in one process": change(
@@ -153,7 +155,7 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
         f"on {name}": from_common_weights(folder, corpus, f"on {name}", **layout) for name, layout in LAYOUTS.items()
     }
     for name, sections in RESUMED.items():
-        drop = {**sbld(folder), **sections.get("drop", {})}
+        drop = dynamic(folder) if "dynamic" in name else {**sbld(folder), **sections.get("drop", {})}
         config = tiny_run(folder / f"whole {name}", corpus, **{**sections, "drop": drop})
         there[f"whole {name}"] = config
         there[f"stopped {name}"], there[f"resumed {name}"] = stop_and_resume(

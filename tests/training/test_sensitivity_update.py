@@ -27,6 +27,7 @@ from megatron_sbld.training.model import build_model
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.tokenizer import load_tokenizer
 from tests.training.trainer_helpers import (
+    LARGE_WEIGHTS,
     LAYERS,
     NO_DROPOUT,
     change,
@@ -36,7 +37,6 @@ from tests.training.trainer_helpers import (
     losses,
     prepare_corpus,
     run_here,
-    sbld,
     stop_and_resume,
     tiny_run,
     train_rows,
@@ -44,8 +44,8 @@ from tests.training.trainer_helpers import (
     write_sensitivity,
 )
 
-BASE = [layer / (LAYERS - 1) for layer in range(LAYERS)]
-"""The sensitivity of `sbld`'s file."""
+BASE = [1.0, 2 / 3, 1 / 3, 0.0]
+"""The sensitivity of `dynamic`'s file."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Config:
     """40 iterations of 8 microbatches; an update every 10."""
-    return tiny_run(tmp_path / "run", corpus, drop=dynamic(tmp_path), training={"train_iters": 40})
+    return tiny_run(tmp_path / "run", corpus, model=LARGE_WEIGHTS, drop=dynamic(tmp_path), training={"train_iters": 40})
 
 
 def trained(config: Config, folder: Path) -> list[dict[str, Any]]:
@@ -74,9 +74,9 @@ def test_updates_change_the_sensitivity_and_with_it_the_keep_probabilities(confi
     for t, (row, sensitivity) in enumerate(zip(train_rows(tmp_path / "run"), in_force, strict=True), start=1):
         expected = policy.with_sensitivity(sensitivity, policy.block_layers).keep_probs(t)
         assert row["keep_probs"] == pytest.approx(expected, abs=1e-6)
-    assert found[-1]["sensitivity"] != BASE
+    assert found[-1]["sensitivity"] != pytest.approx(BASE)
     assert found[-1]["block_layers"] == []
-    assert np.all(np.array(found[-1]["gap_stderr"]) < 0.2)
+    assert np.all(np.array(found[-1]["gap_stderr"]) < 0.3)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for name in ("gap", "gap_stderr", "sensitivity"):
@@ -89,7 +89,7 @@ def test_without_updates_the_losses_are_those_of_the_base_list(config: Config, t
     """Observing takes nothing from a run and adds nothing to it."""
     never = change(config, drop={"update_interval": 1000, "exploration": 0.0})
     assert trained(never, tmp_path / "dynamic") == []
-    fixed = change(config, drop={**sbld(tmp_path), "sensitivity_update": "none"})
+    fixed = change(config, drop={"sensitivity_update": "none"})
     assert trained(fixed, tmp_path / "fixed") == []
     assert losses(tmp_path / "dynamic") == losses(tmp_path / "fixed")
 
@@ -98,7 +98,7 @@ def test_without_updates_the_losses_are_those_of_the_base_list(config: Config, t
 def test_a_resumed_run_has_the_estimates_and_losses_of_the_uninterrupted_one(
     config: Config, tmp_path: Path, scope: str
 ) -> None:
-    config = change(config, drop={"decision_scope": scope}, training={"train_iters": 60})
+    config = change(config, drop={"decision_scope": scope})
     expected = trained(config, tmp_path / "whole")
     first, second = stop_and_resume(config, 33)
     assert run_here(first) == 75
@@ -121,26 +121,27 @@ def test_the_recovery_is_not_observed(config: Config, tmp_path: Path) -> None:
 
 
 def test_it_is_switched_on_and_off_within_a_run(config: Config) -> None:
+    config = change(config, training={"train_iters": 60})
     off = change(config, drop={"sensitivity_update": "none"})
-    stop = {"exit_after_iterations": 10}
-    policy = build_policy(off.drop, LAYERS, 40)
-    with pytest.warns(UserWarning, match=r"no effect with .* sensitivity_update none"):
+    stop = {"exit_after_iterations": 3}
+    policy = build_policy(off.drop, LAYERS, 60)
+    with pytest.warns(UserWarning, match=r"no effect with .*drop\.sensitivity_update none"):
         assert run_here(change(off, training=stop)) == 75
-    assert run_here(change(config, training={"exit_after_iterations": 20})) == 75
-    with pytest.warns(UserWarning, match=r"no effect with .* sensitivity_update none"):
+    assert run_here(change(config, training={"exit_after_iterations": 50})) == 75
+    with pytest.warns(UserWarning, match=r"no effect with .*drop\.sensitivity_update none"):
         assert run_here(off) == 0
     found = updates(config.logging.run_dir)
-    assert [row["iteration"] for row in found] == [20, 30]
-    assert found[-1]["sensitivity"] != BASE
+    assert [row["iteration"] for row in found] == [10, 20, 30, 40, 50]
+    assert found[-1]["sensitivity"] != pytest.approx(BASE)
     train = train_rows(config.logging.run_dir)
-    for row in train[:20] + train[30:]:
+    for row in train[:3] + train[53:]:
         assert row["keep_probs"] == pytest.approx(policy.keep_probs(row["iteration"]), abs=1e-6)
 
 
 def test_another_base_list_on_resume_holds_until_the_next_update(config: Config, caplog: Any) -> None:
     assert run_here(change(config, training={"exit_after_iterations": 35})) == 75
     other = Path(config.logging.run_dir).parent / "other.json"
-    SensitivityFile.from_gaps([0.3, 0.1, 0.0, 0.2], [0.01] * LAYERS, {"command": "made up"}).save(other)
+    SensitivityFile.from_gaps([0.1, 0.3, 0.0, 0.2], [0.01] * LAYERS, {"command": "made up"}).save(other)
     resumed = change(config, drop={"sensitivity": str(other)})
     assert run_here(resumed) == 0
     assert "drop sensitivity or Block list: others than when saved" in caplog.text
@@ -149,9 +150,9 @@ def test_another_base_list_on_resume_holds_until_the_next_update(config: Config,
 
 
 def test_a_block_layer_is_observed_only_if_its_release_is_asked_for(config: Config, tmp_path: Path) -> None:
-    blocked = change(config, drop={"allow_layers": None, "block_layers": [4], "allow_fraction": 0.0})
+    blocked = change(config, drop={"block_layers": [4]})
     last = trained(blocked, tmp_path / "blocked")[-1]
-    assert (last["gap"][3], last["gap_stderr"][3], last["sensitivity"][3]) == (0.0, pytest.approx(1.0), 1.0)
+    assert (last["gap"][3], last["gap_stderr"][3], last["sensitivity"][3]) == (0.0, pytest.approx(1.0), 0.0)
     assert all(row[3] == 1.0 for row in decisions(tmp_path / "blocked"))
     explored = change(blocked, drop={"release_block": True, "exploration": 0.3})
     last = trained(explored, tmp_path / "explored")[-1]
@@ -160,7 +161,7 @@ def test_a_block_layer_is_observed_only_if_its_release_is_asked_for(config: Conf
     assert any(row[3] < 1.0 for row in decisions(tmp_path / "explored"))
 
 
-DEEP, TRAINED, OBSERVED = 12, 200, 1500
+DEEP, TRAINED, OBSERVED = 12, 100, 700
 
 
 class GivenDecisions(Policy):
@@ -177,7 +178,6 @@ class GivenDecisions(Policy):
         raise AssertionError("keep_probs does without")
 
 
-@torch.no_grad()
 def marginal_costs(config: Config, keep_probs: NDArray[np.float64], num_batches: int) -> NDArray[np.float64]:
     """Loss without each layer minus with it, the others as drawn, on batches of the training data: [batches, L]."""
     checkpoint = latest_complete(Path(config.logging.run_dir) / "checkpoints")
@@ -193,14 +193,15 @@ def marginal_costs(config: Config, keep_probs: NDArray[np.float64], num_batches:
         controller = DropController(GivenDecisions(rows.reshape(-1, layers)))
         make_switchable(model, controller)
         model.train()
-        batches = TrainingData(config, tokenizer, TRAINED + OBSERVED, TRAINED * 32).train_batches(num_batches)
+        batches = TrainingData(config, tokenizer, TRAINED + OBSERVED, TRAINED * 16).train_batches(num_batches)
         found = np.empty((num_batches, 1 + layers))
         for number, batch in enumerate(itertools.islice(batches, num_batches)):
             for position in range(1 + layers):
                 controller.begin_iteration(number * (1 + layers) + position + 1, 1)
-                loss = model(
-                    batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
-                )
+                with torch.no_grad():
+                    loss = model(
+                        batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
+                    )
                 found[number, position] = (loss * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
     return np.where(drawn, 1.0, -1.0) * (found[:, 1:] - found[:, :1])
 
@@ -212,8 +213,9 @@ def test_the_estimates_are_the_costs_of_leaving_layers_out(tmp_path: Path, corpu
     base = tiny_run(
         tmp_path / "trained",
         corpus,
-        model={**NO_DROPOUT, "num_layers": DEEP, "init_method_std": 0.15},
-        training={"micro_batch_size": 32, "global_batch_size": 32, "train_iters": TRAINED},
+        model={**NO_DROPOUT, "num_layers": DEEP, "init_method_std": 1.0},  # so that layers matter
+        optimizer={"lr": 3e-3, "min_lr": 3e-4},
+        training={"micro_batch_size": 16, "global_batch_size": 16, "train_iters": TRAINED},
         checkpoint={"save_at_end": True},
     )
     assert run_here(base) == 0
@@ -235,10 +237,9 @@ def test_the_estimates_are_the_costs_of_leaving_layers_out(tmp_path: Path, corpu
     assert run_here(observing) == 0
     [estimate] = updates(observing.logging.run_dir)
     keep_probs = build_policy(observing.drop, DEEP, OBSERVED).keep_probs(1)
-    costs = marginal_costs(base, keep_probs, num_batches=250)
+    costs = marginal_costs(base, keep_probs, num_batches=100)
     gap, stderr = np.array(estimate["gap"]), np.array(estimate["gap_stderr"])
     direct, direct_stderr = costs.mean(axis=0), costs.std(axis=0, ddof=1) / np.sqrt(len(costs))
-    print(np.stack([gap, stderr, direct, direct_stderr]).T)
     within = np.abs(gap - direct) <= 2 * np.hypot(stderr, direct_stderr)
     assert within.mean() >= 0.9
     # And precise enough to say something: estimates of nothing but zeros would not pass.

@@ -49,6 +49,8 @@ FULL_DEPTH = {"policy": "none"}
 HALF = {"policy": "layerdrop", "theta": 0.5}
 """Half of the layers."""
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+LARGE_WEIGHTS = {"init_method_std": 0.6}
+"""Of a model in which leaving out a layer costs tenths of nats from the start: well above the noise of few samples."""
 BOTH_OVERLAPS = {
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
@@ -93,13 +95,19 @@ def sbld(folder: Path) -> dict[str, Any]:
 
 
 def dynamic(folder: Path) -> dict[str, Any]:
-    """`sbld` with a sensitivity that is renewed every 10 iterations from the losses of single microbatches."""
+    """`sbld` with a sensitivity that is renewed every 10 iterations from the losses of single microbatches.
+
+    The file has the layers in the reverse order of what LARGE_WEIGHTS' gaps turn out to be.
+    """
+    path = folder / "reversed.json"
+    SensitivityFile.from_gaps([0.3, 0.2, 0.1, 0.0], [0.01] * LAYERS, {"command": "made up"}).save(path)
     return {
         **sbld(folder),
+        "sensitivity": str(path),
         "sensitivity_update": "dynamic",
         "decision_scope": "microbatch",
         "update_interval": 10,
-        "update_memory": 30,
+        "update_memory": 100,
     }
 
 

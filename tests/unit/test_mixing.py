@@ -43,7 +43,7 @@ def test_estimates_that_do_not_differ_from_one_another_move_nothing() -> None:
         np.array_equal(mixed_sensitivity(BASE, estimate(0.03 + 0.01 * rng.normal(size=LAYERS), 0.01)), BASE)
         for _ in range(200)
     )
-    assert unmoved >= 190
+    assert unmoved >= 196
 
 
 def test_one_layer_that_differs_moves_by_the_part_beyond_its_noise() -> None:

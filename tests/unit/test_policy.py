@@ -221,14 +221,14 @@ def test_a_policy_does_not_follow_later_changes_of_the_callers_list():
 def test_exploration_keeps_every_layer_outside_of_the_block_list_observable():
     options = {"block_layers": (6,), "allow_layers": (1,), "beta": 1.0, "theta_min": 0.0}
     sensitivity = [0.0, 0.2, 0.5, 0.9, 1.0, 1.0]
-    plain = SBLDPolicy(Constant(0.3), sensitivity, allow_keep_prob=0.0, **options)
-    explored = SBLDPolicy(Constant(0.3), sensitivity, allow_keep_prob=0.0, exploration=0.02, **options)
-    assert plain.keep_probs(1) == pytest.approx([0.0, 0.5, 0.8, 1.0, 1.0, 1.0])
-    assert explored.keep_probs(1) == pytest.approx([0.02, 0.5, 0.8, 0.98, 0.98, 1.0])
-    released = SBLDPolicy(Constant(0.3), sensitivity, exploration=0.02, explore_block=True, **options)
+    plain = SBLDPolicy(Constant(0.4), sensitivity, allow_keep_prob=0.0, **options)
+    explored = SBLDPolicy(Constant(0.4), sensitivity, allow_keep_prob=0.0, exploration=0.02, **options)
+    assert plain.keep_probs(1) == pytest.approx([0.0, 0.6, 0.9, 1.0, 1.0, 1.0])
+    assert explored.keep_probs(1) == pytest.approx([0.02, 0.6, 0.9, 0.98, 0.98, 1.0])
+    released = SBLDPolicy(Constant(0.4), sensitivity, exploration=0.02, explore_block=True, **options)
     assert released.keep_probs(1)[5] == 0.98
     with pytest.raises(ValueError, match=r"exploration = 0\.5 .*\[0, 0\.5\)"):
-        SBLDPolicy(Constant(0.3), sensitivity, exploration=0.5)
+        SBLDPolicy(Constant(0.4), sensitivity, exploration=0.5)
 
 
 def test_the_recovery_explores_nothing():
