@@ -16,7 +16,7 @@ from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     FULL_DEPTH,
     HALF,
-    LARGE_WEIGHTS,
+    LAYERS_THAT_MATTER,
     NO_DROPOUT,
     change,
     decisions,
@@ -45,8 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2": {},
     "DP 2, both overlaps": BOTH_OVERLAPS,
 }
-# Long enough for estimates that rest on more than their prior, stopped between two updates.
-DYNAMIC: dict[str, dict[str, Any]] = {"model": LARGE_WEIGHTS, "training": {"train_iters": 32}}
+# Between two updates, with estimates that rest on more than their prior.
 DYNAMIC_STOP = 24
 RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "DP 2": {},
@@ -59,8 +58,8 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "DP 2, distinct replicas": {"drop": {"sampler": "balanced", "replicas": "distinct"}},
     "PP 2 interleaved": {"parallel": INTERLEAVED},
     "TP 2": {"parallel": TENSOR},
-    "DP 2, both overlaps, dynamic": {"parallel": BOTH_OVERLAPS, **DYNAMIC},
-    "PP 2 interleaved, dynamic": {"parallel": INTERLEAVED, **DYNAMIC},
+    "DP 2, both overlaps, dynamic": {"parallel": BOTH_OVERLAPS, **LAYERS_THAT_MATTER},
+    "PP 2 interleaved, dynamic": {"parallel": INTERLEAVED, **LAYERS_THAT_MATTER},
 }
 # Each run is stopped after 3 iterations and continued on the next layout.
 CHAINS: dict[str, list[dict[str, Any]]] = {
@@ -102,16 +101,9 @@ def from_common_weights(folder: Path, corpus: Path, name: str, **parallel: Any) 
 
 
 def with_updates(folder: Path, corpus: Path, name: str, **sections: Any) -> Config:
-    """40 iterations from the weights of the run `base`, with an update of the sensitivity every 10."""
-    return without_dropout(
-        folder,
-        corpus,
-        name,
-        drop=dynamic(folder),
-        training={"train_iters": 40},
-        checkpoint={"load": str(folder / "base, large weights")},
-        **sections,
-    )
+    """40 iterations from common weights, with an update of the sensitivity every 10."""
+    config = change(without_dropout(folder, corpus, name, drop=dynamic(folder)), **LAYERS_THAT_MATTER)
+    return change(config, checkpoint={"load": str(folder / "layers that matter")}, **sections)
 
 
 def chain(folder: Path, corpus: Path, name: str) -> list[Config]:
@@ -130,17 +122,19 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
         "base": without_dropout(
             folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
         ),
-        "base, large weights": without_dropout(
-            folder,
-            corpus,
-            "base, large weights",
-            model={**NO_DROPOUT, **LARGE_WEIGHTS},
-            drop=FULL_DEPTH,
-            training={"train_iters": 3},
-            checkpoint={"save_at_end": True},
+        "layers that matter": change(
+            without_dropout(folder, corpus, "layers that matter", drop=FULL_DEPTH, checkpoint={"save_at_end": True}),
+            **{**LAYERS_THAT_MATTER, "training": {"train_iters": 3}},
         ),
         "one process": from_common_weights(folder, corpus, "one process"),
         "dynamic in one process": with_updates(folder, corpus, "dynamic in one process"),
+        # As many microbatches as each of two replicas has: each has its own decisions.
+        "dynamic in one process, half as many microbatches": with_updates(
+            folder,
+            corpus,
+            "dynamic in one process, half as many microbatches",
+            training={"micro_batch_size": 2 * LAYERS_THAT_MATTER["training"]["micro_batch_size"]},
+        ),
         "chain in one process": change(
             in_folder(chain(folder, corpus, "plain optimizer")[0], folder / "chain in one process"),
             training={"exit_after_iterations": None},
@@ -187,15 +181,16 @@ def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
 def test_every_layout_estimates_the_sensitivity_as_one_process_does(
     outcomes: dict[str, list[int | str]], folder: Path, name: str
 ) -> None:
-    assert outcomes["dynamic in one process"] == [0]
+    reference = "dynamic in one process" + (", half as many microbatches" if name.startswith("DP") else "")
+    assert outcomes[reference] == [0]
     assert outcomes[f"dynamic on {name}"] == [0, 0]
-    expected, found = updates(folder / "dynamic in one process"), updates(folder / f"dynamic on {name}")
+    expected, found = updates(folder / reference), updates(folder / f"dynamic on {name}")
     assert [row["iteration"] for row in found] == [10, 20, 30, 40]
     for field in ("gap", "gap_stderr", "sensitivity"):
         for here, there in zip(expected, found, strict=True):
             np.testing.assert_allclose(there[field], here[field], rtol=0, atol=2e-3)
     assert found[-1]["sensitivity"] != found[0]["sensitivity"]
-    assert decisions(folder / f"dynamic on {name}") == decisions(folder / "dynamic in one process")
+    assert decisions(folder / f"dynamic on {name}") == decisions(folder / reference)
 
 
 @pytest.mark.slow
