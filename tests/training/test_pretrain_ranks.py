@@ -47,6 +47,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 # Between two updates, with estimates that rest on more than their prior.
 DYNAMIC_STOP = 24
+DYNAMIC_LAYOUTS = ("TP 2", "CP 2", "PP 2 interleaved", "DP 2, both overlaps")
 RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "DP 2": {},
     "DP 2, both overlaps": {"parallel": BOTH_OVERLAPS},
@@ -140,10 +141,13 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
             training={"exit_after_iterations": None},
         ),
         **{f"chain, {name}, 0": chain(folder, corpus, name)[0] for name in CHAINS},
+        "dynamic, stopped": change(
+            with_updates(folder, corpus, "dynamic, continued"), training={"exit_after_iterations": DYNAMIC_STOP}
+        ),
     }
     there: dict[str, Any] = {
-        f"dynamic on {name}": with_updates(folder, corpus, f"dynamic on {name}", parallel=layout)
-        for name, layout in LAYOUTS.items()
+        f"dynamic on {name}": with_updates(folder, corpus, f"dynamic on {name}", parallel=LAYOUTS[name])
+        for name in DYNAMIC_LAYOUTS
     }
     there |= {
         f"on {name}": from_common_weights(folder, corpus, f"on {name}", **layout) for name, layout in LAYOUTS.items()
@@ -157,11 +161,12 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
         )
     for name in CHAINS:
         there |= {f"chain, {name}, {i}": config for i, config in enumerate(chain(folder, corpus, name)) if i > 0}
+    there["dynamic, continued"] = with_updates(folder, corpus, "dynamic, continued", parallel=TENSOR)
     refused = tiny_run(folder / "refused", corpus, drop=HALF)
     there["another config"] = [refused, change(refused, drop={"theta": 0.6}, optimizer={"lr": 0.5})]
     there["after a refusal"] = refused
     results = {name: [run_here(config)] for name, config in here.items()}
-    return results | dict(zip(there, run_trainers(2, list(there.values())), strict=True))
+    return results | dict(zip(there, run_trainers(2, list(there.values()), timeout=500), strict=True))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -177,7 +182,7 @@ def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
     assert valid_losses(folder / f"on {name}") == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", DYNAMIC_LAYOUTS)
 def test_every_layout_estimates_the_sensitivity_as_one_process_does(
     outcomes: dict[str, list[int | str]], folder: Path, name: str
 ) -> None:
@@ -191,6 +196,17 @@ def test_every_layout_estimates_the_sensitivity_as_one_process_does(
             np.testing.assert_allclose(there[field], here[field], rtol=0, atol=2e-3)
     assert found[-1]["sensitivity"] != found[0]["sensitivity"]
     assert decisions(folder / f"dynamic on {name}") == decisions(folder / reference)
+
+
+def test_a_run_with_updates_that_changes_its_layout_keeps_its_sensitivity_and_decisions(
+    outcomes: dict[str, list[int | str]], folder: Path
+) -> None:
+    assert (outcomes["dynamic, stopped"], outcomes["dynamic, continued"]) == ([75], [0, 0])
+    expected, found = updates(folder / "dynamic in one process"), updates(folder / "dynamic, continued")
+    assert found[:2] == expected[:2]
+    for here, there in zip(expected[2:], found[2:], strict=True):
+        np.testing.assert_allclose(there["sensitivity"], here["sensitivity"], rtol=0, atol=2e-3)
+    assert decisions(folder / "dynamic, continued") == decisions(folder / "dynamic in one process")
 
 
 @pytest.mark.slow
