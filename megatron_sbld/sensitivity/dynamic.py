@@ -74,16 +74,14 @@ class GapEstimator:
         self.num_layers = check_integer("num_layers", num_layers, 1)
         self.memory = check_number("memory", memory, "[2, inf)")
         self.prior_std = check_number("prior_std", prior_std, "(0, inf)")
-        square = (num_layers, num_layers)
         self._iterations = 0
         self._observations = 0
-        self._trend = np.zeros(5)  # sums of v, v age, v age^2, v u, v u age: u the loss, v its weight in the trend
+        self._trend = [0.0] * 5  # sums of v, v age, v age^2, v u, v u age: u the loss, v its weight in the trend
         self._weight = 0.0  # sum of w
         self._noise = 0.0  # sum of w residual^2
         self._moment = np.zeros(num_layers)  # sum of w x y: x = d - q, y the loss over its trend
-        self._information = np.zeros(square)  # sum of w x x^T
-        self._squared_weights = np.zeros(square)  # sum of w^2 x x^T
-        self._squared_scores = np.zeros(square)  # sum of w^2 residual^2 x x^T
+        # Sums of w x x^T, w^2 x x^T and w^2 residual^2 x x^T, [3, L, L]: one array, because this runs every iteration.
+        self._products = np.zeros((3, num_layers, num_layers))
         self._reference = np.zeros(num_layers)  # the gaps that residuals are taken with
 
     def observe(self, losses: ArrayLike, kept: ArrayLike, keep_probs: ArrayLike) -> None:
@@ -104,8 +102,9 @@ class GapEstimator:
             self._add(x, loss - self._predicted_loss())
         if len(loss):
             # Without the decisions' known part, which would be noise of the trend.
-            level = float((loss - x @ self._reference).mean())
-            self._trend += np.array([1.0, 0.0, 0.0, level, 0.0])
+            level = float((loss - x @ self._reference).sum()) / len(loss)
+            self._trend[0] += 1.0
+            self._trend[3] += level
         if self._iterations % _REFRESH == 0 and self._observations >= _MIN_OBSERVATIONS:
             self._reference = self._solve()[0]
 
@@ -124,10 +123,11 @@ class GapEstimator:
             )
         gap, inverse, ridge = self._solve()
         prior = ridge**2 * prior_variance * np.eye(num_layers)
-        covariance = inverse @ (self._noise_variance() * self._squared_weights + prior) @ inverse
-        robust = np.einsum("ij,jk,ki->i", inverse, self._squared_scores + prior, inverse)
+        information, squared_weights, squared_scores = self._products
+        covariance = inverse @ (self._noise_variance() * squared_weights + prior) @ inverse
+        robust = np.diag(inverse @ (squared_scores + prior) @ inverse)
         larger = np.sqrt(np.maximum(robust / np.diag(covariance), 1.0))
-        observed = np.diag(self._information) >= _MIN_INFORMATION
+        observed = np.diag(information) >= _MIN_INFORMATION
         return GapEstimate(gap, covariance * np.outer(larger, larger), observed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,40 +146,36 @@ class GapEstimator:
             raise ValueError(f"the estimate is of {state.get('num_layers')} layers, the model has {self.num_layers}")
         for name in _STATE:
             present = getattr(self, f"_{name}")
-            value = np.asarray(state.get(name), dtype=type(present) if np.isscalar(present) else np.float64)
+            value = np.asarray(state.get(name), dtype=np.asarray(present).dtype)
             if value.shape != np.shape(present) or not np.isfinite(value).all():
                 raise ValueError(f"the saved estimate's {name} is damaged")
-            setattr(self, f"_{name}", value.item() if np.isscalar(present) else value)
+            setattr(self, f"_{name}", value if isinstance(present, np.ndarray) else value.tolist())
 
     def _age(self) -> None:
         """All that was observed becomes one iteration older."""
         fade, trend_fade = 1.0 - 1.0 / self.memory, 1.0 - 1.0 / _TREND_MEMORY
         v, v_age, v_age2, vu, vu_age = self._trend
-        self._trend = trend_fade * np.array([v, v_age + v, v_age2 + 2 * v_age + v, vu, vu_age + vu])
+        self._trend = [trend_fade * sum_ for sum_ in (v, v_age + v, v_age2 + 2 * v_age + v, vu, vu_age + vu)]
         self._weight *= fade
         self._noise *= fade
         self._moment *= fade
-        self._information *= fade
-        self._squared_weights *= fade**2
-        self._squared_scores *= fade**2
+        self._products *= np.array([fade, fade**2, fade**2])[:, None, None]
         self._iterations += 1
 
     def _predicted_loss(self) -> float:
         """The local line through the earlier iterations, at age 0."""
         v, v_age, v_age2, vu, vu_age = self._trend
-        return float((v_age2 * vu - v_age * vu_age) / (v * v_age2 - v_age**2))
+        return (v_age2 * vu - v_age * vu_age) / (v * v_age2 - v_age**2)
 
     def _add(self, x: Floats, y: Floats) -> None:
         residual = y - x @ self._reference
         self._observations += len(y)
         self._weight += len(y)
         self._noise += float(residual @ residual)
-        self._moment += x.T @ y
-        outer = x.T @ x
-        self._information += outer
-        self._squared_weights += outer
+        self._moment += y @ x
         scores = x * residual[:, None]
-        self._squared_scores += scores.T @ scores
+        self._products[:2] += x.T @ x
+        self._products[2] += scores.T @ scores
 
     def _noise_variance(self) -> float:
         """Of one observation. Residuals are taken with earlier gaps: they are a little large, never overfitted."""
@@ -188,7 +184,7 @@ class GapEstimator:
     def _solve(self) -> tuple[Floats, Floats, float]:
         """Gaps, the inverse of information plus ridge, and the ridge that the prior amounts to."""
         ridge = self._noise_variance() / self.prior_std**2
-        inverse: Floats = np.linalg.inv(self._information + ridge * np.eye(self.num_layers)).astype(np.float64)
+        inverse: Floats = np.linalg.inv(self._products[0] + ridge * np.eye(self.num_layers)).astype(np.float64)
         return inverse @ self._moment, inverse, ridge
 
 
@@ -199,8 +195,6 @@ _STATE = (
     "weight",
     "noise",
     "moment",
-    "information",
-    "squared_weights",
-    "squared_scores",
+    "products",
     "reference",
 )

@@ -54,6 +54,9 @@ logger = logging.getLogger(__name__)
 EXIT_TO_BE_CONTINUED = 75
 """Exit status of a run that was asked to stop (SIGTERM, exit_after_iterations) and has saved: start it again."""
 
+_VERIFIED_ITERATIONS = 64
+"""Iterations whose decisions ranks compare at once."""
+
 
 def pretrain(config: Config) -> int:
     """Train as the config says; the exit status is 0 when the run is complete, else EXIT_TO_BE_CONTINUED.
@@ -323,6 +326,10 @@ def _build_controller(config: Config, policy: Policy) -> DropController:
     stages = None
     if drop.sampler == "balanced":
         stages = drop.balance_stages or _layers_of_stages(config)
+    window = _VERIFIED_ITERATIONS
+    if updates_sensitivity(drop):
+        # Equal windows between updates: one that an update cuts short has been drawn in vain.
+        window = math.ceil(drop.update_interval / math.ceil(drop.update_interval / window))
     return DropController(
         policy,
         seed=drop.seed,
@@ -331,6 +338,7 @@ def _build_controller(config: Config, policy: Policy) -> DropController:
         stages=stages,
         replicas=drop.replicas,
         replica=parallel_state.get_data_parallel_rank(),
+        window=window,
     )
 
 

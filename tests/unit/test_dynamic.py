@@ -197,7 +197,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     state = Simulation(seed=11).run(50, GapEstimator(LAYERS)).state_dict()
     with pytest.raises(ValueError, match="of 12 layers, the model has 6"):
         GapEstimator(6).load_state_dict(state)
-    for name, value in (("moment", [0.0]), ("information", None), ("noise", float("nan"))):
+    for name, value in (("moment", [0.0]), ("products", None), ("noise", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             GapEstimator(LAYERS).load_state_dict({**state, name: value})
 
