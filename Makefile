@@ -25,4 +25,4 @@ lint: setup
 	$(BIN)/mypy
 
 quickstart: setup
-	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--profile)

@@ -6,9 +6,10 @@ import argparse
 import itertools
 import logging
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -31,7 +32,13 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     # Several lines a process on what is not installed and what torch will rename; which layers are used is logged once.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
     given = list(sys.argv[1:] if args is None else args)
-    commands = {"prepare": _prepare, "pretrain": _pretrain, "schedule": _schedule, "compare": _compare}
+    commands = {
+        "prepare": _prepare,
+        "pretrain": _pretrain,
+        "profile": _profile,
+        "schedule": _schedule,
+        "compare": _compare,
+    }
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         sys.exit(0)
@@ -55,6 +62,7 @@ Layer dropping for GPT pretraining on Megatron.
 commands:
   prepare    turn text into data sets
   pretrain   train a GPT; under torchrun with many processes
+  profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
 
@@ -112,7 +120,7 @@ def _parse_config(parser: ArgumentParser, args: list[str], others: Sequence[str]
     from megatron_sbld.training.config_file import check_keys, check_options
 
     args = _config_first(args)
-    check_options(args, [f"--{name}" for name in others])
+    check_options(args, others)
     for name, value in itertools.pairwise(args):
         if name == "--config":
             check_keys(value)
@@ -137,6 +145,86 @@ def _config_first(args: list[str]) -> list[str]:
         else:
             others.append(arg)
     return configs + others
+
+
+def _profile(args: list[str]) -> int:
+    from megatron_sbld.report import sensitivity as report
+
+    parts: dict[str, tuple[str, Callable[[Namespace], object]]] = {
+        "merge": ("merge DIR [DIR ...] --output FILE", lambda given: report.merge(given.paths, given.output)),
+        "show": ("show FILE [--plot PNG]", lambda given: report.show(given.paths[0], given.plot)),
+        "lists": (
+            "lists FILE [--block FRACTION] [--allow FRACTION] [--output FILE]",
+            lambda given: report.lists(given.paths[0], given.block, given.allow, given.output),
+        ),
+        "rank": ("rank REFERENCE FILE [FILE ...]", lambda given: report.rank(given.paths[0], given.paths[1:])),
+    }
+    if args and args[0] in parts:
+        usage, run = parts[args[0]]
+        run(_profile_part_parser(args[0], usage).parse_args(args[1:]))
+        return 0
+    return _measure(args)
+
+
+def _profile_part_parser(name: str, usage: str) -> ArgumentParser:
+    descriptions = {
+        "merge": "Join folders that `profile --layers` measured in parts, each against its own baseline.",
+        "show": "Print a sensitivity file as a table.",
+        "lists": "Choose the Block and Allow lists anew from the gaps of a sensitivity file.",
+        "rank": "Say how well files order the layers as a reference does (Spearman, Kendall), and what each cost.",
+    }
+    parser = _parser(f"profile {usage}", descriptions[name])
+    many = name in ("merge", "rank")
+    parser.add_argument("paths", nargs="+" if many else 1, help="folders" if name == "merge" else "sensitivity files")
+    if name == "merge":
+        parser.add_argument("--output", required=True, help="sensitivity file to write")
+    elif name == "show":
+        parser.add_argument("--plot", help="PNG file to write: a bar for each layer")
+    elif name == "lists":
+        parser.add_argument("--block", type=float, default=0.15, help="share of layers in the Block list, in [0, 1]")
+        parser.add_argument("--allow", type=float, default=0.15, help="share of layers in the Allow list, in [0, 1]")
+        parser.add_argument("--output", help="sensitivity file to write; default: only print")
+    return parser
+
+
+def _measure(args: list[str]) -> int:
+    from megatron_sbld.training.config import Config
+    from megatron_sbld.training.config_file import field_names
+    from megatron_sbld.training.profile_config import ProfileOptions
+
+    parser = _parser(
+        "profile --config FILE --out DIR [options] [--section.field VALUE ...]\n"
+        "       megatron-sbld profile merge | show | lists | rank ...   (each with --help)",
+        "Measure the sensitivity of the layers of the model that a config describes, and write DIR/sensitivity.json. "
+        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped as asked (start "
+        "again to go on), 2 a mistake.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of sections, that of the training run")
+    parser.add_argument(
+        "--from",
+        help="checkpoint to start from: its weights and, where it has it, all of its state and its iteration; default: "
+        "as checkpoint.load says, or new weights",
+    )
+    parser.add_class_arguments(ProfileOptions, skip={"early_stop"})
+    parser.add_argument("--early_stop", action="store_true", help=_EARLY_STOP)
+    parser.add_class_arguments(Config)
+    own = field_names(ProfileOptions)
+    config, options = _parse_config(parser, args, ["from", *own])
+
+    from megatron_sbld.report.sensitivity import present
+    from megatron_sbld.training.profile import profile
+
+    chosen = ProfileOptions(**{name: options[name] for name in own})
+    outcome = profile(config, chosen, load=options["from"], command=shlex.join(["megatron-sbld", "profile", *args]))
+    if outcome.file is not None:
+        present(outcome.file)
+    return outcome.status
+
+
+_EARLY_STOP = (
+    "train: end a layer's run once its rank is settled and no list depends on it; its gap is then interpolated between "
+    "its neighbours'"
+)
 
 
 def _schedule(args: list[str]) -> int:

@@ -3,6 +3,15 @@
 
 Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), and a table and plots
 end it. Every call makes a folder of its own, so no run is ever continued or mixed with an older one.
+
+SBLD takes the sensitivity in configs/quickstart_sensitivity.json; with --profile (`make quickstart PROFILE=1`) that of
+this model on this text is measured first. The committed file is written anew by, on an idle machine and on the corpus
+of a quickstart without --text:
+
+    OMP_NUM_THREADS=1 python -m megatron_sbld profile --config configs/quickstart.yaml \
+        --data.train_data_path '["runs/quickstart/TIME/data/corpus_train"]' \
+        --out runs/quickstart-sensitivity --iterations 320
+    cp runs/quickstart-sensitivity/sensitivity.json configs/quickstart_sensitivity.json
 """
 
 from __future__ import annotations
@@ -30,6 +39,9 @@ RUNS = {
     "pld": ["--drop.policy", "pld", "--drop.theta", "0.5"],
     "sbld": ["--drop.policy", "sbld", "--drop.theta", "0.7", "--drop.sensitivity", SENSITIVITY],
 }
+# Of each of the 25 runs that measure the sensitivity: as long as the run warms up, and twice that again. All together
+# they cost about as much as four of the runs that follow, far above the 5 % of a real run.
+PROFILE_ITERS = 50
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -37,11 +49,17 @@ def main() -> None:
     args = parse_args()
     out = make_folder(args.out)
     text = corpus_of_standard_library(out) if args.text is None else args.text.resolve()
-    steps = len(RUNS) + 2
+    steps = len(RUNS) + (3 if args.profile else 2)
     prefix = out / "data" / "corpus"
     prepare = ["prepare", str(text), "--output", str(prefix), "--max_document_bytes", "16384"]
     run_step(f"1/{steps} tokenize {text}", cli(*prepare))
-    for number, (name, options) in enumerate(RUNS.items(), start=2):
+    first, runs = 2, dict(RUNS)
+    if args.profile:
+        iters = PROFILE_ITERS if args.iters is None else min(PROFILE_ITERS, args.iters)
+        title = f"2/{steps} measure the sensitivity: 25 runs of {iters} iterations"
+        run_step(title, profile(prefix, out / "profile", iters, args.iters))
+        first, runs["sbld"] = 3, [*RUNS["sbld"][:-1], str(out / "profile" / "sensitivity.json")]
+    for number, (name, options) in enumerate(runs.items(), start=first):
         run_step(f"{number}/{steps} train: {name}", pretrain(prefix, out / name, options, args.iters))
     folders = [str(out / name) for name in RUNS]
     run_step(f"{steps}/{steps} compare", cli("compare", *folders, "--out", str(out)))
@@ -53,6 +71,12 @@ def parse_args() -> argparse.Namespace:
         "--text", type=Path, help="file or folder of text to train on; default: the Python standard library's sources"
     )
     parser.add_argument("--iters", type=int, help=f"iterations of each run; default: as in {CONFIG}")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"measure the sensitivity of this model on this text first, in 25 runs of {PROFILE_ITERS} iterations "
+        f"(more than the three runs together take), instead of using {SENSITIVITY}",
+    )
     parser.add_argument("--out", type=Path, help="folder to make; default: runs/quickstart/<date and time>")
     args = parser.parse_args()
     if args.text is not None and not args.text.exists():
@@ -89,12 +113,21 @@ def standard_library_sources() -> Iterator[Path]:
 
 def pretrain(prefix: Path, run_dir: Path, options: list[str], iters: int | None) -> list[str]:
     """The command that trains one of the runs."""
+    command = [*launcher("pretrain", prefix, iters), "--logging.run_dir", str(run_dir), *options]
+    return [*command, "--data.valid_data_path", json_list(f"{prefix}_valid")]
+
+
+def profile(prefix: Path, out: Path, iters: int, run_iters: int | None) -> list[str]:
+    """The command that measures the sensitivity, for runs of `run_iters`."""
+    return [*launcher("profile", prefix, run_iters), "--out", str(out), "--iterations", str(iters)]
+
+
+def launcher(subcommand: str, prefix: Path, iters: int | None) -> list[str]:
+    """A command under torchrun, with config, training data, precision and length of the runs."""
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli", "pretrain"]
-    command += ["--config", CONFIG, "--logging.run_dir", str(run_dir), *options]
-    for split in ("train", "valid"):
-        command += [f"--data.{split}_data_path", json_list(f"{prefix}_{split}")]
+    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli", subcommand]
+    command += ["--config", CONFIG, "--data.train_data_path", json_list(f"{prefix}_train")]
     if gpus:
         command += ["--training.precision", "bf16"]
     if iters is not None:

@@ -25,7 +25,7 @@ def sharded_rng_state(*, is_loading: bool = False) -> ShardedObject:
     states: list[Any] | None = None
     if not is_loading:
         states = [None] * dist.get_world_size(group)
-        dist.all_gather_object(states, _own_state(), group=group)
+        dist.all_gather_object(states, own_state(), group=group)
     return ShardedObject(
         "rng_state",
         states,
@@ -40,7 +40,11 @@ def sharded_rng_state(*, is_loading: bool = False) -> ShardedObject:
 
 def restore_rng_state(states: list[dict[str, Any]]) -> None:
     """Continue every generator of this rank where it was; `states` is what `sharded_rng_state` saved on this layout."""
-    state = states[dist.get_rank(parallel_state.get_data_parallel_group(with_context_parallel=True))]
+    set_own_state(states[dist.get_rank(parallel_state.get_data_parallel_group(with_context_parallel=True))])
+
+
+def set_own_state(state: dict[str, Any]) -> None:
+    """Continue every generator of this rank where it was when `own_state` was asked."""
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])  # noqa: NPY002 (the global generator is what others may draw from)
     torch.set_rng_state(state["torch_rng_state"])
@@ -59,7 +63,8 @@ def reseed(seed: int, iteration: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(mixed)
 
 
-def _own_state() -> dict[str, Any]:
+def own_state() -> dict[str, Any]:
+    """The states of every generator of this rank."""
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),  # noqa: NPY002

@@ -31,12 +31,19 @@ def print_table(comparison: Comparison, console: Console) -> None:
         table.add_column(header, justify="left" if position == 0 else "right", no_wrap=True, vertical="bottom")
     for row in comparison.rows:
         table.add_row(*(cell(row) for _, cell in columns))
-    # rich would shorten figures to fit a narrow or piped console; a line that runs over is the smaller evil.
+    print_wide(table, console)
+    for note in comparison.notes:
+        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
+
+
+def print_wide(table: Table, console: Console) -> None:
+    """Prints a table with an empty line before and after, over the console's width rather than shortened.
+
+    rich would shorten figures to fit a narrow or piped console; a line that runs over is the smaller evil.
+    """
     needed = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
     wide = Console(file=console.file, width=max(needed, console.width))
     wide.print("", table, "", sep="\n")
-    for note in comparison.notes:
-        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
 
 
 def write_markdown(comparison: Comparison, file: Path) -> None:

@@ -44,19 +44,20 @@ def check_keys(path: str) -> None:
 def check_options(args: Iterable[str], others: Iterable[str] = ()) -> None:
     """Refuse a `--section.field` on the command line that does not exist.
 
-    others: options of the command besides those of the config.
+    others: options of the command besides those of the config, without dashes.
 
     Raises:
         ValueError: naming the option and what is allowed.
     """
-    sections, known = field_names(Config), {"--config", "--help", "--print_config", *others}
+    sections, others = field_names(Config), list(others)
+    known = {"--config", "--help", "--print_config", *(f"--{name}" for name in others)}
     for arg in args:
         option = arg.partition("=")[0]
         section, dot, field = option.removeprefix("--").partition(".")
         if not option.startswith("--") or option in known:
             continue
         if section not in sections:
-            raise ValueError(f"unknown option {option}; {_suggestion(section, sections)}")
+            raise ValueError(f"unknown option {option}; {_suggestion(section, [*sections, *others])}")
         allowed = field_names(get_type_hints(Config)[section])
         if dot and field not in allowed:
             raise ValueError(f"unknown option {option}; {_suggestion(field, allowed)}")

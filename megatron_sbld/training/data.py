@@ -298,8 +298,14 @@ class TrainingData:
             valid_samples=training.eval_iters * training.global_batch_size,
             cache_path=cache_path,
         )
-        self._train = iter(self._loader(train, consumed_samples))
+        self._train_set = train
+        self.go_to(consumed_samples)
         self._valid = None if valid is None else self._loader(valid, 0)
+
+    def go_to(self, consumed_samples: int) -> None:
+        """Let `train_batches` go on after this many samples of the run."""
+        self._train: Iterator[Batch] = iter(())  # ends the former's worker processes before there are new ones
+        self._train = iter(self._loader(self._train_set, consumed_samples))
 
     def train_batches(self, num_microbatches: int) -> Iterator[Batch]:
         """The next microbatches of the run. Each call goes on where the one before it has been read to."""

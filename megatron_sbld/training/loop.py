@@ -34,7 +34,7 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy, updates_sensitivity
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.policy import Policy
-from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights
+from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
 from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
@@ -74,16 +74,18 @@ def pretrain(config: Config) -> int:
     check_data(config, tokenizer)
     policy = build_policy(config.drop, config.model.num_layers, train_iterations(config))
     start = find_start(config, tokenizer)
-    with distributed_run(config), _microbatch_calculator(config), _stop_flag() as stop:
-        run = _Run(config, tokenizer, policy, start)
+    with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
+        on_rank_0(lambda: Path(config.logging.run_dir).mkdir(parents=True, exist_ok=True))
+        run = Run(config, tokenizer, policy, start)
         try:
+            run.open_run_folder()
             return run.train(stop)
         finally:
             run.close()
 
 
 @dataclass
-class _StopFlag:
+class StopFlag:
     """Set by SIGTERM, Slurm's preemption signal; read at the end of each iteration."""
 
     requested: bool = False
@@ -93,8 +95,8 @@ class _StopFlag:
 
 
 @contextmanager
-def _stop_flag() -> Iterator[_StopFlag]:
-    flag = _StopFlag()
+def stop_flag() -> Iterator[StopFlag]:
+    flag = StopFlag()
     previous = signal.signal(signal.SIGTERM, flag.request)
     try:
         yield flag
@@ -103,7 +105,7 @@ def _stop_flag() -> Iterator[_StopFlag]:
 
 
 @contextmanager
-def _microbatch_calculator(config: Config) -> Iterator[None]:
+def microbatch_calculator(config: Config) -> Iterator[None]:
     """Megatron's global calculator of microbatches and of the ramp of the batch size."""
     training = config.training
     init_num_microbatches_calculator(
@@ -120,8 +122,11 @@ def _microbatch_calculator(config: Config) -> Iterator[None]:
         destroy_num_microbatches_calculator()
 
 
-class _Run:
-    """A run's parts and how far it has come. Built on every rank, in the same order."""
+class Run:
+    """A run's parts and how far it has come. Built on every rank, in the same order.
+
+    Writes nothing unless `open_run_folder` is called, so that others (profile.py) can train without a run folder.
+    """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: Start | None) -> None:
         self.config = config
@@ -133,31 +138,39 @@ class _Run:
         self.train_time_s = 0.0
         self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config) if start is None else start.vocab_size
         self.replicas = data_parallel_size(config, dist.get_world_size())
-        self.controller = _build_controller(config, policy)
+        self.controller = build_controller(config, policy)
         self.sensitivity = SensitivityUpdate(config.drop, self.controller) if updates_sensitivity(config.drop) else None
         self.chunks: list[DistributedDataParallel] = build_model(config, self.vocab_size)
         if config.drop.policy != "none":
             make_switchable(self.chunks, self.controller)
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.train_iters)
-        self.checkpoints = CheckpointManager(
-            self.run_dir / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            async_save=config.checkpoint.async_save,
-        )
+        self.checkpoints: CheckpointManager | None = None
+        self.writer: MetricsWriter | None = None
+        self.last_loss = math.nan
+        """Mean loss per token of the last iteration."""
         if start is not None:
             self._restore(start)
         self.data = TrainingData(config, tokenizer, self.train_iters, self.consumed_samples)
+
+    def open_run_folder(self) -> None:
+        """Let the run save checkpoints and write its metrics. Collective."""
+        self.checkpoints = CheckpointManager(
+            self.run_dir / "checkpoints",
+            keep_last=self.config.checkpoint.keep_last,
+            async_save=self.config.checkpoint.async_save,
+        )
         self.writer = self._open_writer() if dist.get_rank() == 0 else None
 
-    def train(self, stop: _StopFlag) -> int:
+    def train(self, stop: StopFlag) -> int:
         """Iterate to the end, validating and saving on the way; the exit status."""
+        assert self.checkpoints is not None, "open_run_folder comes before train"
         config, first = self.config, self.iteration + 1
         self._announce(first)
         for chunk in self.chunks:
             chunk.train()
         while self.iteration < self.train_iters:
-            stopping = self._iterate(stop)
+            stopping = self.iterate(stop)
             done = self.iteration == self.train_iters
             limit = config.training.exit_after_iterations
             stopping = stopping or (limit is not None and self.iteration - first + 1 >= limit)
@@ -176,11 +189,12 @@ class _Run:
 
     def close(self) -> None:
         """Finish what runs in the background."""
-        self.checkpoints.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
         if self.writer is not None:
             self.writer.close()
 
-    def _iterate(self, stop: _StopFlag) -> bool:
+    def iterate(self, stop: StopFlag) -> bool:
         """One training iteration; whether any rank was asked to stop."""
         update_num_microbatches(self.consumed_samples, consistency_check=False)
         num_microbatches, batch_size = get_num_microbatches(), get_current_global_batch_size()
@@ -195,6 +209,7 @@ class _Run:
         self.iteration += 1
         self.consumed_samples += batch_size
         self.train_time_s += step_time_s
+        self.last_loss = result.loss
         if not math.isfinite(result.loss):
             raise FloatingPointError(
                 f"the loss is {result.loss} at iteration {self.iteration}: the run is stopped and nothing is saved; "
@@ -273,6 +288,7 @@ class _Run:
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.fingerprint(),
         }
+        assert self.checkpoints is not None, "open_run_folder comes before train"
         self.checkpoints.save(self.iteration, self.chunks, self.optimizer, self.scheduler, train_state)
 
     def _restore(self, start: Start) -> None:
@@ -320,7 +336,7 @@ def _is_due(iteration: int, interval: int) -> bool:
     return interval > 0 and iteration % interval == 0
 
 
-def _build_controller(config: Config, policy: Policy) -> DropController:
+def build_controller(config: Config, policy: Policy) -> DropController:
     """The controller of this run; the balanced sampler's stages are this layout's unless the config says how many."""
     drop = config.drop
     stages = None

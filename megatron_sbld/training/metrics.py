@@ -175,7 +175,7 @@ class _ProgressDisplay:
             done = iteration - self._first_iteration + 1
             left = (time.monotonic() - self._start) / done * (self._train_iters - iteration)
             print(
-                f"iteration {iteration}/{self._train_iters}  {status}  left {_clock(left)}", file=sys.stderr, flush=True
+                f"iteration {iteration}/{self._train_iters}  {status}  left {clock(left)}", file=sys.stderr, flush=True
             )
 
     def note(self, text: str) -> None:
@@ -189,7 +189,8 @@ class _ProgressDisplay:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -51,6 +51,11 @@ def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
         raise ValueError(f"checkpoint.resume = 'always': {folder} holds no complete checkpoint")
     if own is not None:
         return _checked_start(config, tokenizer, own, whole_state=True)
+    return find_load(config, tokenizer)
+
+
+def find_load(config: Config, tokenizer: Tokenizer) -> Start | None:
+    """Apply checkpoint.load alone. Raises ValueError as `find_start` does."""
     if config.checkpoint.load is None:
         return None
     path, whole_state = Path(config.checkpoint.load), config.checkpoint.load_optimizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,26 +155,41 @@ def run_trainers(
     Returns:
         For each config the outcome of each rank: its exit status, or "ErrorType: message".
     """
+    per_call = [config if isinstance(config, Config) else list(config) for config in configs]
+    return call_on_ranks(world_size, _run_on_rank, per_call, timeout)
+
+
+def call_on_ranks(
+    world_size: int, function: Callable[[Any], Any], arguments: Sequence[Any], timeout: float = 300.0
+) -> list[list[Any]]:
+    """Call `function`, which makes a process group of its own, with each argument on the same new processes.
+
+    Returns:
+        For each argument what each rank returned.
+    """
     # Each call has a store of its own: keys of the last one must not be taken for the present one's.
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in configs]
-    by_rank = run_distributed(
-        _run_trainers, world_size, [store.port for store in stores], list(configs), timeout=timeout
-    )
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in arguments]
+    ports = [store.port for store in stores]
+    by_rank = run_distributed(_call_each, world_size, function, ports, list(arguments), timeout=timeout)
     return [list(outcomes) for outcomes in zip(*by_rank, strict=True)]
 
 
-def _run_trainers(ports: list[int], configs: list[Config | Sequence[Config]]) -> list[int | str]:
-    """On one rank: leave the harness's process group, let each `pretrain` make its own, and come back."""
+def _call_each(function: Callable[[Any], Any], ports: list[int], arguments: list[Any]) -> list[Any]:
+    """On one rank: leave the harness's process group, let each call make its own, and come back."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="True")
     outcomes = []
-    for port, config in zip(ports, configs, strict=True):
+    for port, argument in zip(ports, arguments, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        outcomes.append(run_here(config if isinstance(config, Config) else config[rank]))
+        outcomes.append(function(argument))
     store = dist.TCPStore("127.0.0.1", ports[0], is_master=False)
     dist.init_process_group("gloo", store=dist.PrefixStore("end", store), rank=rank, world_size=world_size)
     return outcomes
+
+
+def _run_on_rank(config: Config | list[Config]) -> int | str:
+    return run_here(config if isinstance(config, Config) else config[int(os.environ["RANK"])])
 
 
 def run_here(config: Config) -> int | str:

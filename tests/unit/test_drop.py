@@ -319,7 +319,7 @@ def test_contradictions_and_settings_that_nothing_would_use_are_refused(fields, 
 
 
 def test_sbld_without_a_sensitivity_file_says_how_to_get_one():
-    with pytest.raises(ValueError, match=r"drop\.sensitivity = None .*12 layers .*measure_leave_one_out"):
+    with pytest.raises(ValueError, match=r"drop\.sensitivity = None .*12 layers .*megatron-sbld profile"):
         validate_drop(DropConfig(policy="sbld"), NUM_LAYERS, TRAIN_ITERS)
 
 

@@ -22,7 +22,7 @@ def quickstart():
 
 def test_help_says_what_every_option_does():
     result = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
-    assert all(option in result.stdout for option in ("--text", "--iters", "--out"))
+    assert all(option in result.stdout for option in ("--text", "--iters", "--profile", "--out"))
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,22 @@ def test_processes_and_precision_follow_the_gpus(quickstart, monkeypatch, gpus, 
     command = quickstart.pretrain(Path("corpus"), Path("run"), [], None)
     assert command[command.index("--nproc-per-node") + 1] == processes
     assert ("bf16" in command) == bf16
+
+
+@pytest.mark.parametrize("args", [[], ["--profile"]])
+def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypatch, tmp_path, args):
+    commands = []
+    monkeypatch.setattr(quickstart, "run_step", lambda title, command: commands.append(command))
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--text", str(text), "--out", str(out), "--iters", "30", *args])
+    quickstart.main()
+    measured = [command for command in commands if "profile" in command]
+    used = commands[-2][commands[-2].index("--drop.sensitivity") + 1]
+    if not args:
+        assert (measured, used) == ([], quickstart.SENSITIVITY)
+        return
+    assert commands.index(measured[0]) == 1
+    assert measured[0][measured[0].index("--iterations") + 1] == "30"
+    assert used == str(out / "profile" / "sensitivity.json")
