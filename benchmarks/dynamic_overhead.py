@@ -17,6 +17,7 @@ No real iteration is as fast.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -76,7 +77,7 @@ def report(args: argparse.Namespace) -> list[str]:
         "",
         f"- Command: `{shlex.join(['python', *sys.argv])}`",
         *(f"- {line}" for line in environment_lines()),
-        f"- Seed: {SEED}",
+        f"- Seed: {SEED}; load average over the last minute: {os.getloadavg()[0]:.1f}",
         f"- Iteration: lower bound for GPT-3 350M ({MODEL.num_layers} layers, hidden {MODEL.hidden_size}, sequence "
         f"{MODEL.seq_length}) on one GPU, micro batch {args.micro_batch_size}: FLOPs of the kept layers and the logits "
         f"at {args.peak_tflops:g} TFLOP/s",
