@@ -98,7 +98,7 @@ class DropConfig:
     """SBLD: whether training re-estimates the sensitivity. dynamic: from the run's own losses and decisions; the file's
     sensitivity is the prior, which only significant differences move."""
     update_interval: int = 100
-    """Dynamic: iterations from one update of the sensitivity to the next. An update takes about a millisecond, so a
+    """Dynamic: iterations from one update of the sensitivity to the next. An update takes half a millisecond, so a
     hundred iterations hide it, and it is a tenth of update_memory, so nothing is seen late."""
     update_memory: int = 1000
     """Dynamic: iterations after which an observation's weight has fallen to 1/e, at least 10. At 1,000 a layer that is
