@@ -29,7 +29,8 @@ import tokenizers
 import yaml
 from rich.progress import Progress
 
-from megatron_sbld.drop import DropConfig, build_policy
+from megatron_sbld.drop import build_policy
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.policy import mean_keep_prob
 from megatron_sbld.training.documents import DocumentRules, find_files, read_documents
 

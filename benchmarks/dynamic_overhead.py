@@ -29,7 +29,7 @@ import torch
 from _gain_report import environment_lines
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop import DropConfig
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.policy import SBLDPolicy
 from megatron_sbld.schedule import Constant
 from megatron_sbld.training.config import Config, ModelConfig

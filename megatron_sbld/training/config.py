@@ -1,7 +1,7 @@
 """The training config: one frozen dataclass a section, with Megatron's own field names where Megatron has the concept.
 
 Values come from a YAML file and, over it, from the command line. `validate` refuses what cannot work before anything
-starts, naming the field, its value and what is allowed. The `drop` section is in `megatron_sbld.drop`.
+starts, naming the field, its value and what is allowed. The `drop` section is in `megatron_sbld.drop_config`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_sbld.drop import DropConfig
+from megatron_sbld.drop_config import DropConfig
 
 
 @dataclass(frozen=True, kw_only=True)

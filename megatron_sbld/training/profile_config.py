@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 import megatron_sbld
 from megatron_sbld.checks import check_integer, check_number
-from megatron_sbld.drop import DropConfig
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import Method, Request
 from megatron_sbld.sensitivity.stats import window_length

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop import DropConfig
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.policy import SBLDPolicy
 from megatron_sbld.schedule import Constant
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from megatron_sbld import cli
-from megatron_sbld.drop import DropConfig, build_policy, build_schedule
+from megatron_sbld.drop import build_policy, build_schedule
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.schedule import pwegd_density
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.training.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

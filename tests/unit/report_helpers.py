@@ -7,7 +7,7 @@ import json
 
 import yaml
 
-from megatron_sbld.drop import DropConfig
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.training.config import Config, ModelConfig
 
 TOKENS = 2048  # of an iteration

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from megatron_sbld.drop import DropConfig, build_policy, build_schedule, drop_field_names, validate_drop
+from megatron_sbld.drop import build_policy, build_schedule, validate_drop
+from megatron_sbld.drop_config import DropConfig, drop_field_names
 from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
 from megatron_sbld.schedule import PWEGD, Constant, Exponential, Linear, Polynomial
 from megatron_sbld.sensitivity.file import SensitivityFile

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_sbld.drop import DropConfig, build_policy, drop_field_names, validate_drop
+from megatron_sbld.drop import build_policy, validate_drop
+from megatron_sbld.drop_config import DropConfig, drop_field_names
 from megatron_sbld.plan import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
 

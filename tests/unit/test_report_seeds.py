@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from megatron_sbld import cli
-from megatron_sbld.drop import DropConfig
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.report.compare import compare
 from megatron_sbld.report.groups import group_runs
 from megatron_sbld.report.plots import group_style
