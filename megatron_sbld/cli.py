@@ -125,7 +125,7 @@ def _parse_config(parser: ArgumentParser, args: list[str], others: Sequence[str]
         if name == "--config":
             check_keys(value)
     try:
-        values = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+        values = parser.instantiate(parser.parse_args(args)).as_dict()
     except OverflowError as error:
         raise ValueError(f"a number on the command line is too large: {error}") from error
     values.pop("config", None)
