@@ -135,6 +135,13 @@ def _wandb_run(config: LoggingConfig, run_config: dict[str, Any]) -> Any:
     return wandb.init(project=config.wandb_project, name=config.wandb_name, dir=config.run_dir, config=run_config)
 
 
+def progress_mode(config: LoggingConfig) -> str:
+    """bar, lines or none, as the config and, for auto, the terminal decide."""
+    if config.progress == "auto":
+        return "bar" if sys.stderr.isatty() else "lines"
+    return config.progress
+
+
 class _ProgressDisplay:
     """A bar on a terminal, lines elsewhere: loss, tokens/s, kept layers, time left."""
 
@@ -144,9 +151,7 @@ class _ProgressDisplay:
         self._first_iteration = first_iteration
         self._start = time.monotonic()
         self._console = Console(stderr=True)
-        mode = config.progress
-        if mode == "auto":
-            mode = "bar" if sys.stderr.isatty() else "lines"
+        mode = progress_mode(config)
         self._lines = mode == "lines"
         self._bar: Progress | None = None
         if mode == "bar":

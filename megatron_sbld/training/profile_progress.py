@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_sbld.training.config import LoggingConfig
-from megatron_sbld.training.metrics import clock
+from megatron_sbld.training.metrics import clock, progress_mode
 
 
 class ProfileProgress:
@@ -28,9 +28,7 @@ class ProfileProgress:
         self._runs, self._runs_done, self._steps, self._steps_done = runs, runs_done, steps, 0
         self._began = time.monotonic()
         self._console = Console(stderr=True)
-        mode = config.progress if shown else "none"
-        if mode == "auto":
-            mode = "bar" if sys.stderr.isatty() else "lines"
+        mode = progress_mode(config) if shown else "none"
         self._lines = mode == "lines"
         self._bar: Progress | None = None
         if mode == "bar":
