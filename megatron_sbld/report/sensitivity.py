@@ -14,13 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sbld.report.plots import DPI
 from megatron_sbld.report.table import print_wide
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import ProfileFolder, sensitivity_of
 from megatron_sbld.sensitivity.stats import rank_correlations
 
-_DPI = 150
 _COLOURS = {"Block": "tab:green", "Allow": "tab:orange", "": "tab:gray"}  # as in the paper's Figure 3
 _UNKNOWN = "-"
 
@@ -130,7 +130,7 @@ def plot_gaps(measured: SensitivityFile, file: Path) -> None:
     axes.legend(handles=[Patch(color=colour, label=name or "in no list") for name, colour in _COLOURS.items()])
     axes.grid(axis="y", alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=_DPI)
+    figure.savefig(file, dpi=DPI)
 
 
 def list_of(measured: SensitivityFile, layer: int) -> str:

@@ -115,23 +115,27 @@ class SensitivityFile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; it is replaced as a whole or not at all."""
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(Path(path), {"format": FORMAT, **dataclasses.asdict(self)})
 
     def _check_values(self, name: str, values: Sequence[float], allowed: str) -> None:
         if len(values) != self.num_layers:
             raise ValueError(f"{name} has {len(values)} values for num_layers = {self.num_layers}: one for each layer")
         for layer, value in enumerate(values, start=1):
             check_number(f"{name} of layer {layer}", value, allowed)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as a file that is replaced as a whole or not at all."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def normalise(gap: ArrayLike) -> NDArray[np.float64]:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_sbld.sensitivity.early_stop import interpolated_gap
-from megatron_sbld.sensitivity.file import SensitivityFile
+from megatron_sbld.sensitivity.file import SensitivityFile, write_json
 from megatron_sbld.sensitivity.stats import Estimate, combine_seeds, mean_of_batches, mean_of_series
 
 FORMAT = "megatron-sbld-profile-1"
@@ -90,7 +89,7 @@ class ProfileFolder:
                     + "".join(f"\n  {name}: {then!r} there, {now!r} now" for name, then, now in differences)
                 )
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / "profile.json", {"format": FORMAT, **dataclasses.asdict(request)})
+        write_json(path / "profile.json", {"format": FORMAT, **dataclasses.asdict(request)})
         return cls(path, request)
 
     @classmethod
@@ -124,7 +123,7 @@ class ProfileFolder:
         """Store a finished run; the file appears as a whole."""
         file = self._file(seed, layer)
         file.parent.mkdir(exist_ok=True)
-        _write(file, {"fingerprint": self._fingerprint, **dataclasses.asdict(run)})
+        write_json(file, {"fingerprint": self._fingerprint, **dataclasses.asdict(run)})
 
     def layers(self) -> list[int]:
         """Layers that are measured with every seed, ascending."""
@@ -251,15 +250,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no object")
     return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, allow_nan=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from megatron_sbld.training.data import Batch
 from megatron_sbld.training.loop import Run
 from megatron_sbld.training.profile_config import FORWARD_COST
 from megatron_sbld.training.profile_runs import Measurement, run_name
-from megatron_sbld.training.step import validation_loss
+from megatron_sbld.training.step import this_device, validation_loss
 
 
 class EvaluatedRuns(Measurement):
@@ -110,7 +110,6 @@ class _StopRequested(Exception):
 
 def _any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. Collective."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    flags = torch.tensor([int(flag)], device=device)
+    flags = torch.tensor([int(flag)], device=this_device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())

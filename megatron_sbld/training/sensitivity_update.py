@@ -20,7 +20,7 @@ from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.policy import SBLDPolicy
 from megatron_sbld.sensitivity.dynamic import GapEstimator
 from megatron_sbld.sensitivity.mixing import mixed_sensitivity, released_layers
-from megatron_sbld.training.step import StepResult
+from megatron_sbld.training.step import StepResult, this_device
 
 
 class SensitivityUpdate:
@@ -114,7 +114,6 @@ def _lists(policy: SBLDPolicy) -> dict[str, list[Any]]:
 
 def _broadcast(values: np.ndarray) -> np.ndarray:
     """Rank 0's values, on every rank."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    tensor = torch.from_numpy(values).to(device)
+    tensor = torch.from_numpy(values).to(this_device())
     dist.broadcast(tensor, src=0)
     return tensor.cpu().numpy()

@@ -33,13 +33,14 @@ class StepResult(NamedTuple):
     """Mean loss of each microbatch over all replicas; empty unless asked for."""
 
 
-def _device() -> torch.device:
+def this_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _forward_step(batches: Iterator[Batch], model: GPTModel) -> tuple[torch.Tensor, Any]:
     """Megatron's forward step: per-token losses [b, s] on the last stage, and the function that reduces them."""
-    device = _device()
+    device = this_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     batch = get_batch_on_this_cp_rank(batch)
     output = model(
@@ -154,7 +155,7 @@ def _sum_over_ranks(
 
     Losses live on the last pipeline stage, the same on its tensor-parallel ranks: the first of these contributes.
     """
-    totals = torch.zeros(3 + 2 * num_microbatches, dtype=torch.float64, device=_device())
+    totals = torch.zeros(3 + 2 * num_microbatches, dtype=torch.float64, device=this_device())
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         loss_sums = torch.stack([report["loss"] for report in losses])
         token_counts = torch.stack([report["num_tokens"] for report in losses])
