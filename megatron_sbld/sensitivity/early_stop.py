@@ -20,8 +20,21 @@ FIRST_LOOK = 0.25
 LOOKS = 20
 """Looks in a whole run: often enough to save most of what can be saved, seldom enough to be no search for a fluke."""
 SETTLED_STDERRS = 3.0
-"""A difference of this many standard errors counts as an order. More than the 2 of the lists, because each run is
-looked at several times and compared with every other."""
+"""A difference of this many standard errors counts as an order, if the window is long; `critical_stderrs` says how many
+in a short one. More than the 2 of the lists, because each run is looked at several times and compared with every other.
+"""
+
+
+def critical_stderrs(window: int) -> float:
+    """Standard errors that are as rare, when they come from `window` values themselves, as SETTLED_STDERRS of known
+    ones are: Student's t.
+
+    >>> round(critical_stderrs(4), 1), round(critical_stderrs(100), 1)
+    (9.2, 3.1)
+    """
+    from scipy import stats  # takes a second to import, which everything else here can do without
+
+    return float(stats.t.isf(stats.norm.sf(SETTLED_STDERRS), window - 1))
 
 
 class Neighbours(NamedTuple):
@@ -53,7 +66,8 @@ def settled_neighbours(
         layer: mean_of_series(_last(present, len(present), window) - _last(theirs, len(present), window))
         for layer, theirs in finished.items()
     }
-    if any(abs(found.mean) <= SETTLED_STDERRS * found.stderr for found in differences.values()):
+    critical = critical_stderrs(window)
+    if any(abs(found.mean) <= critical * found.stderr for found in differences.values()):
         return None
     lower = {layer: found.mean for layer, found in differences.items() if found.mean > 0}
     higher = {layer: found.mean for layer, found in differences.items() if found.mean < 0}

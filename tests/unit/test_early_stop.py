@@ -44,15 +44,16 @@ def test_a_layer_that_cannot_be_told_from_another_is_not_settled() -> None:
     assert settled(losses(0.402)[:50]) is None
 
 
-def test_noise_settles_nothing() -> None:
-    """Three standard errors, looked at often, with a layer that equals a finished one."""
+@pytest.mark.parametrize("window", [4, WINDOW])
+def test_noise_settles_nothing(window: int) -> None:
+    """Looked at often, with a layer that equals a finished one; a short window guesses its standard error."""
     generator = np.random.default_rng(2)
     finished = {1: BASELINE + 10, 2: BASELINE - 10, 3: BASELINE + generator.normal(0, 0.1, N)}
     mistakes = 0
     for _ in range(200):
         run = BASELINE + generator.normal(0, 0.1, N)
-        looks = [t for t in range(1, N) if is_look(t, N, WINDOW)]
-        found = [settled_neighbours(run[:t], finished, WINDOW, num_allow=1, num_block=1) for t in looks]
+        looks = [t for t in range(1, N) if is_look(t, N, window)]
+        found = [settled_neighbours(run[:t], finished, window, num_allow=1, num_block=1) for t in looks]
         mistakes += any(neighbours is not None for neighbours in found)
     assert mistakes <= 16  # 8 % of runs, over all 15 looks
 
