@@ -81,6 +81,7 @@ class DropController:
         self.keep_probs = np.ones(policy.num_layers)
         self.plan = np.ones((0, policy.num_layers), dtype=bool)
         self._rows: list[list[bool]] = []
+        self._dropped_throughout = [False] * policy.num_layers
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
 
@@ -117,6 +118,7 @@ class DropController:
         self.keep_probs = self.policy.keep_probs(iteration)
         self.plan = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
         self._rows = self.plan.tolist()
+        self._dropped_throughout = (~self.plan.any(axis=0)).tolist()
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
 
@@ -149,6 +151,21 @@ class DropController:
                 "begin_iteration was told of; with scope 'microbatch' Megatron's schedules must number them"
             )
         return self._rows[microbatch][layer_number - 1]
+
+    def dropped_throughout(self, layer_number: int) -> bool:
+        """Whether no microbatch of the present iteration runs the layer (1-based), on any replica.
+
+        False before the first iteration.
+
+        Raises:
+            ValueError: replicas are distinct: each draws its own decisions and does not know the others'.
+        """
+        if self.replicas == "distinct":
+            raise ValueError(
+                "replicas 'distinct' does not work with dropped_update 'freeze': whether every replica dropped a layer "
+                "is known to none of them; use replicas 'shared' or dropped_update 'apply'"
+            )
+        return self._dropped_throughout[layer_number - 1]
 
     def branch_scale(self, layer_number: int) -> float:
         """Factor of a kept layer's attention and MLP branches: 1, or 1 / keep_prob (equations.md, section 4)."""

@@ -103,6 +103,11 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
             "drop.replicas = 'distinct' does not work with drop.sensitivity_update dynamic: the loss is a mean over "
             "replicas, which took different decisions; use shared"
         )
+    if config.dropped_update == "freeze" and config.replicas == "distinct":
+        raise ValueError(
+            "drop.replicas = 'distinct' does not work with drop.dropped_update freeze: whether every replica dropped a "
+            "layer is known to none of them; use shared or apply"
+        )
     unused = sorted(changed & _unused_fields(config))
     if unused:
         names = ", ".join(f"drop.{name}" for name in unused)

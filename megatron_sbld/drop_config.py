@@ -103,8 +103,13 @@ class DropConfig:
     """Stages that the balanced sampler balances; None is the pipeline's (virtual stages of a rank counted as one)."""
     replicas: Literal["shared", "distinct"] = "shared"
     """Whether data-parallel replicas take the same decisions; distinct needs the balanced sampler."""
-    dropped_update: Literal["apply"] = "apply"
-    """What the optimizer does to a dropped layer; this version offers Megatron's own: a step with a zero gradient."""
+    dropped_update: Literal["apply", "freeze"] = "apply"
+    """What the optimizer does to a layer that every microbatch of an iteration dropped. apply: Megatron's own, a step
+    with a zero gradient, so momentum and weight decay still move its weights, and its moments decay; the gradients that
+    it gets are spread over all iterations. freeze: it keeps weights and moments bit for bit, so it trains, and its
+    weights decay, in the iterations that run it only; choose it where layers are dropped so often that decay and old
+    momentum would outweigh their gradients, or where a dropped layer has to stay as it is. Not with replicas
+    distinct."""
     seed: int = 1234
     """Seed of the decisions, independent of the seed of the weights and the data."""
 

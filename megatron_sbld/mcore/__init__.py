@@ -1,5 +1,6 @@
 """Everything that touches megatron-core: the switchable layer, what it refuses, and what runs without a GPU."""
 
+from megatron_sbld.mcore.dropped_update import freeze_dropped_layers
 from megatron_sbld.mcore.switchable import make_switchable
 
-__all__ = ["make_switchable"]
+__all__ = ["freeze_dropped_layers", "make_switchable"]

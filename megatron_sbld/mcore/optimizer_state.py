@@ -38,7 +38,7 @@ def sharded_state(
         is_loading: whether the result says what to read; else what to write.
     """
     part = _holder(optimizer)
-    _initialise(part)
+    initialise(part)
     if not isinstance(part, DistributedOptimizer):
         return optimizer.sharded_state_dict(model_state, metadata=metadata, is_loading=is_loading)
     with _padding_between_buckets(part):
@@ -57,7 +57,7 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         loaded: what dist_checkpointing.load made of it; consumed.
     """
     part = _holder(optimizer)
-    if not _is_torch_adam(part):
+    if not is_torch_adam(part):
         part.load_state_dict(loaded)
     elif isinstance(part, DistributedOptimizer):
         _load_distributed(part, loaded)
@@ -72,10 +72,12 @@ def bucket_sizes(optimizer: MegatronOptimizer) -> list[list[int]]:
     return [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in _holder(optimizer).buffers]
 
 
-def _initialise(optimizer: MegatronOptimizer) -> None:
+def initialise(optimizer: MegatronOptimizer) -> None:
     """Give parameters without optimizer state the one that their first step starts from: zero moments, step 0."""
+    if optimizer.init_state_fn is None:  # SGD's first step needs none
+        return
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-    if _is_torch_adam(optimizer):
+    if is_torch_adam(optimizer):
         for state in optimizer.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
 
@@ -141,5 +143,5 @@ def _holder(optimizer: MegatronOptimizer) -> MegatronOptimizer:
     return optimizer.chained_optimizers[0]
 
 
-def _is_torch_adam(optimizer: MegatronOptimizer) -> bool:
+def is_torch_adam(optimizer: MegatronOptimizer) -> bool:
     return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)

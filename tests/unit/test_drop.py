@@ -188,6 +188,7 @@ def test_a_file_of_the_models_own_depth_is_used_as_it_is_with_interpolate(sensit
             "drop.residual_scale is inverse_keep_prob",
         ),
         ({"dropped_update": "freeze"}, {}, "dropped_update freeze, but drop.dropped_update is apply"),
+        ({"dropped_update": "apply"}, {"dropped_update": "freeze"}, "drop.dropped_update is freeze"),
         ({"decision_scope": "iteration", "residual_scale": "none", "theta": 0.1, "seed": 7}, {}, None),
         ({"residual_scale": "none"}, {"residual_scale": None}, None),
         ({"residual_scale": None}, {"residual_scale": "none"}, None),
@@ -244,7 +245,7 @@ OUT_OF_RANGE = {
     "sampler": "uniform",
     "balance_stages": 0,
     "replicas": "own",
-    "dropped_update": "freeze",
+    "dropped_update": "zero",
     "seed": -1,
 }
 
@@ -301,6 +302,10 @@ def test_a_value_out_of_range_is_refused_by_name_even_when_nothing_is_dropped(na
         (
             {"replicas": "distinct", "sampler": "balanced", "sensitivity_update": "dynamic"},
             r"drop\.replicas = 'distinct' does not work with drop\.sensitivity_update dynamic",
+        ),
+        (
+            {"replicas": "distinct", "sampler": "balanced", "dropped_update": "freeze"},
+            r"drop\.replicas = 'distinct' does not work with drop\.dropped_update freeze",
         ),
         ({"replicas": "distinct"}, r"drop\.replicas = 'distinct' needs drop\.sampler balanced"),
         ({"balance_stages": 2}, r"drop\.balance_stages = 2 needs drop\.sampler balanced"),
