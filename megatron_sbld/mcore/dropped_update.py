@@ -1,11 +1,12 @@
-"""Freezing the layers that an iteration dropped: `drop.dropped_update: freeze` (design: optimizer semantics by choice).
+"""Freezing the layers that an iteration dropped: `drop.dropped_update: freeze`.
 
 A dropped layer's gradient is zero, and Megatron's optimizer makes a step with it: momentum and weight decay still move
 the layer's weights, and its moments decay (`apply`). Here its gradients are taken away instead, just before the step of
 the torch optimizer inside Megatron's, which leaves out a parameter without a gradient. The gradient norm, clipping, the
 count of zeros and the check for overflow come before that and are those of `apply`.
 
-Adam's `step` counts every iteration for every layer, frozen or not: Megatron saves one for all parameters.
+Adam's `step` counts every iteration for every layer, frozen or not, because Megatron saves one for all parameters. So
+its bias correction is that of `apply`, which counts them as well.
 """
 
 from __future__ import annotations

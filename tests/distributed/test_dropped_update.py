@@ -91,7 +91,7 @@ def run_case(case: Case) -> tuple[list[float], list[float]]:
             freeze_dropped_layers(models, optimizer)
         num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
         found: tuple[list[float], list[float]] = ([], [])
-        first = before = states(models, optimizer)
+        first, before = states(models, optimizer), states(models, optimizer)
         for iteration in range(1, 2 * len(PATTERNS.patterns) + 1):
             for model in models:
                 model.train()
@@ -143,9 +143,10 @@ RESUMED_ALONE: dict[str, dict[str, dict[str, Any]]] = {
     "one process": {},
     "one process, distributed optimizer, per microbatch": {
         "parallel": DISTRIBUTED,
-        "drop": {"decision_scope": "microbatch", "theta": 0.4},
+        "training": {"micro_batch_size": 4},  # two microbatches: now and then both drop a layer
+        "drop": {"decision_scope": "microbatch"},
     },
-    "one process, fp16 that skips steps": {"training": {"precision": "fp16", "initial_loss_scale": 2.0**24}},
+    "one process, fp16 that skips steps": {"training": {"precision": "fp16", "initial_loss_scale": 2.0**20}},
 }
 # Each run is stopped after 3 iterations and continued on the next layout; the first is one process.
 CHAINS: dict[str, list[dict[str, Any]]] = {
@@ -221,7 +222,9 @@ def outcomes(folder: Path) -> Outcomes:
     trainer: dict[str, list[int | str]] = {name: [run_here(config)] for name, config in here.items()}
     cases, *results = call_on_ranks(2, on_rank, [TWO_PROCESSES, *there.values()], timeout=400)
     by_case = {name: [ranks[name] for ranks in cases] for name in TWO_PROCESSES}
-    return Outcomes({name: [found] for name, found in alone.items()} | by_case, trainer | dict(zip(there, results)))
+    return Outcomes(
+        {name: [found] for name, found in alone.items()} | by_case, trainer | dict(zip(there, results, strict=True))
+    )
 
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)

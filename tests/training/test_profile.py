@@ -194,6 +194,16 @@ def test_the_file_says_what_it_was_measured_with(whole: Path, corpus: Path) -> N
     assert not list(whole.glob("*.tmp"))
 
 
+def test_a_dropped_layer_is_updated_as_the_config_says(config: Config, whole: Path, tmp_path: Path) -> None:
+    """The same decisions, but another update of the layer that is dropped, from its second iteration on."""
+    assert measure(change(config, drop={"dropped_update": "freeze"}), tmp_path / "out", iterations=N) == 0
+    about = json.loads((tmp_path / "out" / "sensitivity.json").read_text())["measured_with"]
+    assert about["drop"]["dropped_update"] == "freeze"
+    frozen, applied = values(tmp_path / "out"), values(whole)
+    assert frozen["baseline"] == applied["baseline"]
+    assert all(frozen[name] != applied[name] for name in applied if name != "baseline")
+
+
 # Layers whose importance is known: 1 is the only one that learns, 5 disturbs, the others are identities.
 PLANTED_LAYERS, LEARNING, DISTURBING = 6, 1, 5
 PLANTED_RUN: dict[str, dict[str, Any]] = {

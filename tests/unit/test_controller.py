@@ -88,6 +88,30 @@ def test_iterations_and_microbatches_out_of_range_are_refused() -> None:
         controller.kept(1, 2)
 
 
+@pytest.mark.parametrize("scope", ["iteration", "microbatch"])
+def test_a_layer_is_dropped_throughout_when_no_microbatch_runs_it(scope: str) -> None:
+    controller = DropController(HALF, scope=scope)
+    layers = range(1, LAYERS + 1)
+    assert not any(controller.dropped_throughout(layer) for layer in layers)  # nothing has been drawn yet
+    throughout = partly = 0
+    for iteration in range(1, 20):
+        controller.begin_iteration(iteration, num_microbatches=2)
+        for layer in layers:
+            runs = [controller.kept(layer, microbatch) for microbatch in range(2)]
+            assert controller.dropped_throughout(layer) == (not any(runs))
+            throughout += not any(runs)
+            partly += any(runs) and not all(runs)
+    assert throughout > 0
+    assert (partly > 0) == (scope == "microbatch")
+
+
+def test_distinct_replicas_cannot_say_what_all_of_them_dropped() -> None:
+    controller = DropController(HALF, sampler="balanced", replicas="distinct")
+    controller.begin_iteration(1, 1)
+    with pytest.raises(ValueError, match="replicas 'distinct' does not work with dropped_update 'freeze'"):
+        controller.dropped_throughout(1)
+
+
 def test_a_restored_controller_continues_with_the_saved_stages() -> None:
     """Stages are a setting of the run, not of the layout of the moment."""
     saved = DropController(HALF, sampler="balanced", stages=[[1, 2, 5, 6], [3, 4]])
