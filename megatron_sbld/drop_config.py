@@ -104,11 +104,11 @@ class DropConfig:
     replicas: Literal["shared", "distinct"] = "shared"
     """Whether data-parallel replicas take the same decisions; distinct needs the balanced sampler."""
     dropped_update: Literal["apply", "freeze"] = "apply"
-    """What the optimizer does to a layer that every microbatch of an iteration dropped. apply: what Megatron does, a step
+    """What the optimizer does to a layer that every microbatch of an iteration dropped. apply: Megatron's own step,
     with a zero gradient, so momentum and weight decay still move its weights, and its moments shrink. freeze: weights
-    and moments stay as they are, bit for bit, until an iteration runs it. Take apply to stay with Megatron's optimizer;
-    take freeze where layers are dropped so often that decay and old momentum would move them more than their gradients
-    do, or where a dropped layer must not move at all. freeze does not work with replicas distinct."""
+    and moments stay as they are, bit for bit, until an iteration runs it. Take apply to stay with Megatron's
+    optimizer; take freeze where layers are dropped so often that decay and old momentum would move them more than
+    their gradients do, or where a dropped layer must not move at all. freeze does not work with replicas distinct."""
     seed: int = 1234
     """Seed of the decisions, independent of the seed of the weights and the data."""
 

@@ -48,6 +48,8 @@ pytestmark = pytest.mark.timeout(600)
 LAYERS = 4
 # Layer 4 never runs, so that it must end as it began.
 PATTERNS = Patterns("1010", "1100", "0000", "0110", "1110", "1000")
+ITERATIONS = 9
+LOSS_TOLERANCE = 1e-4
 OVERLAP = {"overlap_grad_reduce": True}
 SHARDED = {"use_distributed_optimizer": True}
 BF16 = {"params_dtype": torch.bfloat16, "bf16": True}
@@ -81,7 +83,7 @@ TWO_PROCESSES = {
 
 
 def run_case(case: Case) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of two rounds of the patterns; each step's frozen state is checked on the way."""
+    """Losses and gradient norms by iteration; each step's frozen state is checked on the way."""
     with model_parallel(tp=case.tp, pp=case.pp, vpp=case.vpp):
         controller = DropController(PATTERNS)
         models = wrap_ddp(tiny_gpt(tiny_config(num_layers=LAYERS, **case.config)), **case.ddp)
@@ -92,7 +94,7 @@ def run_case(case: Case) -> tuple[list[float], list[float]]:
         num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
         found: tuple[list[float], list[float]] = ([], [])
         first, before = states(models, optimizer), states(models, optimizer)
-        for iteration in range(1, 2 * len(PATTERNS.patterns) + 1):
+        for iteration in range(1, ITERATIONS + 1):
             for model in models:
                 model.train()
                 model.zero_grad_buffer()
@@ -229,18 +231,18 @@ def outcomes(folder: Path) -> Outcomes:
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_freeze_as_one_does(outcomes: Outcomes, name: str) -> None:
-    bf16 = bool(TWO_PROCESSES[name].config)
-    (expected,) = outcomes.cases["bf16" if bf16 else "freeze"]
-    for found in outcomes.cases[name]:
-        for there, here in zip(found, expected, strict=True):
-            np.testing.assert_allclose(there, here, rtol=2e-2 if bf16 else 1e-3)
+    bf16 = TWO_PROCESSES[name].config == BF16
+    ((expected_losses, expected_norms),) = outcomes.cases["bf16" if bf16 else "freeze"]
+    for found_losses, found_norms in outcomes.cases[name]:
+        np.testing.assert_allclose(found_losses, expected_losses, rtol=1e-2 if bf16 else LOSS_TOLERANCE)
+        np.testing.assert_allclose(found_norms, expected_norms, rtol=1e-1 if bf16 else 1e-2)
 
 
 def test_freeze_is_not_apply(outcomes: Outcomes) -> None:
     """By more than what the comparison of layouts tolerates."""
     ((frozen, _),), ((applied, _),) = outcomes.cases["freeze"], outcomes.cases["apply"]
     assert frozen[0] == applied[0]
-    assert np.abs(np.array(frozen) / np.array(applied) - 1)[-6:].max() > 1e-2
+    assert np.abs(np.array(frozen) / np.array(applied) - 1).max() > 5 * LOSS_TOLERANCE
 
 
 @pytest.mark.parametrize("name", [*RESUMED, *RESUMED_ALONE])
@@ -256,7 +258,7 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(outcomes: Outcome
 def test_a_run_that_changes_its_layout_keeps_its_losses(outcomes: Outcomes, folder: Path, name: str) -> None:
     assert [outcomes.trainer[f"chain, {name}, {i}"] for i in range(4)] == [[75], [75, 75], [75, 75], [0, 0]]
     assert outcomes.trainer["whole chain"] == [0]
-    np.testing.assert_allclose(losses(folder / f"chain, {name}"), losses(folder / "whole chain"), rtol=1e-4)
+    np.testing.assert_allclose(losses(folder / f"chain, {name}"), losses(folder / "whole chain"), rtol=LOSS_TOLERANCE)
 
 
 def test_the_trainer_freezes_when_it_is_asked_to(outcomes: Outcomes, folder: Path) -> None:
@@ -264,4 +266,4 @@ def test_the_trainer_freezes_when_it_is_asked_to(outcomes: Outcomes, folder: Pat
     frozen, applied = losses(folder / "whole chain"), losses(folder / "apply")
     assert decisions(folder / "whole chain") == decisions(folder / "apply")
     assert frozen[0] == applied[0]
-    assert np.abs(np.array(frozen) / np.array(applied) - 1).max() > 1e-3
+    assert np.abs(np.array(frozen) / np.array(applied) - 1).max() > 5 * LOSS_TOLERANCE
