@@ -148,14 +148,16 @@ def _check_optimizer(part: MegatronOptimizer) -> None:
     advice = "use dropped_update 'apply'"
     if type(part) not in _PARTS:
         allowed = ", ".join(kind.__name__ for kind in _PARTS)
-        raise ValueError(f"dropped_update 'freeze' does not work with {type(part).__name__}, but {allowed}; {advice}")
+        raise ValueError(
+            f"dropped_update 'freeze' does not work with {type(part).__name__}: allowed are {allowed}; {advice}"
+        )
     if isinstance(part, DistributedOptimizer) and part.ddp_config.use_megatron_fsdp:
         raise ValueError(f"dropped_update 'freeze' does not work with use_megatron_fsdp = True; {advice}")
     for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
         if getattr(part.config, name):
             raise ValueError(
-                f"dropped_update 'freeze' does not work with {name} = True: gradients are then not where a step leaves "
-                f"out a parameter without one; {advice}"
+                f"dropped_update 'freeze' does not work with {name} = True: its step reads gradients elsewhere, so "
+                f"that taking one away would freeze nothing; {advice}"
             )
     if type(part.optimizer) not in _INNER:
         raise ValueError(

@@ -12,7 +12,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
+from megatron_sbld.mcore import dropped_update, freeze_dropped_layers, make_switchable
 from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, Policy
 from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
@@ -242,6 +242,23 @@ def test_switches_that_keep_gradients_elsewhere_are_refused_by_name(name: str) -
         training = Training(PATTERNS, freeze=False)
         setattr(training.optimizer.config, name, True)
         with pytest.raises(ValueError, match=f"dropped_update 'freeze' does not work with {name} = True"):
+            freeze_dropped_layers(training.models, training.optimizer)
+
+
+def test_megatron_fsdp_is_refused_by_name() -> None:
+    with model_parallel():
+        training = Training(PATTERNS, freeze=False, ddp=OPTIMIZERS["distributed"])
+        training.optimizer.chained_optimizers[0].ddp_config.use_megatron_fsdp = True
+        with pytest.raises(ValueError, match="does not work with use_megatron_fsdp = True"):
+            freeze_dropped_layers(training.models, training.optimizer)
+
+
+def test_parameters_in_fp8_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need Transformer Engine and a GPU: here only the refusal is shown."""
+    with model_parallel():
+        training = Training(PATTERNS, freeze=False)
+        monkeypatch.setattr(dropped_update, "is_float8tensor", lambda param: param.ndim == 2)
+        with pytest.raises(ValueError, match=r"parameters in fp8 \(layer 1, self_attention.linear_proj.weight\)"):
             freeze_dropped_layers(training.models, training.optimizer)
 
 
