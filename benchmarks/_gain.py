@@ -10,13 +10,12 @@ free, and what follows the last backward pass (gradient reduction, optimizer ste
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from megatron_sbld.pipeline import Floats, schedule_time
 
 
 @dataclass(frozen=True)
@@ -64,38 +63,6 @@ class Gain:
     realised: Interval
     ratio: Interval | None
     """(realised - 1) / (ideal - 1); None where nothing was dropped."""
-
-
-def one_f_one_b(stage: int, num_stages: int, num_microbatches: int) -> list[tuple[str, int]]:
-    """Order in which a stage (0-based) runs its passes: ("forward" or "backward", microbatch)."""
-    warmup = min(num_stages - 1 - stage, num_microbatches)
-    order = [("forward", microbatch) for microbatch in range(warmup)]
-    for microbatch in range(num_microbatches - warmup):
-        order += [("forward", warmup + microbatch), ("backward", microbatch)]
-    return order + [("backward", microbatch) for microbatch in range(num_microbatches - warmup, num_microbatches)]
-
-
-def schedule_time(forward: Floats, backward: Floats, num_microbatches: int) -> Floats:
-    """Seconds from the first forward to the last backward pass of the 1F1B schedule, without transfers.
-
-    forward, backward: seconds of a microbatch on each stage, [..., p]. Returns [...].
-    """
-    num_stages = forward.shape[-1]
-    queues = [deque(one_f_one_b(stage, num_stages, num_microbatches)) for stage in range(num_stages)]
-    free = [np.zeros(forward.shape[:-1]) for _ in range(num_stages)]  # when a stage has finished its last pass
-    done: dict[tuple[str, int, int], Floats] = {}  # pass, stage, microbatch -> when it was finished
-    while any(queues):
-        for stage, queue in enumerate(queues):
-            while queue:
-                name, microbatch = queue[0]
-                source = (name, stage - 1 if name == "forward" else stage + 1, microbatch)
-                if 0 <= source[1] < num_stages and source not in done:
-                    break
-                start = np.maximum(free[stage], done.get(source, 0.0))
-                free[stage] = start + (forward if name == "forward" else backward)[..., stage]
-                done[name, stage, microbatch] = free[stage]
-                queue.popleft()
-    return np.max(free, axis=0)
 
 
 def saved_time(times: PassTimes, kept: NDArray[np.bool_], num_microbatches: int) -> Floats:

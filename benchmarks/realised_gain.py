@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gain import Floats, Pairs, PassTimes, measure_gain, saved_time, schedule_time
+from _gain import Pairs, PassTimes, measure_gain, saved_time
 from _gain_report import LayoutResult, report
 from _measure import RankMeasurement, Run, count_iterations
 from megatron.core.num_microbatches_calculator import (
@@ -44,6 +44,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron_sbld.pipeline import Floats, schedule_time
 from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.validate import data_parallel_size, validate

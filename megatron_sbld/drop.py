@@ -74,11 +74,12 @@ _DEFAULT_PEAK_FRACTION = 0.1
 _PLD_DECAYS = 100.0
 
 
-def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_stages: int = 1) -> None:
+def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_stages: int | None = 1) -> None:
     """Refuse what cannot work, without reading any file; warn of settings that the policy does not use.
 
     num_layers: L of the whole model.  train_iters: T.
-    num_stages: pipeline stages, which the balanced sampler balances unless balance_stages is given.
+    num_stages: equal pipeline stages, which the balanced sampler balances unless balance_stages is given; None for
+        stages that a layout made unequal.
     Raises ValueError naming the field, its value and what is allowed.
     """
     check_integer("num_layers", num_layers, 1)
@@ -184,11 +185,11 @@ def build_policy(
         )
 
 
-def _check_sampler(config: DropConfig, num_layers: int, num_stages: int) -> None:
+def _check_sampler(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
     if config.sampler == "balanced":
         name = "pipeline stages" if config.balance_stages is None else "drop.balance_stages"
         stages = num_stages if config.balance_stages is None else config.balance_stages
-        if num_layers % stages:
+        if stages is not None and num_layers % stages:
             raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
         return
     if config.balance_stages is not None:

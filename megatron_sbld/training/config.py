@@ -68,6 +68,10 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     num_virtual_stages_per_pipeline_rank: int | None = None
     """Model chunks of a pipeline rank (interleaved 1F1B); None is the plain schedule."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage holds, in Megatron's notation: Et*3|t*5L is 3 layers after the embedding on the first of
+    two stages, 5 before the loss on the second. With interleaving one part for each chunk, in the order of the layers.
+    None is as many on each."""
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""

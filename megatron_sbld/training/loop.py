@@ -44,10 +44,11 @@ from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
+from megatron_sbld.training.stage_forecast import stage_forecast, stage_forecast_text
 from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
+from megatron_sbld.training.validate import data_parallel_size, placement_of, train_iterations, validate
 
 logger = logging.getLogger(__name__)
 
@@ -327,7 +328,11 @@ class Run:
         if self.config.drop.policy != "none" and self.writer is not None:
             recompute = self.config.training.recompute_granularity == "full"
             phi = layer_share(self.config.model, self.vocab_size, recompute=recompute)
-            self._note(forecast_text(forecast(self.controller.policy, self.train_iters, phi)))
+            outlook = forecast(self.controller.policy, self.train_iters, phi)
+            self._note(forecast_text(outlook))
+            stages = stage_forecast(self.config, self.controller.policy, outlook, phi, self.replicas, self.controller.stages)
+            if stages is not None:
+                self._note(stage_forecast_text(stages))
 
     def _note(self, text: str) -> None:
         if self.writer is not None:
@@ -343,7 +348,7 @@ def build_controller(config: Config, policy: Policy) -> DropController:
     drop = config.drop
     stages = None
     if drop.sampler == "balanced":
-        stages = drop.balance_stages or _layers_of_stages(config)
+        stages = drop.balance_stages or placement_of(config).stages
     window = _VERIFIED_ITERATIONS
     if updates_sensitivity(drop):
         # Equal windows between updates: one that an update cuts short has been drawn in vain.
@@ -358,14 +363,3 @@ def build_controller(config: Config, policy: Policy) -> DropController:
         replica=parallel_state.get_data_parallel_rank(),
         window=window,
     )
-
-
-def _layers_of_stages(config: Config) -> list[list[int]]:
-    """1-based layer numbers of each pipeline rank; with interleaving a rank holds every pipeline-size-th chunk."""
-    ranks = config.parallel.pipeline_model_parallel_size
-    chunks = ranks * (config.parallel.num_virtual_stages_per_pipeline_rank or 1)
-    per_chunk = config.model.num_layers // chunks
-    return [
-        [chunk * per_chunk + i + 1 for chunk in range(rank, chunks, ranks) for i in range(per_chunk)]
-        for rank in range(ranks)
-    ]

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/realised_gain.py: the pipeline's critical path, ideal gain, ratio and its interval."""
+"""The arithmetic of benchmarks/realised_gain.py: what a drop saves, ideal gain, ratio and its interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _gain import Pairs, PassTimes, measure_gain, one_f_one_b, saved_time, schedule_time
+from _gain import Pairs, PassTimes, measure_gain, saved_time
+
+from megatron_sbld.pipeline import schedule_time
 
 ROUNDS, ITERATIONS, LAYERS = 8, 3, 4
 LAYER_FORWARD, LAYER_BACKWARD = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 4.0, 6.0, 8.0])
@@ -39,23 +41,6 @@ def simulated_pairs(realised_share: float, noise: float = 0.0) -> Pairs:
     saved = 2 * np.where(kept, 0.0, LAYER_FORWARD + LAYER_BACKWARD).sum(axis=(1, 2))
     factors = 1 + noise * rng.standard_normal((2, ROUNDS))
     return Pairs(undropped * factors[0], (undropped - realised_share * saved) * factors[1], kept)
-
-
-def test_one_f_one_b_alternates_after_the_warm_up_and_ends_with_the_backward_passes():
-    first, last = one_f_one_b(0, 2, 3), one_f_one_b(1, 2, 3)
-    assert [name[0] + str(microbatch) for name, microbatch in first] == ["f0", "f1", "b0", "f2", "b1", "b2"]
-    assert [name[0] + str(microbatch) for name, microbatch in last] == ["f0", "b0", "f1", "b1", "f2", "b2"]
-
-
-@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 4), (2, 1), (2, 4), (4, 8), (4, 2)])
-def test_equal_stages_take_one_slot_for_each_microbatch_and_one_for_each_stage_of_bubble(num_stages, num_microbatches):
-    time = schedule_time(np.full(num_stages, 1.0), np.full(num_stages, 2.0), num_microbatches)
-    assert time == pytest.approx(3.0 * (num_microbatches + num_stages - 1))
-
-
-def test_the_slowest_stage_sets_the_pace_of_a_pipeline():
-    # f on both stages, 4 microbatches of the slow second one, and the last backward pass of the first
-    assert schedule_time(np.array([1.0, 3.0]), np.array([2.0, 6.0]), 4) == pytest.approx(1 + 4 * 9 + 2)
 
 
 def test_in_one_stage_a_drop_saves_its_layers_passes_in_every_microbatch():
