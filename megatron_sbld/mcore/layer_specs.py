@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sbld.mcore.attention import SDPACoreAttention
 from megatron_sbld.mcore.norm import norm_class
 from megatron_sbld.mcore.versions import nvidia_apex_available, transformer_engine_available
+from megatron_sbld.placement import Placement
 
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 
@@ -49,6 +51,19 @@ def gpt_block_spec(
         layer, norm = _local_layer(config.normalization)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def uneven_layout(config: TransformerConfig) -> str | None:
+    """The layout of a model whose pipeline stages hold unequal numbers of layers, in placement.py's notation."""
+    given = config.pipeline_model_parallel_layout
+    if given is None:
+        return None
+    ranks, chunks_per_rank = given.pipeline_model_parallel_size, given.virtual_pipeline_model_parallel_size
+    counts = [
+        given.layout[rank][chunk].count(LayerType.decoder) for chunk in range(chunks_per_rank) for rank in range(ranks)
+    ]
+    placement = Placement(tuple(counts), ranks)
+    return None if placement.is_even else placement.layout
 
 
 def choose_transformer_impl(transformer_impl: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.forecast import Forecast, forecast, forecast_text
+from megatron_sbld.training.stage_forecast import StageForecast, stage_forecast, stage_forecast_text
 from megatron_sbld.training.validate import train_iterations, validate
 
 
@@ -53,15 +54,18 @@ def show_schedule(config: Config, out: str | None = None) -> Forecast:
     policy = build_policy(config.drop, config.model.num_layers, train_iters)
     phi = layers_share(config)
     outlook = forecast(policy, train_iters, phi)
+    stages = stage_forecast(config, policy, outlook, phi)
     table = layer_table(policy, outlook)
     print(f"policy {config.drop.policy}, {policy.num_layers} layers, {train_iters} iterations\n")
     print(forecast_text(outlook), _share_text(phi, config.data.tokenizer), sep="\n", end="\n\n")
+    if stages is not None:
+        print(stage_forecast_text(stages), end="\n\n")
     print(layer_table_text(table))
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         plot_schedule(policy, train_iters, f"{config.drop.policy}: {_mean_text(outlook)}", folder / "schedule.png")
-        _write_json(config, phi, outlook, table, folder / "schedule.json")
+        _write_json(config, phi, outlook, stages, table, folder / "schedule.json")
         print(f"\nsaved {folder / 'schedule.png'}\nsaved {folder / 'schedule.json'}")
     return outlook
 
@@ -107,12 +111,20 @@ def _share_text(phi: float | None, tokenizer: str) -> str:
     return f"the layers are {phi:.1%} of an iteration's FLOPs"
 
 
-def _write_json(config: Config, phi: float | None, outlook: Forecast, table: LayerTable, file: Path) -> None:
+def _write_json(
+    config: Config,
+    phi: float | None,
+    outlook: Forecast,
+    stages: StageForecast | None,
+    table: LayerTable,
+    file: Path,
+) -> None:
     content: dict[str, Any] = {
         "model": {"num_layers": config.model.num_layers},
         "drop": dataclasses.asdict(config.drop),
         "layers_share": phi,
         "forecast": dataclasses.asdict(outlook),
+        "stages": None if stages is None else dataclasses.asdict(stages),
         "layers": {**dataclasses.asdict(table), "keep_probs": table.keep_probs.tolist()},
     }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -55,6 +55,8 @@ class Layout:
     """dp_reshardable: elements of the first rank's gradient buckets, by buffer, without padding; else empty."""
     precision: str
     """fp32, bf16 or fp16."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage holds (placement.py); None where each has as many, as in checkpoints that lack it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,9 +39,10 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_sbld.mcore.layer_specs import uneven_layout
 from megatron_sbld.mcore.optimizer_state import bucket_sizes
 from megatron_sbld.training.checkpoint_files import Layout
 
@@ -75,6 +76,7 @@ def current_layout(
         optimizer_format=optimizer_format,
         optimizer_buckets=bucket_sizes(optimizer) if optimizer_format == DP_RESHARDABLE else [],
         precision="fp16" if config.fp16 else "bf16" if config.bf16 else "fp32",
+        pipeline_model_parallel_layout=uneven_layout(get_model_config(model_chunks[0])),
     )
 
 
@@ -101,7 +103,12 @@ def check_layout(path: Path, *, saved: Layout, present: Layout) -> None:
         f"its optimizer format {DP_RESHARDABLE} allows only the data-parallel size to change; set it alike, load the "
         f"weights alone, or save in the format {FULLY_RESHARDABLE}"
     )
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"):
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "pipeline_model_parallel_layout",
+    ):
         here, there = getattr(present, name), getattr(saved, name)
         if here != there:
             raise ValueError(

@@ -330,7 +330,8 @@ class Run:
             phi = layer_share(self.config.model, self.vocab_size, recompute=recompute)
             outlook = forecast(self.controller.policy, self.train_iters, phi)
             self._note(forecast_text(outlook))
-            stages = stage_forecast(self.config, self.controller.policy, outlook, phi, self.replicas, self.controller.stages)
+            balanced = self.controller.stages
+            stages = stage_forecast(self.config, self.controller.policy, outlook, phi, self.replicas, balanced)
             if stages is not None:
                 self._note(stage_forecast_text(stages))
 

@@ -10,16 +10,26 @@ optimizer and memory are not counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement, best_placement, imbalance, iteration_times, stage_loads
+from megatron_sbld.placement import (
+    Placement,
+    best_placement,
+    even_placement,
+    imbalance,
+    iteration_times,
+    stage_loads,
+)
 from megatron_sbld.plan import draw_plan
 from megatron_sbld.policy import Policy
+from megatron_sbld.training.config import Config
 from megatron_sbld.training.forecast import Forecast, Phase, spread_iterations
+from megatron_sbld.training.validate import placement_of
 
 WORTH_SAYING = 0.01
 """Share of an iteration below which a better placement is not worth a line."""
@@ -28,18 +38,6 @@ _PROBED = 200  # iterations of a phase whose keep probabilities are averaged
 _DRAWN = 256  # iterations of the run whose decisions are drawn
 _DRAWN_ROWS = 2**15  # microbatches whose decisions are drawn, where each has its own
 _WIDTH = 14  # characters for the numbers of a stage's layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """The pipeline of a run."""
-
-    placement: Placement
-    num_microbatches: int
-    output_layers: float | None
-    """The output layer with its loss in layers' worth of time; None where the vocabulary is not known."""
-    balanced: list[list[int]] | None = None
-    """1-based layers of the stages that the balanced sampler evens where these are not the placement's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,37 +65,55 @@ class StageForecast:
     """The share that it would save; 0 without one."""
 
 
-def stage_forecast(policy: Policy, drop: DropConfig, outlook: Forecast, pipeline: Pipeline) -> StageForecast:
-    """The forecast for the pipeline of the run that `outlook` is of."""
-    placement, output_layers = pipeline.placement, pipeline.output_layers or 0.0
+def stage_forecast(
+    config: Config,
+    policy: Policy,
+    outlook: Forecast,
+    phi: float | None,
+    replicas: int = 1,
+    balanced: int | Sequence[Sequence[int]] | None = None,
+) -> StageForecast | None:
+    """The forecast for a run on several pipeline stages; None for one that has a single stage or drops nothing.
+
+    Args:
+        config: the run.
+        policy: its policy.
+        outlook: its forecast (forecast.py).
+        phi: the layers' share of an iteration (flops.layer_share), or None if it is not known.
+        replicas: data-parallel size.
+        balanced: what the balanced sampler evens; None is drop.balance_stages, or the pipeline's stages.
+    """
+    placement = placement_of(config)
+    if placement.num_ranks == 1 or config.drop.policy == "none":
+        return None
     keep_probs = np.array([_mean_keep_probs(policy, phase) for phase in outlook.phases])  # [phases, L]
     lengths = [phase.last - phase.first + 1 for phase in outlook.phases]
     in_run = np.average(keep_probs, axis=0, weights=lengths)
     dropping = [i for i, phase in enumerate(outlook.phases) if phase.first < policy.first_recovery_iteration]
-    proposal, saved = None, 0.0
-    if not placement.is_interleaved and placement.num_ranks <= policy.num_layers:
-        best = best_placement(in_run, placement.num_ranks, output_layers)
-        share = _saved_share(policy, drop, outlook.total.last, pipeline, best)
-        if share > WORTH_SAYING:
-            proposal, saved = best.layout, share
+    training = config.training
+    run = _Run(
+        drop=config.drop,
+        policy=policy,
+        train_iters=outlook.total.last,
+        num_microbatches=max(1, training.global_batch_size // (training.micro_batch_size * replicas)),
+        # As many as have the output layer's FLOPs (equations.md section 7).
+        output_layers=None if phi is None else policy.num_layers * (1.0 - phi) / phi,
+        balanced=_fixed_stages(config.drop, placement, balanced),
+    )
+    proposal, saved = _propose(run, placement, in_run)
     return StageForecast(
         layers=placement.stages,
         phases=[outlook.phases[i].name for i in dropping],
         kept=stage_loads(keep_probs[dropping], placement.stages).tolist(),
         kept_in_run=stage_loads(in_run, placement.stages).tolist(),
-        imbalance=imbalance(stage_loads(in_run, placement.stages, output_layers)),
-        output_layers=pipeline.output_layers,
-        num_microbatches=pipeline.num_microbatches,
+        imbalance=imbalance(stage_loads(in_run, placement.stages, run.output_layers or 0.0)),
+        output_layers=run.output_layers,
+        num_microbatches=run.num_microbatches,
         interleaved=placement.is_interleaved,
-        balances_others=pipeline.balanced is not None,
+        balances_others=run.balanced not in (None, placement.stages),
         proposal=proposal,
         saved=saved,
     )
-
-
-def output_layers(phi: float | None, num_layers: int) -> float | None:
-    """The output layer in layers' worth of FLOPs, from the layers' share phi of an iteration (flops.layer_share)."""
-    return None if phi is None else num_layers * (1.0 - phi) / phi
 
 
 def stage_forecast_text(stages: StageForecast) -> str:
@@ -107,19 +123,17 @@ def stage_forecast_text(stages: StageForecast) -> str:
     for number, (layers, kept) in enumerate(zip(stages.layers, columns, strict=True), start=1):
         lines.append(f"{f'stage {number}':<11}{_numbers(layers):>16}" + "".join(f"{value:8.2f}" for value in kept))
     if stages.balances_others:
-        lines.append("The balanced sampler evens other stages: drop.balance_stages, or those the run began with.")
-    assumed = _assumptions(stages)
+        lines.append("The balanced sampler evens other stages: drop.balance_stages or the run's first.")
     if stages.proposal is not None:
         lines += [
-            f"The stages are uneven. This placement of the layers would save {stages.saved:.1%} of an iteration:",
+            f"The stages are uneven. This placement would save {stages.saved:.1%} of an iteration:",
             f'    parallel.pipeline_model_parallel_layout: "{stages.proposal}"',
-            f"({assumed}; a stage with more layers needs more memory)",
+            f"({_assumptions(stages)}; a stage with more layers needs more memory)",
         ]
     elif stages.interleaved and stages.imbalance > WORTH_SAYING:
         lines += [
-            f"The stages are uneven: the busiest has {stages.imbalance:.1%} more to do than the mean. No placement is "
-            "proposed for",
-            f"the interleaved schedule. ({assumed})",
+            f"The stages are uneven: the busiest has {stages.imbalance:.1%} more to do than the mean. No placement is",
+            f"proposed for the interleaved schedule. ({_assumptions(stages)})",
         ]
     return "\n".join(lines)
 
@@ -130,39 +144,65 @@ def _mean_keep_probs(policy: Policy, phase: Phase) -> Floats:
     return np.mean([policy.keep_probs(iteration) for iteration in iterations], axis=0)
 
 
-def _saved_share(policy: Policy, drop: DropConfig, train_iters: int, pipeline: Pipeline, best: Placement) -> float:
-    """Share of the run's time that another placement would save, with the decisions that the run will take."""
-    if best == pipeline.placement:
-        return 0.0
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What decides how long iterations take, but for the placement."""
+
+    drop: DropConfig
+    policy: Policy
+    train_iters: int
+    num_microbatches: int
+    output_layers: float | None
+    balanced: list[list[int]] | None
+    """Stages that the balanced sampler evens whatever the placement; None where it follows the placement."""
+
+
+def _fixed_stages(
+    drop: DropConfig, placement: Placement, balanced: int | Sequence[Sequence[int]] | None
+) -> list[list[int]] | None:
+    """What the balanced sampler will even on any placement: what the config or, resumed, the run's beginning says."""
+    stages = drop.balance_stages if balanced is None else balanced
+    if drop.sampler != "balanced" or stages is None:
+        return None
+    if isinstance(stages, int):
+        return even_placement(sum(placement.layers_per_chunk), stages).stages
+    as_lists = [list(stage) for stage in stages]
+    return None if as_lists == placement.stages else as_lists
+
+
+def _propose(run: _Run, placement: Placement, keep_probs: Floats) -> tuple[str | None, float]:
+    """(layout, share of the run's time that it saves) where that is worth saying, else (None, 0)."""
+    if placement.is_interleaved or placement.num_ranks > len(keep_probs):
+        return None, 0.0
+    best = best_placement(keep_probs, placement.num_ranks, run.output_layers or 0.0)
+    if best == placement:
+        return None, 0.0
     drawn = _DRAWN
-    if drop.decision_scope == "microbatch":
-        drawn = max(16, min(drawn, _DRAWN_ROWS // pipeline.num_microbatches))
-    iterations = spread_iterations(1, train_iters, drawn).tolist()
-    present, other = (
-        float(_iteration_times(policy, drop, iterations, pipeline, placement).sum())
-        for placement in (pipeline.placement, best)
-    )
-    return 1.0 - other / present if present > 0.0 else 0.0
+    if run.drop.decision_scope == "microbatch":
+        drawn = max(16, min(drawn, _DRAWN_ROWS // run.num_microbatches))
+    iterations = spread_iterations(1, run.train_iters, drawn).tolist()
+    present, other = (float(_iteration_times(run, iterations, stages).sum()) for stages in (placement, best))
+    saved = 1.0 - other / present if present > 0.0 else 0.0
+    return (best.layout, saved) if saved > WORTH_SAYING else (None, 0.0)
 
 
-def _iteration_times(
-    policy: Policy, drop: DropConfig, iterations: list[int], pipeline: Pipeline, placement: Placement
-) -> Floats:
-    """Times of the iterations in layers' worth, [iterations]."""
-    stages = (pipeline.balanced or placement.stages) if drop.sampler == "balanced" else None
+def _iteration_times(run: _Run, iterations: list[int], placement: Placement) -> Floats:
+    """Times of the iterations with the decisions that the run will take, in layers' worth, [iterations]."""
+    drop = run.drop
+    stages = (run.balanced or placement.stages) if drop.sampler == "balanced" else None
     kept = [
         draw_plan(
-            policy.keep_probs(iteration),
-            drop.seed,
-            iteration,
-            pipeline.num_microbatches,
-            drop.decision_scope,
-            drop.sampler,
-            stages,
+            run.policy.keep_probs(iteration),
+            seed=drop.seed,
+            iteration=iteration,
+            num_microbatches=run.num_microbatches,
+            scope=drop.decision_scope,
+            sampler=drop.sampler,
+            stages=stages,
         )
         for iteration in iterations
     ]
-    return iteration_times(np.array(kept), placement.stages, pipeline.output_layers or 0.0)
+    return iteration_times(np.array(kept), placement.stages, run.output_layers or 0.0)
 
 
 def _numbers(layers: list[int]) -> str:
@@ -176,7 +216,5 @@ def _numbers(layers: list[int]) -> str:
 
 def _assumptions(stages: StageForecast) -> str:
     if stages.output_layers is None:
-        output = "the output layer is not counted"
-    else:
-        output = f"the output layer counts as {stages.output_layers:.1f} layers, by its FLOPs"
-    return f"{output}; {stages.num_microbatches} microbatches"
+        return "output layer not counted"
+    return f"output layer as {stages.output_layers:.1f} layers"
