@@ -2,10 +2,10 @@
 
 Times are counted in layers' worth: a kept layer is 1, a dropped one 0, and the output layer with its loss, on the last
 stage, as many as its FLOPs are (equations.md section 7). What a placement is worth is not read off expectations: the
-run's own decisions are drawn for some of its iterations, and each of them takes as long as the 1F1B schedule does with
-them (pipeline.py), the bubble included. Drawn one by one (sampler bernoulli), some stage is late in most iterations,
-whatever the placement; that costs the proposal as much as it costs the present one. Transfers, the embedding, the
-optimizer and memory are not counted.
+decisions that the run will take are drawn for some of its iterations, and each of these takes as long as the 1F1B
+schedule does with them (pipeline.py), the bubble included. With independent draws (sampler bernoulli) some stage is
+late in most iterations on any placement, so that even expectations gain less. Transfers, the embedding, the optimizer
+and memory are not counted.
 """
 
 from __future__ import annotations
@@ -118,22 +118,22 @@ def stage_forecast(
 
 def stage_forecast_text(stages: StageForecast) -> str:
     """A line for each stage, and below what is worth saying about them."""
-    lines = [f"{'kept layers':<11}{'of':>16}" + "".join(f"{name:>8}" for name in [*stages.phases, "run"])]
+    lines = [f"{'kept on':<11}{'of layers':>16}" + "".join(f"{name:>8}" for name in [*stages.phases, "run"])]
     columns = np.array([*stages.kept, stages.kept_in_run]).T  # [ranks, phases + 1]
     for number, (layers, kept) in enumerate(zip(stages.layers, columns, strict=True), start=1):
         lines.append(f"{f'stage {number}':<11}{_numbers(layers):>16}" + "".join(f"{value:8.2f}" for value in kept))
     if stages.balances_others:
-        lines.append("The balanced sampler evens other stages: drop.balance_stages or the run's first.")
+        lines.append("The balanced sampler evens others: drop.balance_stages, or the run's first ones.")
     if stages.proposal is not None:
         lines += [
             f"The stages are uneven. This placement would save {stages.saved:.1%} of an iteration:",
             f'    parallel.pipeline_model_parallel_layout: "{stages.proposal}"',
-            f"({_assumptions(stages)}; a stage with more layers needs more memory)",
+            f"({stages.num_microbatches} microbatches; {_output(stages)}; a larger stage needs more memory)",
         ]
     elif stages.interleaved and stages.imbalance > WORTH_SAYING:
         lines += [
-            f"The stages are uneven: the busiest has {stages.imbalance:.1%} more to do than the mean. No placement is",
-            f"proposed for the interleaved schedule. ({_assumptions(stages)})",
+            f"The stages are uneven: the busiest has {stages.imbalance:.1%} more to do than the mean",
+            f"({_output(stages)}). No placement is proposed for interleaved stages.",
         ]
     return "\n".join(lines)
 
@@ -214,7 +214,6 @@ def _numbers(layers: list[int]) -> str:
     return text if layers and len(text) <= _WIDTH else f"{len(layers)} layers"
 
 
-def _assumptions(stages: StageForecast) -> str:
-    if stages.output_layers is None:
-        return "output layer not counted"
-    return f"output layer as {stages.output_layers:.1f} layers"
+def _output(stages: StageForecast) -> str:
+    counted = "not counted" if stages.output_layers is None else f"= {stages.output_layers:.1f} layers"
+    return f"output layer {counted}"

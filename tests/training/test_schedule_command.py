@@ -124,6 +124,30 @@ cli.main(["schedule", "show", "--config", "config.yaml", *{parallel}])
     assert "layer 12" in result.stdout
 
 
+def test_show_tells_the_stages_and_a_placement_that_can_be_pasted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config", "config.yaml", "--parallel.pipeline_model_parallel_size=3", "--drop.sampler=balanced"]
+    options += ["--drop.block_layers=[1,2,3,4,5,6]", "--drop.theta=0.4", "--drop.recovery_fraction=0"]
+    assert command("show", *options, "--out", "out") == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[2] for line in printed.splitlines() if line.startswith("stage ")] == ["1-4", "5-8", "9-12"]
+    line = next(line for line in printed.splitlines() if "pipeline_model_parallel_layout" in line)
+    stages = json.loads((folder / "out" / "schedule.json").read_text())["stages"]
+    assert yaml.safe_load(line) == {"parallel.pipeline_model_parallel_layout": stages["proposal"]}
+
+    assert command("show", *options, f"--parallel.pipeline_model_parallel_layout={stages['proposal']}") == 0
+    printed = capsys.readouterr().out
+    assert "pipeline_model_parallel_layout" not in printed
+    assert [line.split()[2] for line in printed.splitlines() if line.startswith("stage ")] != ["1-4", "5-8", "9-12"]
+
+
+def test_show_has_no_stages_where_there_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("show", "--config", "config.yaml", "--out", "out") == 0
+    assert "stage 1" not in capsys.readouterr().out
+    assert json.loads((folder / "out" / "schedule.json").read_text())["stages"] is None
+
+
 @pytest.mark.parametrize("policy", ["pld", "layerdrop", "stochastic_depth"])
 @pytest.mark.parametrize("train_iters", [1, 3, 500_000])
 def test_show_shows_every_policy_and_length(

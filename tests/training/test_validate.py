@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sbld.training.config import Config
-from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
+from megatron_sbld.training.validate import data_parallel_size, placement_of, train_iterations, validate
 from tests.training.trainer_helpers import change
 
 VALID = change(
@@ -79,6 +81,35 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
     (
         {"parallel": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 1}},
         r"parallel.num_virtual_stages_per_pipeline_rank = 1: must be at least 2",
+    ),
+    *(
+        (
+            {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": layout}},
+            rf"parallel.pipeline_model_parallel_layout = '{re.escape(layout)}': {reason} \(parallel.* = 2\)",
+        )
+        for layout, reason in (
+            ("Et*5|t*6L", "has 11 layers t: must have the 12 of the model"),
+            ("Et*4|t*4|t*4L", "has 3 stages: must have 2, with \\| between them"),
+            ("t*6|t*6L", "the embedding E must open the first stage, and be nowhere else"),
+            ("Et*6|Lt*6", "the loss L must close the last stage, and be nowhere else"),
+            ("Et*6|m|t*6L", "has 3 stages: must have 2, with \\| between them"),
+            ("Et*6|mt*6L", "m is not allowed: there are no multi-token prediction layers"),
+            ("Ed*6|t*6L", "'d' is not known: E is the embedding, t a layer, .*"),
+        )
+    ),
+    (
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "pipeline_model_parallel_layout": "Et*5|t*7L",
+            }
+        },
+        r"parallel.pipeline_model_parallel_layout = 'Et\*5\|t\*7L': has 2 stages: must have 4.* = 4\)",
+    ),
+    (
+        {"parallel": {"pipeline_model_parallel_layout": "Et*5|t*7L"}},
+        r"parallel.pipeline_model_parallel_layout = 'Et\*5\|t\*7L': has 2 stages: must have 1.* = 1\)",
     ),
     ({"parallel": {"sequence_parallel": True}}, r"parallel.sequence_parallel = true: needs parallel.tensor_model"),
     (
@@ -155,6 +186,20 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"training": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 13}},
         r"training.recompute_num_layers = 13: must be at most the 12 layers of a stage",
     ),
+    *(
+        (
+            {
+                "parallel": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et*4|t*8L"},
+                "training": {
+                    "recompute_granularity": "full",
+                    "recompute_method": method,
+                    "recompute_num_layers": layers,
+                },
+            },
+            rf"training.recompute_num_layers = {layers}: must {verb} the 4 and 8 layers of a stage",
+        )
+        for method, layers, verb in (("uniform", 8, "divide"), ("block", 9, "be at most"))
+    ),
     ({"training": {"recompute_method": "block"}}, r"training.recompute_method and recompute_num_layers: need"),
     ({"training": {"recompute_modules": ["core_attn"]}}, r"training.recompute_modules: needs training.recompute_gran"),
     (
@@ -214,6 +259,44 @@ def test_where_nothing_is_trained_data_may_be_missing_and_the_processes_are_as_m
         validate(config, world_size=12)
     with pytest.raises(ValueError, match=r"model.num_layers = 12: must be divisible by the 5 pipeline stages"):
         validate(change(config, parallel={"pipeline_model_parallel_size": 5}), None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "chunks", "stages"),
+    [
+        (None, None, [6, 6]),
+        ("Et*5|t*7L", None, [5, 7]),
+        ("E|t*12L", None, [0, 12]),
+        ("Et|t*5||t*6L", 2, [1, 11]),
+        ("Et*4|t*2|t*4|t*2L", 2, [8, 4]),
+    ],
+)
+@pytest.mark.parametrize(("method", "layers"), [(None, None), ("uniform", 1), ("block", 3)])
+def test_stages_hold_what_the_layout_says(
+    layout: str | None, chunks: int | None, stages: list[int], method: str | None, layers: int | None
+) -> None:
+    parallel = {
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": chunks,
+        "pipeline_model_parallel_layout": layout,
+    }
+    recompute = {"recompute_granularity": method and "full", "recompute_method": method, "recompute_num_layers": layers}
+    drop = {"policy": "pld", "sampler": "balanced"}
+    config = change(VALID, parallel=parallel, training={**recompute, "global_batch_size": 16}, drop=drop)
+    validate(config, world_size=8)
+    held = placement_of(config).stages
+    assert [len(layers) for layers in held] == stages
+    assert sorted(itertools.chain(*held)) == list(range(1, 13))
+
+
+def test_a_layout_can_spread_what_does_not_divide() -> None:
+    config = change(VALID, model={"num_layers": 13}, drop={"policy": "pld", "sampler": "balanced"})
+    parallel = {"pipeline_model_parallel_size": 2}
+    with pytest.raises(
+        ValueError, match=r"model.num_layers = 13: .* or be spread over them by parallel.pipeline_model"
+    ):
+        validate(change(config, parallel=parallel), world_size=8)
+    validate(change(config, parallel={**parallel, "pipeline_model_parallel_layout": "Et*7|t*6L"}), world_size=8)
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -345,6 +345,9 @@ def test_the_balanced_sampler_balances_the_pipelines_stages_unless_told_otherwis
     with pytest.raises(ValueError, match=r"pipeline stages = 5 .*12 layers"):
         validate_drop(balanced, NUM_LAYERS, TRAIN_ITERS, num_stages=5)
     validate_drop(dataclasses.replace(balanced, balance_stages=3), NUM_LAYERS, TRAIN_ITERS, num_stages=5)
+    validate_drop(balanced, NUM_LAYERS, TRAIN_ITERS, num_stages=None)
+    with pytest.raises(ValueError, match=r"drop\.balance_stages = 5 .*12 layers"):
+        validate_drop(dataclasses.replace(balanced, balance_stages=5), NUM_LAYERS, TRAIN_ITERS, num_stages=None)
 
 
 def test_a_run_or_model_of_no_length_is_refused():

@@ -1,7 +1,11 @@
 """Decisions: pinned values, the properties of equations.md 6, and rates that pass statistical tests (fixed seeds)."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
 
 from megatron_sbld import plan
@@ -162,6 +166,45 @@ def test_every_balanced_draw_keeps_a_stages_expectation_give_or_take_less_than_o
         counts = kept[:, members].sum(axis=1)
         assert np.all(np.abs(counts - keep_probs[members].sum()) < 1.0)
         assert len(set(counts)) == 2, "a fractional expectation needs both neighbours"
+
+
+@st.composite
+def stages_and_keep_probs(draw):
+    """Keep probabilities of every kind, 0 and 1 and awkward fractions among them, and a spread over stages."""
+    some = st.sampled_from([0.0, 1.0, 0.5, 0.1, 1 / 3, 1e-9, 1 - 1e-9])
+    keep_probs = draw(st.lists(st.floats(0.0, 1.0) | some, min_size=1, max_size=40))
+    stage_of_layer = draw(st.lists(st.integers(0, 5), min_size=len(keep_probs), max_size=len(keep_probs)))
+    layers = enumerate(stage_of_layer, start=1)
+    by_stage = [[], [], [], [], [], []]
+    for layer, stage in layers:
+        by_stage[stage].append(layer)
+    return keep_probs, by_stage
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=stages_and_keep_probs(), seed=st.integers(0, MAX_SEED), iteration=st.integers(0, 2**32 - 1))
+def test_no_stage_ever_keeps_one_layer_more_or_less_than_it_expects(drawn, seed, iteration):
+    keep_probs, stages = drawn
+    for scope, replica in (("iteration", 0), ("microbatch", 0), ("microbatch", 3)):
+        kept = draw_plan(keep_probs, seed, iteration, 32, scope, "balanced", stages, replica)
+        for stage in stages:
+            members = np.array(stage, dtype=int) - 1
+            expected = sum(Fraction(keep_probs[layer - 1]) for layer in stage)
+            # Probabilities are rounded to the sampler's fixed point; nothing else is.
+            slack = Fraction(len(keep_probs), 2 * plan._ONE)
+            assert {int(count) for count in kept[:, members].sum(axis=1)} <= {
+                count for count in range(len(stage) + 1) if abs(count - expected) < 1 + slack
+            }
+
+
+@settings(max_examples=25, deadline=None)
+@given(drawn=stages_and_keep_probs(), seed=st.integers(0, MAX_SEED))
+def test_the_balanced_sampler_keeps_every_layers_probability_whatever_the_stages(drawn, seed):
+    keep_probs, stages = drawn
+    rows = 4000
+    shares = draw_plan(keep_probs, seed, 1, rows, "microbatch", "balanced", stages).mean(axis=0)
+    deviation = np.sqrt(np.array(keep_probs) * (1 - np.array(keep_probs)) / rows)
+    np.testing.assert_array_less(np.abs(shares - keep_probs), 6 * deviation + 6 / rows)
 
 
 def test_a_stage_whose_expectation_is_whole_keeps_exactly_that_many():
