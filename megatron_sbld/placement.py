@@ -72,8 +72,8 @@ def even_placement(num_layers: int, num_ranks: int, chunks_per_rank: int = 1) ->
 def read_layout(layout: str, num_layers: int, num_ranks: int, chunks_per_rank: int = 1) -> Placement:
     """The placement that a layout string stands for (megatron/core/transformer/pipeline_parallel_layer_layout.py).
 
-    Stricter than megatron-core 0.16.1 in one point: the embedding must open the first chunk and the loss close the
-    last, since that is where it builds them whatever the string says.
+    Stricter than megatron-core 0.16.1 in two points: the embedding must open the first chunk and the loss close the
+    last, since that is where it builds them whatever the string says; and no rank may have no parameters at all.
 
     Raises ValueError with the reason why the string is no layout of the model.
     """
@@ -96,7 +96,13 @@ def read_layout(layout: str, num_layers: int, num_ranks: int, chunks_per_rank: i
         raise ValueError("the loss L must close the last stage, and be nowhere else")
     if whole.count("t") != num_layers:
         raise ValueError(f"has {whole.count('t')} layers t: must have the {num_layers} of the model")
-    return Placement(tuple(chunk.count("t") for chunk in chunks), num_ranks)
+    placement = Placement(tuple(chunk.count("t") for chunk in chunks), num_ranks)
+    idle = [rank for rank, layers in enumerate(placement.stages) if not layers and 0 < rank < num_ranks - 1]
+    if idle:
+        raise ValueError(
+            f"leaves pipeline stage {idle[0] + 1} without a layer: only the first and the last can have none"
+        )
+    return placement
 
 
 def _unrolled(layout: str) -> str:
@@ -116,8 +122,9 @@ def stage_loads(keep_probs: ArrayLike, stages: Sequence[Sequence[int]], output_l
     stages: 1-based layers of each stage.
     output_layers: the last stage's work besides its layers (logits and loss), in layers' worth of time.
     """
-    values = np.asarray(keep_probs, dtype=np.float64)
-    loads = np.stack([values[..., np.array(stage, dtype=int) - 1].sum(axis=-1) for stage in stages], axis=-1)
+    values = np.asarray(keep_probs)
+    columns = [np.array(stage, dtype=int) - 1 for stage in stages]
+    loads = np.stack([values[..., column].sum(axis=-1, dtype=np.float64) for column in columns], axis=-1)
     loads[..., -1] += output_layers
     return loads
 

@@ -224,7 +224,8 @@ def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...]) -> dict
 def load_model(model_chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Give each chunk its weights. Not strict: what is missing has been refused by `read`, but for extra states."""
     for key, chunk in _named_chunks(model_chunks).items():
-        chunk.load_state_dict(loaded[key], strict=False)
+        # A chunk without layers, embedding and loss has no weights, and reading leaves out what is empty.
+        chunk.load_state_dict(loaded.get(key, {}), strict=False)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ One start of the processes runs all cases; what one process has to do comes befo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sbld.training.checkpoint_files import Layout
 from megatron_sbld.training.config import Config
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
@@ -112,7 +114,7 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
     """Run all cases; by name, the outcome of each rank."""
     here = {
         "base": without_dropout(
-            folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 2}, checkpoint={"save_at_end": True}
+            folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
         ),
         "one process": from_common_weights(folder, corpus, "one process", {}),
     }
@@ -135,7 +137,7 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
     told = {"progress": "lines", "run_dir": str(folder / "told")}
     lopsided = {**sbld(folder), **BALANCED, "block_layers": [3, 4], "allow_layers": [1, 2]}
     there["told"] = tiny_run(
-        folder / "told", corpus, parallel=EVEN, drop=lopsided, logging=told, training={"train_iters": 1}
+        folder / "told", corpus, parallel=EVEN, drop=lopsided, logging=told, training={"train_iters": 3}
     )
     results = {name: [run_here(config)] for name, config in here.items()}
     with stderr_into(folder / "stderr"):
@@ -189,3 +191,27 @@ def test_pretrain_tells_the_stages_and_a_better_placement_before_the_first_itera
     told = (folder / "stderr").read_text()
     assert told.count('parallel.pipeline_model_parallel_layout: "Et*3|tL"') == 1
     assert told.index("stage 2") < told.index("would save") < told.index("iteration 1/")
+
+
+def test_optimizer_state_of_a_format_that_keeps_its_layout_is_refused_on_other_stages() -> None:
+    from megatron_sbld.training.checkpoint_state import check_layout
+
+    even = Layout(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=2,
+        num_virtual_stages_per_pipeline_rank=1,
+        context_parallel_size=1,
+        data_parallel_size=1,
+        optimizer_format="dp_reshardable",
+        optimizer_buckets=[[100]],
+        precision="bf16",
+    )
+    uneven = dataclasses.replace(even, pipeline_model_parallel_layout="Et|t*3L")
+    check_layout(Path("saved"), saved=uneven, present=uneven)
+    message = r"parallel.pipeline_model_parallel_layout is Et\|t\*3L, but the checkpoint was saved with None"
+    with pytest.raises(ValueError, match=message):
+        check_layout(Path("saved"), saved=even, present=uneven)
+    reshardable = dataclasses.replace(uneven, optimizer_format="fully_reshardable")
+    check_layout(
+        Path("saved"), saved=dataclasses.replace(even, optimizer_format="fully_reshardable"), present=reshardable
+    )

@@ -73,10 +73,19 @@ def test_what_is_no_layout_of_the_model_is_refused_with_the_reason(layout: str, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(counts=st.lists(st.integers(0, 13), min_size=1, max_size=9))
-def test_a_placement_written_and_read_is_itself(counts: list[int]) -> None:
+@given(ends=st.tuples(st.integers(0, 13), st.integers(0, 13)), between=st.lists(st.integers(1, 13), max_size=7))
+def test_a_placement_written_and_read_is_itself(ends: tuple[int, int], between: list[int]) -> None:
+    counts = [ends[0], *between, ends[1]]
     placement = Placement(tuple(counts), len(counts))
     assert read_layout(placement.layout, sum(counts), len(counts)) == placement
+
+
+def test_only_the_first_and_the_last_stage_can_be_without_layers() -> None:
+    assert read_layout("E|t*8|L", 8, 3).layers_per_chunk == (0, 8, 0)
+    assert read_layout("Et||t|t|t*5|L", 8, 3, 2).stages == [[1, 3], [4, 5, 6, 7, 8], [2]]
+    for layout, chunks in (("Et*4||t*4L", 1), ("Et*3||t|t||t*3L", 2)):
+        with pytest.raises(ValueError, match="leaves pipeline stage 2 without a layer"):
+            read_layout(layout, 8, 3, chunks)
 
 
 def brute_force(keep_probs: np.ndarray, num_stages: int, output_layers: float) -> tuple[float, float]:
