@@ -118,7 +118,7 @@ def test_the_output_layer_counts_as_layers_where_the_vocabulary_is_known() -> No
     assert found.output_layers == pytest.approx(6.0)
     assert found.proposal is not None
     counts = [len(stage) for stage in read_layout(found.proposal, LAYERS, 4).stages]
-    assert counts == [8, 8, 7, 1] or counts[3] < 3
+    assert (sorted(counts[:3]), counts[3]) == ([7, 8, 8], 1)
     assert "output layer = 6.0 layers" in stage_forecast_text(found)
     unknown = of(LISTED, phi=None)
     assert unknown is not None
