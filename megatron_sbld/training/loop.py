@@ -45,10 +45,11 @@ from megatron_sbld.training.model import build_model, build_optimizer, build_par
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.stage_forecast import stage_forecast, stage_forecast_text
+from megatron_sbld.training.stages import placement_of
 from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_sbld.training.validate import data_parallel_size, placement_of, train_iterations, validate
+from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
 
 logger = logging.getLogger(__name__)
 

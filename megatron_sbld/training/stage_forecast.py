@@ -29,7 +29,7 @@ from megatron_sbld.plan import draw_plan
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.forecast import Forecast, Phase, spread_iterations
-from megatron_sbld.training.validate import placement_of
+from megatron_sbld.training.stages import placement_of
 
 WORTH_SAYING = 0.01
 """Share of an iteration below which a better placement is not worth a line."""

@@ -6,9 +6,9 @@ import math
 from typing import Any, get_args, get_type_hints
 
 from megatron_sbld.drop import validate_drop
-from megatron_sbld.placement import Placement, even_placement, read_layout
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
+from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
 
 _AT_LEAST_ONE = (
     "model.num_layers",
@@ -125,20 +125,6 @@ def train_iterations(config: Config) -> int:
     return iterations + max(0, remaining) // training.global_batch_size
 
 
-def placement_of(config: Config) -> Placement:
-    """Which layers each pipeline rank holds.
-
-    Raises:
-        ValueError: the layout is not one of this model, or the layers cannot be divided evenly.
-    """
-    parallel, num_layers = config.parallel, config.model.num_layers
-    ranks, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank or 1
-    layout = parallel.pipeline_model_parallel_layout
-    if layout is None:
-        return even_placement(num_layers, ranks, chunks)
-    return read_layout(layout, num_layers, ranks, chunks)
-
-
 def _model_parallel_size(config: Config) -> int:
     """Processes that hold one replica of the model."""
     parallel = config.parallel
@@ -235,7 +221,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
         problems.append(
             f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: needs pipeline_model_parallel_size > 1"
         )
-    problems += _placement(config)
+    problems += placement_problems(config)
     if parallel.sequence_parallel and tensor == 1:
         problems.append("parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size > 1")
     if parallel.sequence_parallel and model.seq_length % (tensor * context):
@@ -258,24 +244,6 @@ def _layout(config: Config, world_size: int) -> list[str]:
             "their reductions in different orders; use 'shared' or switch the overlap off"
         )
     return problems
-
-
-def _placement(config: Config) -> list[str]:
-    parallel, num_layers = config.parallel, config.model.num_layers
-    stages = parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
-    sizes = "parallel.pipeline_model_parallel_size * num_virtual_stages_per_pipeline_rank"
-    layout = parallel.pipeline_model_parallel_layout
-    if layout is not None:
-        try:
-            placement_of(config)
-        except ValueError as error:
-            return [f"parallel.pipeline_model_parallel_layout = {layout!r}: {error} ({sizes} = {stages})"]
-    elif num_layers % stages:
-        return [
-            f"model.num_layers = {num_layers}: must be divisible by the {stages} pipeline stages ({sizes}), or be "
-            "spread over them by parallel.pipeline_model_parallel_layout"
-        ]
-    return []
 
 
 def _length(config: Config) -> list[str]:
@@ -330,7 +298,7 @@ def _recomputation(config: Config) -> list[str]:
                 "training.recompute_granularity = 'full': needs training.recompute_method (uniform or block) and "
                 "training.recompute_num_layers"
             ]
-        return _recomputed_layers(config, method, layers)
+        return recomputed_layers_problems(config, method, layers)
     if method is not None or layers is not None:
         return ["training.recompute_method and recompute_num_layers: need training.recompute_granularity = 'full'"]
     modules = training.recompute_modules
@@ -339,22 +307,6 @@ def _recomputation(config: Config) -> list[str]:
     if modules is not None and not (modules and set(modules) <= set(_RECOMPUTE_MODULES)):
         return [f"training.recompute_modules = {modules}: allowed are {', '.join(_RECOMPUTE_MODULES)}, or null"]
     return []
-
-
-def _recomputed_layers(config: Config, method: str, layers: int) -> list[str]:
-    """Full recomputation: uniform cuts every stage into pieces of `layers`, block takes that many of each stage."""
-    if _placement(config):
-        return []  # told already
-    held = sorted(set(placement_of(config).layers_per_chunk))
-    if method == "uniform" and any(count % layers for count in held):
-        verb = "divide"
-    elif layers > max(held):
-        verb = "be at most"
-    else:
-        return []
-    return [
-        f"training.recompute_num_layers = {layers}: must {verb} the {' and '.join(map(str, held))} layers of a stage"
-    ]
 
 
 def _optimizer(config: Config) -> list[str]:
