@@ -128,7 +128,7 @@ def test_show_tells_the_stages_and_a_placement_that_can_be_pasted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--config", "config.yaml", "--parallel.pipeline_model_parallel_size=3", "--drop.sampler=balanced"]
-    options += ["--drop.block_layers=[1,2,3,4,5,6]", "--drop.theta=0.4", "--drop.recovery_fraction=0"]
+    options += ["--drop.block_layers=[1,2,3,4,5,6]", "--drop.allow_layers=[9,10,11,12]", "--drop.recovery_fraction=0"]
     assert command("show", *options, "--out", "out") == 0
     printed = capsys.readouterr().out
     assert [line.split()[2] for line in printed.splitlines() if line.startswith("stage ")] == ["1-4", "5-8", "9-12"]
