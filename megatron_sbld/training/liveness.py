@@ -37,16 +37,18 @@ class Limits:
     """Silence, or waiting, that ends the run: short of the timeout by what it takes to tell all ranks."""
     brief: float
     """Silence that tells which rank has died once another has lost its connection."""
+    remark: float
+    """Silence that is worth a warning: less than a launcher takes to kill ranks whose neighbour has died."""
 
     @staticmethod
     def of(timeout_s: float) -> Limits:
         """The limits for a timeout in seconds.
 
         >>> Limits.of(600.0)
-        Limits(interval=2.0, patience=592.0, brief=6.0)
+        Limits(interval=2.0, patience=588.0, brief=6.0, remark=10.0)
         """
         interval = min(_LONGEST_INTERVAL_S, timeout_s / _HEARTBEATS_A_TIMEOUT)
-        return Limits(interval=interval, patience=timeout_s - 4 * interval, brief=3 * interval)
+        return Limits(interval=interval, patience=timeout_s - 6 * interval, brief=3 * interval, remark=5 * interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +98,22 @@ def find_lost(sightings: Mapping[int, Sighting], limits: Limits) -> str | None:
     return _find_silent(sightings, limits) or _find_failed(sightings, limits)
 
 
+def remarks(sightings: Mapping[int, Sighting], limits: Limits) -> dict[int, str]:
+    """What to warn of before it ends the run: by rank, a silence that may yet pass."""
+    return {
+        rank: f"rank {rank} ({seen.heartbeat.host}) has given no sign of life for {seen.silent_s:.0f} s, last seen in "
+        f"{_where(seen.heartbeat)}; after {limits.patience:.0f} s the run ends"
+        for rank, seen in sightings.items()
+        if seen.heartbeat is not None and seen.heartbeat.state == "running" and seen.silent_s >= limits.remark
+    }
+
+
 def find_hanging(sightings: Mapping[int, Sighting], limits: Limits) -> str | None:
     """Say which ranks the others wait for in vain.
 
-    Nothing is found before one rank has waited for `patience` at one place: a phase in which all ranks work may take
-    any time. Those that do not wait then are what it waits for; if all wait, those that are behind.
+    Nothing is found before one rank has waited for `patience` at one place, or its collective has failed, as with gloo
+    after the same time: a phase in which all ranks work may take any time. Ranks that do not wait then are what it
+    waits for; if all wait, those that are behind.
 
     Args:
         sightings: all ranks.
@@ -108,9 +121,12 @@ def find_hanging(sightings: Mapping[int, Sighting], limits: Limits) -> str | Non
     """
     beats = {rank: seen.heartbeat for rank, seen in sightings.items() if seen.heartbeat is not None}
     longest = max((beat.unchanged_s for beat in beats.values() if _waits(beat)), default=0.0)
-    if longest < limits.patience:
-        return None
     busy = [rank for rank, beat in beats.items() if beat.state == "running" and not beat.waits]
+    if longest < limits.patience:
+        # Half of it, because of ranks that were at work when another died.
+        busy = [rank for rank in busy if beats[rank].unchanged_s >= limits.patience / 2]
+        if not busy or not any(beat.state == "lost" for beat in beats.values()):
+            return None
     furthest = max(beat.iteration for beat in beats.values())
     behind = [rank for rank, beat in beats.items() if beat.state == "running" and beat.iteration < furthest]
     suspects = busy or behind
@@ -119,11 +135,10 @@ def find_hanging(sightings: Mapping[int, Sighting], limits: Limits) -> str | Non
             f"all ranks wait for one another in iteration {furthest}, for {longest:.0f} s and more: "
             f"{_describe(beats, beats)}"
         )
-    names, verb = _names(suspects), "hangs" if len(suspects) == 1 else "hang"
-    first = beats[suspects[0]]
+    verb, iteration = "hangs" if len(suspects) == 1 else "hang", beats[suspects[0]].iteration
     return (
-        f"{names} ({_hosts(beats, suspects)}) {verb} in iteration {first.iteration}, "
-        f"and other ranks have waited for {longest:.0f} s: {_describe(beats, beats)}"
+        f"{_names(suspects)} ({_hosts(beats, suspects)}) {verb} in iteration {iteration}, for which other ranks have "
+        f"waited in vain: {_describe(beats, beats)}"
     )
 
 

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ from megatron_sbld.training.liveness import (
     Sighting,
     find_hanging,
     find_lost,
+    remarks,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ _WAITS = (
 """Parts of paths of code that blocks for other ranks, in collectives or for what they put on the GPU's queue."""
 _DOES_NOT_WAIT = ("/torch/utils/", "/megatron/core/datasets/")
 """Those that read data and write logs."""
+_ERROR_LENGTH = 200
 _UNWIND_S = 10.0
 """For a main thread that raises to leave by itself."""
 
@@ -86,13 +89,13 @@ def watched(timeout_s: float) -> Iterator[None]:
         timeout_s: seconds within which the run has ended on all ranks.
 
     Raises:
-        RankLostError: a collective failed, and this is the rank whose death made it fail.
+        RankLostError: a collective failed; the message names the rank because of which it did.
     """
     POSITION.reset()
     if dist.get_world_size() == 1:
         yield
         return
-    watchdog = Watchdog(dist.get_rank(), dist.get_world_size(), timeout_s)
+    watchdog = Watchdog(dist.get_rank(), dist.get_world_size(), timeout_s, _own_connection(timeout_s))
     watchdog.start()
     try:
         yield
@@ -106,10 +109,10 @@ def watched(timeout_s: float) -> Iterator[None]:
 class Watchdog:
     """The threads of one rank. Built and started by its main thread, once the process group is there."""
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(self, rank: int, world_size: int, timeout_s: float, store: dist.Store) -> None:
         self.rank = rank
         self.limits = Limits.of(timeout_s)
-        self._store = _own_connection(timeout_s)
+        self._store = store
         self._main_thread = threading.get_ident()
         self._state: Literal["running", "lost", "failed", "ended"] = "running"
         self._error = ""
@@ -124,6 +127,7 @@ class Watchdog:
         self._watches = range(1, world_size) if rank == 0 else (0,)
         self._came: set[int] = set()
         self._seen = {other: Sighting(None, 0.0) for other in self._watches}
+        self._warned: set[int] = set()
         self._exchanges = 0
         # Daemons: a request to a store whose process is stopped never returns.
         self._threads = [
@@ -148,9 +152,9 @@ class Watchdog:
         """Called by the main thread with what it raises: tell the others, and find out whether a rank was lost.
 
         Raises:
-            RankLostError: it was, which is why a collective failed.
+            RankLostError: it was; the message names it.
         """
-        self._error = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._error = f"{type(error).__name__}: {error}".splitlines()[0][:_ERROR_LENGTH]
         if not is_lost_connection(error):
             self._state = "failed"
             return
@@ -173,6 +177,7 @@ class Watchdog:
                 self._exchanges += 1
             except Exception as error:  # the store is gone, which is _watch_store's matter
                 logger.debug("rank %d: the run's store fails: %s", self.rank, error)
+            self._warn()
             verdict = self._judge()
             if verdict:
                 self._verdict = verdict
@@ -246,6 +251,15 @@ class Watchdog:
             return deciding.verdict
         return find_lost(self._seen, self.limits)
 
+    def _warn(self) -> None:
+        """Once for each silence, and on one rank: with NCCL a launcher may kill all before a collective has failed."""
+        if self.rank > 1:
+            return
+        found = remarks(self._seen, self.limits)
+        for rank in found.keys() - self._warned:
+            logger.warning("%s", found[rank])
+        self._warned = set(found)
+
     def _end(self, verdict: str) -> None:
         """End this process, or let a main thread that is about to end it do so; returns only if that has come far."""
         with self._lock:  # both threads may come here
@@ -253,7 +267,7 @@ class Watchdog:
             self._found.set()
             if self._state == "running":
                 logger.error("rank %d ends: %s", self.rank, verdict)
-                leave_in = 2 * self.limits.interval if self.rank == 0 else 0.0  # the others read the verdict
+                leave_in = 3 * self.limits.interval if self.rank == 0 else 0.0  # the others read the verdict
             else:
                 leave_in = _UNWIND_S
             if not self._stop.wait(leave_in):
@@ -263,7 +277,13 @@ class Watchdog:
 
 
 def _own_connection(timeout_s: float) -> dist.Store:
-    """A connection to the run's store that no other thread uses, because a request blocks all that share one."""
+    """A connection to the run's store that no other thread uses, because a request blocks all that share one.
+
+    Collective: the ranks agree on a name for their keys, because torchrun's store outlives its workers, and those that
+    it starts next must not read the heartbeats of the last.
+    """
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -272,8 +292,7 @@ def _own_connection(timeout_s: float) -> dist.Store:
         wait_for_workers=False,
         timeout=timeout,
     )
-    # torchrun's store outlives its workers: those of its next attempt must not read the heartbeats of the last.
-    return dist.PrefixStore(f"megatron_sbld/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"megatron_sbld/watchdog/{name[0]}", store)
 
 
 def _store_keeper() -> str:
@@ -287,7 +306,7 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
     if frame is None:
         return "unknown place", False
     path = frame.f_code.co_filename
-    return f"{'/'.join(Path(path).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}", waits_for_ranks(path)
+    return f"{Path(*Path(path).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}", waits_for_ranks(path)
 
 
 def waits_for_ranks(path: str) -> bool:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_sbld.training.checkpoint_files import latest_complete
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.liveness import EXIT_RANK_LOST
+from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.watchdog import watched
+from tests.distributed.harness import single_process
 from tests.training.hanging_trainer import HANGS_IN
 from tests.training.process_helpers import (
     TORCHRUN,
@@ -31,6 +36,7 @@ from tests.training.process_helpers import (
 )
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
+    call_on_ranks,
     change,
     in_folder,
     prepare_corpus,
@@ -86,6 +92,29 @@ def written(config: Config) -> int:
     return max((row["iteration"] for row in train_rows(config.logging.run_dir)), default=0)
 
 
+def watchdog_threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("watchdog"))
+
+
+def threads_of_a_run(config: Config) -> tuple[list[str], list[str]]:
+    """Names of the watchdog's threads within a run and after it; ranks leave it one second after each other."""
+    with distributed_run(config):
+        time.sleep(dist.get_rank())
+        within = watchdog_threads()
+    return within, watchdog_threads()
+
+
+def test_the_watchdog_ends_with_the_run(folder: Path, corpus: Path) -> None:
+    config = change(tiny_run(folder / "threads", corpus), parallel={"distributed_timeout_minutes": TIMEOUT_S / 60})
+    both = ["watchdog _exchange_heartbeats", "watchdog _watch_store"]
+    assert call_on_ranks(2, threads_of_a_run, [config]) == [[(both, []), (both, [])]]
+
+
+def test_one_process_has_no_watchdog() -> None:
+    with single_process(), watched(600.0):
+        assert watchdog_threads() == []
+
+
 def test_a_stopped_rank_0_ends_the_other_although_it_keeps_the_store(
     folder: Path, corpus: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
@@ -119,7 +148,7 @@ def test_a_rank_that_hangs_in_python_ends_all_and_is_named_with_the_place(
     assert hanging.wait(10 * TIMEOUT_S) != 0
     assert time.monotonic() - began <= TIMEOUT_S + 5, "a second or two are torchrun's"
     log = log_of(config)
-    assert re.search(rf"rank 1 \(.*\) hangs in iteration {HANGS_IN}, and other ranks have waited", log), log
+    assert re.search(rf"rank 1 \(.*\) hangs in iteration {HANGS_IN}, for which other ranks", log), log
     assert re.search(
         rf"rank 1 in iteration {HANGS_IN} \(training, tests/training/hanging_trainer.py:\d+ hanging\)", log
     )

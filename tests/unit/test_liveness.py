@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.training.liveness import SAVING, Heartbeat, Limits, Sighting, find_hanging, find_lost
+from megatron_sbld.training.liveness import SAVING, Heartbeat, Limits, Sighting, find_hanging, find_lost, remarks
 
 LIMITS = Limits.of(100.0)
 
@@ -33,7 +33,7 @@ def waiting(**fields: Any) -> Sighting:
 def test_the_run_is_told_to_end_before_the_timeout_is_over() -> None:
     for timeout_s in (6.0, 100.0, 600.0, 7200.0):
         limits = Limits.of(timeout_s)
-        assert limits.patience + 2 * limits.interval < timeout_s, "an interval to see it and one to tell it"
+        assert limits.patience + 5 * limits.interval < timeout_s, "two to see it, three until all have read it"
         assert 0 < limits.brief < limits.patience
 
 
@@ -55,7 +55,7 @@ def test_a_silent_rank_is_named_with_its_iteration_and_what_the_others_do() -> N
     )
     assert verdict is not None
     assert verdict.startswith(
-        "rank 1 (node7) died or was stopped in iteration 17: no sign of life for 92 s, last seen in iteration 16 ("
+        "rank 1 (node7) died or was stopped in iteration 17: no sign of life for 88 s, last seen in iteration 16 ("
     )
     assert "ranks 0, 2-3 in iteration 17 (training, distributed_c10d.py:9 all_reduce)" in verdict
 
@@ -95,8 +95,25 @@ def test_a_rank_that_failed_alone_ends_those_that_wait_for_it() -> None:
 def test_the_rank_that_does_not_wait_is_what_the_others_wait_for() -> None:
     verdict = find_hanging({0: waiting(), 1: seen(unchanged_s=95.0, place="data.py:120 train_batches")}, LIMITS)
     assert verdict is not None
-    assert verdict.startswith("rank 1 (node1) hangs in iteration 17, and other ranks have waited for 95 s")
+    assert verdict.startswith("rank 1 (node1) hangs in iteration 17, for which other ranks have waited in vain")
     assert "rank 1 in iteration 17 (training, data.py:120 train_batches)" in verdict
+
+
+def test_a_rank_that_hangs_is_named_also_when_a_collective_fails_first() -> None:
+    lost = seen(state="lost", error="RuntimeError: Timed out waiting 100000ms for recv operation to complete")
+    verdict = find_hanging({0: lost, 1: seen(unchanged_s=60.0)}, LIMITS)
+    assert verdict is not None
+    assert verdict.startswith("rank 1 (node1) hangs in iteration 17")
+    assert find_hanging({0: lost, 1: seen(unchanged_s=30.0)}, LIMITS) is None, "it may be at work"
+
+
+def test_a_silence_is_warned_of_long_before_it_ends_the_run() -> None:
+    ranks = {0: seen(), 1: seen(LIMITS.remark, host="node7"), 2: seen(LIMITS.remark - 1)}
+    found = remarks(ranks, LIMITS)
+    assert list(found) == [1]
+    assert found[1].startswith("rank 1 (node7) has given no sign of life for 10 s, last seen in iteration 17 (training")
+    assert find_lost(ranks, LIMITS) is None
+    assert remarks({1: seen(LIMITS.patience, state="ended")}, LIMITS) == {}
 
 
 def test_of_ranks_that_all_wait_those_behind_are_named() -> None:
