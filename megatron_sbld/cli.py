@@ -101,8 +101,8 @@ def _pretrain_parser() -> ArgumentParser:
     return _config_parser(
         "pretrain --config FILE [--section.field VALUE ...]",
         "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
-        "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 76 another "
-        "rank died or stalled (start again), 2 a mistake in the config.",
+        "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 76 another rank died or "
+        "stalled (start again to go on), 2 a mistake in the config.",
     )
 
 
@@ -198,8 +198,8 @@ def _measure(args: list[str]) -> int:
         "profile --config FILE --out DIR [options] [--section.field VALUE ...]\n"
         "       megatron-sbld profile merge | show | lists | rank ...   (each with --help)",
         "Measure the sensitivity of the layers of the model that a config describes, and write DIR/sensitivity.json. "
-        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped as asked (start "
-        "again to go on), 2 a mistake.",
+        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped as asked or 76 "
+        "another rank died or stalled (start again to go on), 2 a mistake.",
     )
     parser.add_argument("--config", action="config", help="YAML file of sections, that of the training run")
     parser.add_argument(

@@ -92,7 +92,7 @@ def test_a_run_whose_rank_is_killed_goes_on_as_if_it_had_not_been(
     assert iteration <= written < KILLED_ITERATIONS, f"rank {victim} was killed too late"
     named = re.search(rf"rank {victim} \(.*\) died or was stopped in iteration (\d+)", log_of(config))
     assert named is not None, log_of(config)
-    assert int(named[1]) in (written, written + 1), "one row may be unwritten, and one be that of the last iteration"
+    assert int(named[1]) in range(written, written + 3), "a row may be unwritten, and the other rank a step ahead"
     assert f"exitcode  : {EXIT_RANK_LOST}" in log_of(config)
     saved = latest_complete(folder / name / "checkpoints")
     assert saved is not None
