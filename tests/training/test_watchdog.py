@@ -48,7 +48,8 @@ from tests.training.trainer_helpers import (
 
 TIMEOUT_S = 12.0
 AT_ONCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
-"""torchrun's agent gives a stopped process so many seconds, 30 unless told, before it kills it."""
+"""torchrun's agent gives a stopped process so many seconds, 30 unless told, before it kills it. Not where a rank is
+killed: the agent sees that at once, and the other rank takes some heartbeats to find out which."""
 NEVER_EQUAL = ("step_time_s", "tokens_per_s")
 DISTURBANCES = {"DP 2": 7, "TP 2": 7, "PP 2": 6}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -169,7 +170,7 @@ def test_a_rank_that_hangs_in_python_ends_all_and_is_named_with_the_place(
     folder: Path, corpus: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
     config = run_of(folder, corpus, "hangs", parallel={})
-    processes.append(hanging := start(config, TORCHRUN, "tests.training.hanging_trainer", AT_ONCE))
+    processes.append(hanging := start(config, TORCHRUN, "tests.training.hanging_trainer"))
     wait_for_iteration(config, hanging, HANGS_IN - 1)
     began = time.monotonic()
     assert hanging.wait(10 * TIMEOUT_S) != 0
@@ -207,7 +208,7 @@ def test_a_run_disturbed_again_and_again_ends_each_time_and_equals_an_undisturbe
         what = f"disturbance {number + 1}, {sent.name} to rank {victim}"
         before = len(log_of(config)) if number else 0
         at = written(config) if number else 0
-        processes.append(run := start(config, TORCHRUN, environment=AT_ONCE))
+        processes.append(run := start(config, TORCHRUN, environment=AT_ONCE if sent == signal.SIGSTOP else {}))
         wait_for_iteration(config, run, at + further)  # rows of iterations that are run again are replaced
         time.sleep(delay)
         os.kill(rank_of(run, victim), sent)
