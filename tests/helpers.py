@@ -12,6 +12,7 @@ different layouts can be compared number by number:
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sbld.mcore.layer_specs import gpt_block_spec
@@ -53,31 +60,45 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         "pipeline_dtype": overrides.get("params_dtype", torch.float32),
         "deallocate_pipeline_outputs": True,
         # With deallocation, overlapping is silently wrong on gloo.
         "overlap_p2p_comm": False,
         "batch_p2p_comm": False,
     }
-    return TransformerConfig(**{**values, **overrides})
+    values.update(overrides)
+    if values.get("multi_latent_attention"):
+        return MLATransformerConfig(**values)
+    if "heterogeneous_layers_config_encoded_json" in values:
+        return HeterogeneousTransformerConfig(**values)
+    return TransformerConfig(**values)
 
 
 def tiny_gpt(
     config: TransformerConfig,
-    spec: Callable[..., Any] = gpt_block_spec,
+    spec: Callable[..., Any] | None = None,
     tied: bool = True,
     position_embedding_type: str = "learned_absolute",
 ) -> list[GPTModel]:
     """The model chunks of this rank, with parameters that depend on their names and global layer numbers only.
 
-    `spec(config, vp_stage=...)` gives the transformer block's spec.
+    `spec(config, vp_stage=...)` gives the transformer block's spec; None takes this package's, with experts where the
+    config has them and with multi-token prediction layers where it has those.
     """
+    spec = spec or (moe_block_spec if config.num_moe_experts else gpt_block_spec)
     chunks = []
     num_chunks = config.virtual_pipeline_model_parallel_size
     for vp_stage in [None] if num_chunks is None else range(num_chunks):
+        block_spec = spec(config, vp_stage=vp_stage)
+        mtp_spec = None
+        if config.mtp_num_layers:
+            mtp_spec = get_gpt_mtp_block_spec(config, block_spec, use_transformer_engine=False, vp_stage=vp_stage)
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=spec(config, vp_stage=vp_stage),
+            transformer_layer_spec=block_spec,
+            mtp_block_spec=mtp_spec,
             vocab_size=VOCAB,
             max_sequence_length=SEQUENCE,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -92,29 +113,74 @@ def tiny_gpt(
     return chunks
 
 
+def moe_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """`gpt_block_spec`, with the MLP of each layer that `moe_layer_freq` names replaced by experts."""
+    block = gpt_block_spec(config, vp_stage=vp_stage)
+    moe_layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    frequency = config.moe_layer_freq
+    for index, dense_layer in enumerate(block.layer_specs):
+        number = first + index
+        if frequency[number] if isinstance(frequency, list) else number % frequency == 0:
+            layer = copy.deepcopy(dense_layer)
+            layer.submodules.mlp = moe_layer.submodules.mlp
+            block.layer_specs[index] = layer
+    return block
+
+
+def mla_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Layers with Multi-Latent Attention, which brings an attention of its own."""
+    block = gpt_block_spec(config, vp_stage=vp_stage)
+    block.layer_specs = [get_gpt_layer_local_spec(multi_latent_attention=True)] * len(block.layer_specs)
+    return block
+
+
+def heterogeneous_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Layers that differ, as the config lists them: without attention, without an MLP, with a linear map for one."""
+    return get_gpt_heterogeneous_layer_spec(config, use_te=False, vp_stage=vp_stage)
+
+
 def fill_parameters(chunk: GPTModel) -> None:
     """Give each parameter values drawn from its global name; tensor-parallel ranks take their slices of the whole."""
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in chunk.named_parameters():
-        split = getattr(parameter, "tensor_model_parallel", False)
-        shape = list(parameter.shape)
-        if split:
-            shape[parameter.partition_dim] *= tp_size
-        generator = torch.Generator().manual_seed(zlib.crc32(global_name(chunk, name).encode()))
-        values = 0.1 * torch.randn(shape, generator=generator)
+        name = global_name(chunk, name)
+        shape, own_slice, _ = full_and_own_slice(name, parameter)
+        values = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         if "norm" in name and name.endswith("weight"):
             values += 1.0
-        if split:
-            parts = values.chunk(tp_size * parameter.partition_stride, dim=parameter.partition_dim)
-            values = torch.cat(parts[tp_rank::tp_size], dim=parameter.partition_dim)
-        parameter.data.copy_(values)
+        parameter.data.copy_(own_slice(values))
+
+
+def full_and_own_slice(
+    name: str, parameter: torch.nn.Parameter
+) -> tuple[list[int], Callable[[torch.Tensor], torch.Tensor], dist.ProcessGroup | None]:
+    """A parameter's shape on one tensor-parallel rank, what cuts this rank's part out of it, and its ranks' group."""
+    shape = list(parameter.shape)
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return shape, lambda whole: whole, None
+    if ".local_experts." in name:
+        group = parallel_state.get_expert_tensor_parallel_group()
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    shape[dim] *= group.size()
+
+    def own_slice(whole: torch.Tensor) -> torch.Tensor:
+        return torch.cat(whole.chunk(group.size() * stride, dim=dim)[group.rank() :: group.size()], dim=dim)
+
+    return shape, own_slice, group
 
 
 def global_name(chunk: GPTModel, name: str) -> str:
-    """A parameter's name in a model that is not split into stages."""
+    """A parameter's name in a model that is not split into stages or over ranks of experts."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
+    prefix, experts, rest = name.partition(".local_experts.")
+    if experts:
+        local_index, _, rest = rest.partition(".")
+        local_experts = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        first = parallel_state.get_expert_model_parallel_rank() * local_experts
+        name = f"{prefix}{experts}{first + int(local_index)}.{rest}"
     prefix, layers, rest = name.partition("decoder.layers.")
     if not layers:
         return name
@@ -123,8 +189,13 @@ def global_name(chunk: GPTModel, name: str) -> str:
 
 
 def wrap_ddp(chunks: Sequence[GPTModel], **ddp_options: Any) -> list[DistributedDataParallel]:
-    """Megatron's data parallelism around each chunk, and the hooks that its pipeline schedules call."""
+    """Megatron's data parallelism around each chunk, and the hooks that its pipeline schedules call.
+
+    With `align`, as by default, the schedules start reductions and gathers too (Megatron-LM's align_grad_reduce and
+    align_param_gather); without it only a parameter's own hooks do.
+    """
     config = chunks[0].config
+    align = ddp_options.pop("align", True)
     options = {"grad_reduce_in_fp32": True, "bucket_size": 2000, **ddp_options}  # several buckets a chunk
     wrapped = []
     for index, chunk in enumerate(chunks):
@@ -136,8 +207,9 @@ def wrap_ddp(chunks: Sequence[GPTModel], **ddp_options: Any) -> list[Distributed
         )
     if options.get("overlap_grad_reduce"):
         config.no_sync_func = _one_or_list([model.no_sync for model in wrapped])
+    if options.get("overlap_grad_reduce") and align:
         config.grad_sync_func = _one_or_list([model.start_grad_sync for model in wrapped])
-    if options.get("overlap_param_gather"):
+    if options.get("overlap_param_gather") and align:
         config.param_sync_func = _one_or_list([model.start_param_sync for model in wrapped])
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped

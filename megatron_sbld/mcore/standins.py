@@ -13,18 +13,21 @@ not undone. Where CUDA is available nothing here may be loaded:
         from megatron_sbld.mcore.standins import install_cpu_standins
         install_cpu_standins()
 
-Not covered: MoE and what needs streams or events (several distributed-optimizer instances, CUDA graphs, offloading). On
-gloo, `overlap_p2p_comm` together with `deallocate_pipeline_outputs` is silently wrong: the caller must switch it off.
+Streams are stood in for as far as MoE's token dispatcher needs them, where nothing runs beside anything. Not covered:
+what overlaps by streams (several distributed-optimizer instances, shared experts, CUDA graphs, offloading). On gloo,
+`overlap_p2p_comm` together with `deallocate_pipeline_outputs` is silently wrong: the caller must switch it off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -45,6 +48,7 @@ def install_cpu_standins() -> None:
     for owner, name, replacement in _torch_replacements():
         setattr(owner, name, replacement)
     _replace_megatron_rng()
+    _replace_router_gemm()
     _installed = True
 
 
@@ -58,6 +62,10 @@ def _torch_replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
             "synchronize",
             lambda device=None: None,
         ),  # pipeline_parallel/p2p_communication.py:398
+        (torch.cuda, "Stream", _Stream),  # transformer/moe/token_dispatcher.py:445
+        (torch.cuda, "current_stream", lambda device=None: _Stream()),  # transformer/moe/token_dispatcher.py:871
+        (torch.cuda, "stream", contextlib.nullcontext),  # transformer/moe/token_dispatcher.py:874
+        (dist, "all_to_all_single", _with_splits_as_lists(dist.all_to_all_single)),  # tensor_parallel/mappings.py:444
         (torch.cuda, "manual_seed", _seed_cpu),  # tensor_parallel/random.py:237
         (torch.cuda, "get_rng_state", _get_cpu_rng_state),  # tensor_parallel/random.py:235
         (torch.cuda, "set_rng_state", _set_cpu_rng_state),  # rerun_state_machine.py:970
@@ -101,6 +109,30 @@ def _type_as_on_cuda(stock_type: Callable[..., Any]) -> Callable[..., Any]:
     return tensor_type
 
 
+class _Stream:
+    """A stream on a device that does everything in order, and the event that it records."""
+
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+def _with_splits_as_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
+    """all_to_all_single that takes split sizes as tensors too: Megatron makes arrays only of those on CUDA."""
+
+    @functools.wraps(all_to_all_single)
+    def exchange(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return all_to_all_single(output, input, *args, **kwargs)
+
+    return exchange
+
+
 def _seed_cpu(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
@@ -111,6 +143,14 @@ def _get_cpu_rng_state(device: Any = None) -> torch.Tensor:
 
 def _set_cpu_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
     torch.set_rng_state(new_state)
+
+
+def _replace_router_gemm() -> None:
+    """Define a name of Transformer Engine that the router asks for without it (transformer/moe/moe_utils.py:1192)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _replace_megatron_rng() -> None:

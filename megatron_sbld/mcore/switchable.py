@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
-from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
+from megatron_sbld.mcore.moe_metrics import announce_moe_losses
 from megatron_sbld.mcore.refusals import refuse_unsupported_switches
 from megatron_sbld.mcore.versions import check_megatron_core
 
@@ -149,9 +150,8 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
         The 1-based numbers of the layers on this rank.
 
     Raises:
-        ValueError: no decoder layers, a layer that is no TransformerLayer, another number of layers than the policy's,
-        or
-            a switch of the model's config under which a drop would be wrong or ignored.
+        ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
+            layers than the policy's, or a switch of the model's config under which a drop would be wrong or ignored.
     """
     check_megatron_core()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
@@ -162,6 +162,7 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
         _check_layer(layer, controller)
     for layer in layers:
         _attach(layer, controller)
+    announce_moe_losses(layers)
     return [layer.layer_number for layer in layers]
 
 
@@ -182,7 +183,15 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
         raise ValueError(
             f"the policy is for {controller.num_layers} layers, the model has num_layers = {layer.config.num_layers}"
         )
-    refuse_unsupported_switches(layer.config, microbatch_scope=controller.scope == "microbatch")
+    if not isinstance(layer.cross_attention, IdentityOp):
+        raise ValueError(
+            f"layer {layer.layer_number} has cross-attention, and only decoder-only models can be made switchable"
+        )
+    refuse_unsupported_switches(
+        layer.config,
+        microbatch_scope=controller.scope == "microbatch",
+        distinct_replicas=controller.replicas == "distinct",
+    )
 
 
 def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:

@@ -132,10 +132,19 @@ def single_process() -> Iterator[None]:
 
 
 @contextmanager
-def model_parallel(tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, seed: int = SEED) -> Iterator[None]:
+def model_parallel(
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    seed: int = SEED,
+) -> Iterator[None]:
     """Megatron's parallel state for one case: data parallelism takes what tp, pp and cp leave of the world.
 
-    `vpp` is the number of model chunks of a pipeline rank. Random states are seeded as Megatron seeds a run.
+    `vpp` is the number of model chunks of a pipeline rank. `ep` ranks share out the experts, each of which is split
+    over `etp` ranks (None: whole where ep > 1, else tp). Random states are seeded as Megatron seeds a run.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -145,6 +154,8 @@ def model_parallel(tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp or (1 if ep > 1 else tp),
     )
     try:
         torch.manual_seed(seed)

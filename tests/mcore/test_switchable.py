@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -242,42 +241,6 @@ def test_a_policy_for_another_depth_is_refused() -> None:
         with pytest.raises(ValueError, match=r"policy is for 3 layers, the model has num_layers = 4"):
             make_switchable(chunks, DropController(Listed(1, 1, 1)))
         assert type(next(decoder_layers(chunks[0]))) is TransformerLayer  # refused before anything was changed
-
-
-@pytest.mark.parametrize(
-    ("switch", "value"),
-    [
-        ("cuda_graph_impl", "local"),
-        ("cuda_graph_impl", "transformer_engine"),
-        ("overlap_moe_expert_parallel_comm", True),
-        ("fine_grained_activation_offloading", True),
-        ("cpu_offloading", True),
-        ("delay_wgrad_compute", True),
-    ],
-)
-def test_switches_that_would_make_a_drop_wrong_are_refused_by_name(switch: str, value: object) -> None:
-    with model_parallel():
-        chunks = tiny_gpt(tiny_config(num_layers=4))
-        setattr(chunks[0].config, switch, value)
-        with pytest.raises(ValueError, match=f"{switch} = {value!r} does not work with layer dropping"):
-            make_switchable(chunks, DropController(Listed(1, 1, 1, 1)))
-
-
-def test_fp8_delayed_scaling_is_refused_by_name() -> None:
-    with model_parallel():
-        chunks = tiny_gpt(tiny_config(num_layers=4))
-        chunks[0].config.fp8, chunks[0].config.fp8_recipe = "hybrid", "delayed"
-        with pytest.raises(ValueError, match="fp8_recipe = 'delayed'"):
-            make_switchable(chunks, DropController(Listed(1, 1, 1, 1)))
-
-
-def test_sharded_wrappers_are_refused_by_name_also_when_they_come_later() -> None:
-    with model_parallel():
-        chunk, _ = switchable_gpt(Listed(1, 1))
-        wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-        torch.nn.Module.__init__(wrapper)
-        with pytest.raises(ValueError, match="FullyShardedDataParallel does not work with layer dropping"):
-            wrapper.module = chunk
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:

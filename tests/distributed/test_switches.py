@@ -1,0 +1,253 @@
+"""Dropping under Megatron's other switches: the same losses and gradients as the same drops without them.
+
+Multi-token prediction, embeddings on one stage or two, precision and loss scaling, clipping and counting, recomputation
+of parts, uneven stages, and the options of the gradient reduction. test_layouts.py has the plain layouts, test_moe.py
+the experts. docs/megatron_features.md names the cases by their keys.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed, single_process
+from tests.distributed.runs import (
+    BOTH_OVERLAPS,
+    FULL_RECOMPUTE,
+    OVERLAP,
+    SELECTIVE_RECOMPUTE,
+    SHARDED,
+    Case,
+    Result,
+    assert_equal_decisions,
+    assert_equal_runs,
+    run_cases,
+    run_references,
+)
+from tests.helpers import heterogeneous_block_spec, mla_block_spec
+
+pytestmark = pytest.mark.timeout(600)
+
+MTP = {"model": {"mtp_num_layers": 2}, "build": {"position_embedding_type": "rope"}}
+UNTIED = {"build": {"tied": False}}
+BF16 = {"model": {"bf16": True, "params_dtype": torch.bfloat16}, "relative": 1e-2}
+FP32_RESIDUAL = {
+    "model": {
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "fp32_residual_connection": True,
+        "pipeline_dtype": torch.float32,
+    },
+    "relative": 1e-2,
+}
+# The first scale overflows, two good steps in a row double it: several steps are left out.
+FP16 = {
+    "model": {"fp16": True, "params_dtype": torch.float16},
+    "optimizer": {"initial_loss_scale": 2.0**26, "min_loss_scale": 1.0, "loss_scale_window": 2, "hysteresis": 1},
+    "relative": 1e-2,
+}
+CLIPPED = {"optimizer": {"clip_grad": 0.05, "log_num_zeros_in_grad": True}}
+PER_TOKEN = {"model": {"calculate_per_token_loss": True}}
+MLA = {
+    "model": {
+        "multi_latent_attention": True,
+        "normalization": "LayerNorm",
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 8,
+        "v_head_dim": 8,
+        "rope_type": "rope",
+    },
+    "build": {"spec": mla_block_spec, "position_embedding_type": "rope"},
+}
+ATTENTION, FEED_FORWARD = {"n_heads_in_group": 1}, {"ffn_mult": 2.0}
+HETEROGENEOUS = {
+    "model": {
+        "heterogeneous_block_specs": True,
+        "heterogeneous_layers_config_encoded_json": json.dumps(
+            {
+                "block_configs": [
+                    {"attention": ATTENTION, "ffn": FEED_FORWARD},
+                    {"attention": {"no_op": True}, "ffn": FEED_FORWARD},
+                    {"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": True}},
+                    {"attention": ATTENTION, "ffn": {"replace_with_linear": True}},
+                ]
+            }
+        ),
+    },
+    "build": {"spec": heterogeneous_block_spec},
+}
+SEQUENCE_PARALLEL = {"sequence_parallel": True}
+BF16_REDUCTION = {"grad_reduce_in_fp32": False, "reduce_scatter_with_fp32_accumulation": True}
+
+
+def case(*parts: dict[str, Any], **settings: Any) -> Case:
+    merged: dict[str, Any] = {"layers": 4, "iterations": 6}
+    for part in (*parts, settings):
+        merged.update(part)
+    return Case(**merged)
+
+
+TWO_PROCESSES = {
+    "MTP, PP 2, extreme": case(MTP, pp=2, policy="extreme"),
+    "MTP, DP 2, both overlaps, bucket of a parameter, extreme": case(
+        MTP, policy="extreme", ddp={**BOTH_OVERLAPS, "bucket_size": 1}
+    ),
+    "MTP, DP 2, overlapped reduction": case(MTP, ddp=OVERLAP),
+    "MTP, PP 2, full recomputation, microbatch": case(
+        MTP, pp=2, scope="microbatch", config={**FULL_RECOMPUTE, "recompute_num_layers": 1}
+    ),
+    "MLA, PP 2, extreme": case(MLA, pp=2, policy="extreme"),
+    "MLA, DP 2, both overlaps, PLD": case(MLA, policy="pld", ddp=BOTH_OVERLAPS),
+    "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
+    "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
+    "untied, PP 2, extreme": case(UNTIED, pp=2, policy="extreme"),
+    "untied, PP 2 interleaved, both overlaps": case(UNTIED, pp=2, vpp=2, policy="extreme", ddp=BOTH_OVERLAPS),
+    "tied, PP 2, rotary, extreme": case(build={"position_embedding_type": "rope"}, pp=2, policy="extreme"),
+    "bf16, PP 2, extreme": case(BF16, pp=2, policy="extreme"),
+    "bf16, DP 2, both overlaps": case(BF16, ddp=BOTH_OVERLAPS),
+    "bf16, fp32 residual, PP 2": case(FP32_RESIDUAL, pp=2),
+    "fp16 with overflows, PP 2, extreme": case(FP16, pp=2, policy="extreme", iterations=10),
+    "fp16 with overflows, DP 2, both overlaps": case(FP16, ddp=BOTH_OVERLAPS, iterations=10),
+    "clipped and zeros counted, TP 2": case(CLIPPED, tp=2),
+    "clipped and zeros counted, PP 2": case(CLIPPED, pp=2),
+    "clipped and zeros counted, DP 2, both overlaps": case(CLIPPED, ddp=BOTH_OVERLAPS),
+    "per-token loss, PP 2": case(PER_TOKEN, pp=2),
+    "per-token loss, DP 2, both overlaps": case(PER_TOKEN, ddp=BOTH_OVERLAPS),
+    "selective recomputation, TP 2 with sequence parallelism": case(
+        tp=2, config={**SELECTIVE_RECOMPUTE, **SEQUENCE_PARALLEL}
+    ),
+    "selective recomputation, PP 2, microbatch": case(pp=2, scope="microbatch", config=SELECTIVE_RECOMPUTE),
+    "recomputation of the MLP, PP 2, microbatch": case(
+        pp=2, scope="microbatch", config={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    ),
+    "full recomputation, distributed activations, TP 2, microbatch": case(
+        tp=2,
+        scope="microbatch",
+        config={**FULL_RECOMPUTE, "recompute_num_layers": 1, "distribute_saved_activations": True},
+    ),
+    "PP 2, a first stage of one layer": case(pp=2, policy="extreme", config={"num_layers_in_first_pipeline_stage": 1}),
+    "PP 2, stages by layout": case(
+        pp=2, vpp=2, policy="extreme", config={"pipeline_model_parallel_layout": "Et|t|t|tL"}
+    ),
+    "PP 2, variable sequence lengths": case(pp=2, config={"variable_seq_lengths": True}),
+    "DP 2, average in the collective": case(ddp={**BOTH_OVERLAPS, "average_in_collective": True}),
+    "DP 2, NaN and large gradients checked": case(
+        policy="extreme", ddp={**BOTH_OVERLAPS, "check_for_nan_in_grad": True, "check_for_large_grads": True}
+    ),
+    "DP 2, buckets padded for bandwidth": case(ddp={**BOTH_OVERLAPS, "pad_buckets_for_high_nccl_busbw": True}),
+    "DP 2, fp32 accumulation in the reduction, bf16": case(BF16, ddp={**SHARDED, **BF16_REDUCTION}, relative=2e-2),
+    "DP 2, gathers started by hooks alone": case(ddp={**BOTH_OVERLAPS, "align": False}, policy="extreme"),
+    "PP 2 interleaved, gathers and reductions aligned": case(
+        pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align_param_gather": True}
+    ),
+    "PP 2 interleaved, gathers with the optimizer's step": case(
+        pp=2,
+        vpp=2,
+        policy="extreme",
+        ddp=BOTH_OVERLAPS,
+        optimizer_switches={"overlap_param_gather_with_optimizer_step": True},
+    ),
+    "PP 2 interleaved, gathers and reductions not aligned": case(
+        pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align": False}
+    ),
+}
+FOUR_PROCESSES = {
+    "TP 2 x PP 2, sequence parallel": case(tp=2, pp=2, config=SEQUENCE_PARALLEL, iterations=10),
+    "TP 2 x DP 2, both overlaps, extreme": case(tp=2, policy="extreme", ddp=BOTH_OVERLAPS, iterations=10),
+    "PP 2 x DP 2, both overlaps": case(pp=2, ddp=BOTH_OVERLAPS, iterations=10),
+    "PP 2 x DP 2, both overlaps, extreme": case(pp=2, policy="extreme", ddp=BOTH_OVERLAPS, iterations=10),
+    "TP 2 x DP 2, sequence parallel, full recomputation, both overlaps": case(
+        tp=2, config={**SEQUENCE_PARALLEL, **FULL_RECOMPUTE}, ddp=BOTH_OVERLAPS, iterations=10
+    ),
+    "MTP, PP 2 x DP 2, both overlaps, extreme": case(MTP, pp=2, policy="extreme", ddp=BOTH_OVERLAPS, iterations=10),
+    "untied, PP 2 x DP 2, both overlaps, extreme": case(
+        UNTIED, pp=2, policy="extreme", ddp=BOTH_OVERLAPS, iterations=10
+    ),
+    "fp16 with overflows, PP 2 x DP 2, both overlaps, extreme": case(
+        FP16, pp=2, policy="extreme", ddp=BOTH_OVERLAPS, iterations=10
+    ),
+    "bf16, TP 2 x PP 2, sequence parallel": case(
+        BF16, tp=2, pp=2, config=SEQUENCE_PARALLEL, iterations=10, relative=3e-2
+    ),
+    "PP 2 x DP 2 interleaved, aligned, extreme": case(
+        pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align_param_gather": True}, iterations=10
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Result]:
+    return run_references([*TWO_PROCESSES.values(), *FOUR_PROCESSES.values()])
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> list[dict[str, Result]]:
+    return run_distributed(run_cases, 2, TWO_PROCESSES, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def four_processes() -> list[dict[str, Result]]:
+    return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=400)
+
+
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_two_processes_equal_one(
+    references: dict[str, Result], two_processes: list[dict[str, Result]], name: str
+) -> None:
+    reference = references[repr(TWO_PROCESSES[name].reference)]
+    for rank in two_processes:
+        assert_equal_decisions(rank[name], reference)
+        assert_equal_runs(rank[name], reference, TWO_PROCESSES[name].relative)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR_PROCESSES)
+def test_four_processes_equal_one(
+    references: dict[str, Result], four_processes: list[dict[str, Result]], name: str
+) -> None:
+    reference = references[repr(FOUR_PROCESSES[name].reference)]
+    for rank in four_processes:
+        assert_equal_decisions(rank[name], reference)
+        assert_equal_runs(rank[name], reference, FOUR_PROCESSES[name].relative)
+
+
+def test_fp16_runs_leave_out_steps_and_make_others(references: dict[str, Result]) -> None:
+    """Otherwise the cases above would not show an overflow at all."""
+    for case in (TWO_PROCESSES[name] for name in TWO_PROCESSES if name.startswith("fp16")):
+        updated = references[repr(case.reference)].updated
+        assert 0 < sum(updated[1:-1]) < len(updated[1:-1]), updated
+
+
+def test_zeros_are_counted_with_the_dropped_layers_and_equal_on_every_layout(
+    references: dict[str, Result], two_processes: list[dict[str, Result]]
+) -> None:
+    names = [name for name in TWO_PROCESSES if name.startswith("clipped")]
+    expected = references[repr(TWO_PROCESSES[names[0]].reference)]
+    for name in names:
+        for rank in two_processes:
+            assert rank[name].num_zeros == pytest.approx(expected.num_zeros, rel=1e-2), name
+    parameters_of_a_layer = 12 * 32 * 32 + 13 * 32
+    for zeros, rows in zip(expected.num_zeros, expected.decisions, strict=True):
+        assert zeros is not None
+        assert zeros >= parameters_of_a_layer * (4 - sum(rows[0]))
+
+
+def test_recomputation_of_parts_is_bitwise_the_same_in_one_process() -> None:
+    with single_process():
+        cases = {
+            str(config): case(scope="microbatch", config=config, iterations=3)
+            for config in (
+                {},
+                SELECTIVE_RECOMPUTE,
+                {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+            )
+        }
+        plain, *others = run_cases(cases).values()
+    for result in others:
+        assert result.losses == plain.losses
+        assert result.gradients == plain.gradients
