@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -153,6 +154,28 @@ def test_evaluation_never_drops_and_never_scales() -> None:
         chunk, _ = switchable_gpt(Listed(0.5, 0, 0, 0.5, residual_scale="inverse_keep_prob"))
         stock = tiny_gpt(tiny_config(num_layers=4))[0].eval()
         assert torch.equal(forward(chunk.eval()), forward(stock))
+
+
+def generate(chunk: torch.nn.Module) -> list[torch.Tensor]:
+    """Logits of a prompt and of two tokens after it, from a cache of keys and values."""
+    context = StaticInferenceContext(max_batch_size=1, max_sequence_length=SEQUENCE)
+    tokens = torch.randint(VOCAB, (1, 6), generator=torch.Generator().manual_seed(3))
+    outputs = []
+    with torch.no_grad():
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            positions = torch.arange(start, end)[None]
+            outputs.append(chunk(tokens[:, start:end], positions, None, inference_context=context))
+            context.increment_sequence_len_offset(end - start)
+            context.enable_decode_mode()
+    return outputs
+
+
+def test_generation_with_a_cache_never_drops() -> None:
+    with model_parallel():
+        chunk, _ = switchable_gpt(Listed(0.5, 0, 0, 0.5, residual_scale="inverse_keep_prob"))
+        stock = tiny_gpt(tiny_config(num_layers=4))[0].eval()
+        for found, expected in zip(generate(chunk.eval()), generate(stock), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_kept_branches_are_scaled_by_one_over_their_own_keep_prob() -> None:
