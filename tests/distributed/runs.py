@@ -8,7 +8,7 @@ the silent corruptions show there first.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -259,11 +259,24 @@ def run_cases(cases: dict[str, Case]) -> dict[str, Result]:
     return {name: run_case(case) for name, case in cases.items()}
 
 
-def run_references(cases: Iterable[Case]) -> dict[str, Result]:
-    """Each case's reference, run once in this process, by `repr`."""
-    references = {repr(case.reference): case.reference for case in cases}
-    with single_process():
-        return run_cases(references)
+def reference_result(case: Case) -> Result:
+    """The result of the case's reference, run once in this process."""
+    key = repr(case.reference)
+    if key not in _reference_results:
+        with single_process():
+            _reference_results[key] = run_case(case.reference)
+    return _reference_results[key]
+
+
+_reference_results: dict[str, Result] = {}
+
+
+def assert_equals_reference(ranks: Sequence[Mapping[str, Result]], name: str, case: Case) -> None:
+    """Each rank's result of the named case is its reference's, within the case's tolerance."""
+    reference = reference_result(case)
+    for rank in ranks:
+        assert_equal_decisions(rank[name], reference)
+        assert_equal_runs(rank[name], reference, case.relative)
 
 
 def assert_equal_runs(found: Result, expected: Result, relative: float = 1e-4) -> None:

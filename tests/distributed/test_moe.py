@@ -30,10 +30,11 @@ from tests.distributed.runs import (
     Result,
     assert_equal_decisions,
     assert_equal_runs,
+    assert_equals_reference,
     logged_moe_losses,
+    reference_result,
     run_case,
     run_cases,
-    run_references,
 )
 from tests.helpers import forward_backward, tiny_config, tiny_gpt, wrap_ddp
 
@@ -67,33 +68,35 @@ def moe_case(**settings: Any) -> Case:
 
 
 TWO_PROCESSES = {
-    "EP 2": moe_case(ep=2),
-    "EP 2, PLD": moe_case(ep=2, policy="pld"),
-    "EP 2, overlapped reduction, extreme": moe_case(ep=2, policy="extreme", ddp=OVERLAP),
-    "EP 2, distributed optimizer": moe_case(ep=2, ddp=SHARDED),
     "EP 2, both overlaps, evaluated": moe_case(ep=2, ddp=BOTH_OVERLAPS, evaluate=True),
     "EP 2, both overlaps, extreme, bucket of a parameter": moe_case(
         ep=2, policy="extreme", ddp={**BOTH_OVERLAPS, "bucket_size": 1}
     ),
+    "EP 2, expert bias": moe_case(ep=2, model=BALANCED_BY_BIAS, policy="extreme", ddp=BOTH_OVERLAPS),
+    "TP 2 x EP 2": moe_case(tp=2, ep=2, config=SEQUENCE_PARALLEL, iterations=4),
+    "PP 2, extreme": moe_case(pp=2, policy="extreme"),
+}
+MORE_ON_TWO_PROCESSES = {
+    "EP 2": moe_case(ep=2),
+    "EP 2, PLD": moe_case(ep=2, policy="pld"),
+    "EP 2, overlapped reduction, extreme": moe_case(ep=2, policy="extreme", ddp=OVERLAP),
+    "EP 2, distributed optimizer": moe_case(ep=2, ddp=SHARDED),
     "EP 2, full recomputation": moe_case(ep=2, config=FULL_RECOMPUTE),
     "EP 2, average in the collective": moe_case(ep=2, ddp={**BOTH_OVERLAPS, "average_in_collective": True}),
     "EP 2, every other layer": moe_case(ep=2, model=EVERY_OTHER, ddp=BOTH_OVERLAPS),
-    "EP 2, expert bias": moe_case(ep=2, model=BALANCED_BY_BIAS, policy="extreme", ddp=BOTH_OVERLAPS),
     "EP 2, sequence auxiliary loss": moe_case(ep=2, model=SEQUENCE_LOSS),
     "EP 2, shared expert": moe_case(ep=2, model=SHARED_EXPERT, policy="extreme", ddp=BOTH_OVERLAPS),
     "EP 2, allgather dispatcher": moe_case(ep=2, config={"moe_token_dispatcher_type": "allgather"}),
     "EP 2, capacity factor": moe_case(ep=2, model=CAPACITY),
     "DP 2, both overlaps": moe_case(ddp=BOTH_OVERLAPS),
     "TP 2 with split experts": moe_case(tp=2, config=SEQUENCE_PARALLEL),
-    "TP 2 x EP 2": moe_case(tp=2, ep=2, config=SEQUENCE_PARALLEL),
     "TP 2 x EP 2, global auxiliary loss": moe_case(tp=2, ep=2, model=GLOBAL_LOSS, config=SEQUENCE_PARALLEL),
-    "PP 2, extreme": moe_case(pp=2, policy="extreme"),
     "PP 2, full recomputation, microbatch": moe_case(pp=2, scope="microbatch", config=FULL_RECOMPUTE),
 }
 # Replicas divide the microbatches, so with decisions per microbatch they are compared among themselves.
 REPLICAS = {
-    "DP 2, microbatch": moe_case(scope="microbatch"),
-    "EP 2, both overlaps, microbatch": moe_case(ep=2, scope="microbatch", ddp=BOTH_OVERLAPS),
+    "DP 2, microbatch": moe_case(scope="microbatch", iterations=4),
+    "EP 2, both overlaps, microbatch": moe_case(ep=2, scope="microbatch", ddp=BOTH_OVERLAPS, iterations=4),
 }
 FOUR_PROCESSES = {
     "EP 2 x DP 2, both overlaps": moe_case(iterations=10, ep=2, ddp=BOTH_OVERLAPS),
@@ -108,7 +111,7 @@ FOUR_PROCESSES = {
     ),
 }
 # Megatron reduces whole experts that each tensor-parallel rank holds over the data-parallel ranks alone.
-WRONG_IN_MEGATRON = moe_case(tp=2, etp=1, policy="full", config=SEQUENCE_PARALLEL)
+WRONG_IN_MEGATRON = moe_case(tp=2, etp=1, policy="full", config=SEQUENCE_PARALLEL, iterations=3)
 
 
 def _two_processes() -> dict[str, Any]:
@@ -143,13 +146,13 @@ def _distinct_replicas() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, Result]:
-    return run_references([*TWO_PROCESSES.values(), *FOUR_PROCESSES.values(), WRONG_IN_MEGATRON])
+def two_processes() -> list[dict[str, Any]]:
+    return run_distributed(_two_processes, 2, timeout=400)
 
 
 @pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Any]]:
-    return run_distributed(_two_processes, 2, timeout=400)
+def more_on_two_processes() -> list[dict[str, Result]]:
+    return run_distributed(run_cases, 2, MORE_ON_TWO_PROCESSES, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +161,14 @@ def four_processes() -> list[dict[str, Result]]:
 
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
-def test_two_processes_equal_one(references: dict[str, Result], two_processes: list[dict[str, Any]], name: str) -> None:
-    reference = references[repr(TWO_PROCESSES[name].reference)]
-    for rank in two_processes:
-        assert_equal_decisions(rank[name], reference)
-        assert_equal_runs(rank[name], reference)
+def test_two_processes_equal_one(two_processes: list[dict[str, Any]], name: str) -> None:
+    assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_ON_TWO_PROCESSES)
+def test_more_settings_on_two_processes_equal_one(more_on_two_processes: list[dict[str, Result]], name: str) -> None:
+    assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])
 
 
 def test_experts_shared_out_equal_experts_on_each_replica_when_each_microbatch_decides(
@@ -176,29 +182,23 @@ def test_experts_shared_out_equal_experts_on_each_replica_when_each_microbatch_d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
-def test_four_processes_equal_one(
-    references: dict[str, Result], four_processes: list[dict[str, Result]], name: str
-) -> None:
-    reference = references[repr(FOUR_PROCESSES[name].reference)]
-    for rank in four_processes:
-        assert_equal_decisions(rank[name], reference)
-        assert_equal_runs(rank[name], reference)
+def test_four_processes_equal_one(four_processes: list[dict[str, Result]], name: str) -> None:
+    assert_equals_reference(four_processes, name, FOUR_PROCESSES[name])
 
 
 def test_whole_experts_on_tensor_parallel_ranks_are_wrong_in_megatron_itself(
-    references: dict[str, Result], two_processes: list[dict[str, Any]]
+    two_processes: list[dict[str, Any]],
 ) -> None:
     """TP 2 with expert_tensor_parallel_size 1 and EP 1, nothing dropped: documented as Megatron's own fault."""
-    expected = references[repr(WRONG_IN_MEGATRON.reference)]
+    expected = reference_result(WRONG_IN_MEGATRON)
     found = two_processes[0]["wrong in Megatron"]
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-5)
     assert not np.allclose(found.losses[1:], expected.losses[1:], rtol=1e-4)
 
 
-def test_the_logged_loss_is_the_mean_over_the_layers_that_ran(references: dict[str, Result]) -> None:
+def test_the_logged_loss_is_the_mean_over_the_layers_that_ran() -> None:
     """At full depth Megatron's own mean; with every layer of an iteration dropped there is none."""
-    case = moe_case(policy="extreme").reference
-    result = references[repr(case)]
+    result = reference_result(moe_case(policy="extreme"))
     assert [np.isnan(losses["load_balancing_loss"]) for losses in result.moe_losses] == [
         not any(map(any, rows)) for rows in result.decisions
     ]

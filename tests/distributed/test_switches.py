@@ -22,10 +22,9 @@ from tests.distributed.runs import (
     SHARDED,
     Case,
     Result,
-    assert_equal_decisions,
-    assert_equal_runs,
+    assert_equals_reference,
+    reference_result,
     run_cases,
-    run_references,
 )
 from tests.helpers import heterogeneous_block_spec, mla_block_spec
 
@@ -181,11 +180,6 @@ FOUR_PROCESSES = {
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, Result]:
-    return run_references([*TWO_PROCESSES.values(), *FOUR_PROCESSES.values()])
-
-
-@pytest.fixture(scope="module")
 def two_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 2, TWO_PROCESSES, timeout=400)
 
@@ -196,38 +190,28 @@ def four_processes() -> list[dict[str, Result]]:
 
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
-def test_two_processes_equal_one(
-    references: dict[str, Result], two_processes: list[dict[str, Result]], name: str
-) -> None:
-    reference = references[repr(TWO_PROCESSES[name].reference)]
-    for rank in two_processes:
-        assert_equal_decisions(rank[name], reference)
-        assert_equal_runs(rank[name], reference, TWO_PROCESSES[name].relative)
+def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: str) -> None:
+    assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
-def test_four_processes_equal_one(
-    references: dict[str, Result], four_processes: list[dict[str, Result]], name: str
-) -> None:
-    reference = references[repr(FOUR_PROCESSES[name].reference)]
-    for rank in four_processes:
-        assert_equal_decisions(rank[name], reference)
-        assert_equal_runs(rank[name], reference, FOUR_PROCESSES[name].relative)
+def test_four_processes_equal_one(four_processes: list[dict[str, Result]], name: str) -> None:
+    assert_equals_reference(four_processes, name, FOUR_PROCESSES[name])
 
 
-def test_fp16_runs_leave_out_steps_and_make_others(references: dict[str, Result]) -> None:
+def test_fp16_runs_leave_out_steps_and_make_others() -> None:
     """Otherwise the cases above would not show an overflow at all."""
     for case in (TWO_PROCESSES[name] for name in TWO_PROCESSES if name.startswith("fp16")):
-        updated = references[repr(case.reference)].updated
+        updated = reference_result(case).updated
         assert 0 < sum(updated[1:-1]) < len(updated[1:-1]), updated
 
 
 def test_zeros_are_counted_with_the_dropped_layers_and_equal_on_every_layout(
-    references: dict[str, Result], two_processes: list[dict[str, Result]]
+    two_processes: list[dict[str, Result]],
 ) -> None:
     names = [name for name in TWO_PROCESSES if name.startswith("clipped")]
-    expected = references[repr(TWO_PROCESSES[names[0]].reference)]
+    expected = reference_result(TWO_PROCESSES[names[0]])
     for name in names:
         for rank in two_processes:
             assert rank[name].num_zeros == pytest.approx(expected.num_zeros, rel=1e-2), name
