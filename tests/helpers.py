@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_sbld.mcore.attention import SDPACoreAttention
 from megatron_sbld.mcore.layer_specs import gpt_block_spec
 
 VOCAB, SEQUENCE, MICRO_BATCH, GLOBAL_MICROBATCHES = 64, 16, 2, 8
@@ -128,10 +129,19 @@ def moe_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tr
     return block
 
 
+class LatentCoreAttention(SDPACoreAttention):
+    """A core attention that Multi-Latent Attention can give its head sizes to; Megatron's local one refuses them."""
+
+    def __init__(self, *args: Any, k_channels: int, v_channels: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
 def mla_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Layers with Multi-Latent Attention, which brings an attention of its own."""
+    """Layers with Megatron's Multi-Latent Attention."""
     block = gpt_block_spec(config, vp_stage=vp_stage)
-    block.layer_specs = [get_gpt_layer_local_spec(multi_latent_attention=True)] * len(block.layer_specs)
+    layer = get_gpt_layer_local_spec(multi_latent_attention=True)
+    layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
+    block.layer_specs = [layer] * len(block.layer_specs)
     return block
 
 

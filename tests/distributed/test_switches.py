@@ -33,15 +33,6 @@ pytestmark = pytest.mark.timeout(600)
 MTP = {"model": {"mtp_num_layers": 2}, "build": {"position_embedding_type": "rope"}}
 UNTIED = {"build": {"tied": False}}
 BF16 = {"model": {"bf16": True, "params_dtype": torch.bfloat16}, "relative": 1e-2}
-FP32_RESIDUAL = {
-    "model": {
-        "bf16": True,
-        "params_dtype": torch.bfloat16,
-        "fp32_residual_connection": True,
-        "pipeline_dtype": torch.float32,
-    },
-    "relative": 1e-2,
-}
 # The first scale overflows, two good steps in a row double it: several steps are left out.
 FP16 = {
     "model": {"fp16": True, "params_dtype": torch.float16},
@@ -71,9 +62,9 @@ HETEROGENEOUS = {
             {
                 "block_configs": [
                     {"attention": ATTENTION, "ffn": FEED_FORWARD},
-                    {"attention": {"no_op": True}, "ffn": FEED_FORWARD},
-                    {"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": True}},
-                    {"attention": ATTENTION, "ffn": {"replace_with_linear": True}},
+                    {"attention": {"no_op": True, "n_heads_in_group": None}, "ffn": FEED_FORWARD},
+                    {"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": True, "ffn_mult": None}},
+                    {"attention": ATTENTION, "ffn": {"replace_with_linear": True, "ffn_mult": None}},
                 ]
             }
         ),
@@ -96,6 +87,21 @@ TWO_PROCESSES = {
     "MTP, DP 2, both overlaps, bucket of a parameter, extreme": case(
         MTP, policy="extreme", ddp={**BOTH_OVERLAPS, "bucket_size": 1}
     ),
+    "untied, PP 2 interleaved, both overlaps": case(UNTIED, pp=2, vpp=2, policy="extreme", ddp=BOTH_OVERLAPS),
+    "bf16, DP 2, both overlaps": case(BF16, ddp=BOTH_OVERLAPS),
+    "fp16 with overflows, PP 2, extreme": case(FP16, pp=2, policy="extreme", iterations=10),
+    "clipped and zeros counted, TP 2": case(CLIPPED, tp=2),
+    "clipped and zeros counted, PP 2": case(CLIPPED, pp=2),
+    "clipped and zeros counted, DP 2, both overlaps": case(CLIPPED, ddp=BOTH_OVERLAPS),
+    "per-token loss, DP 2, both overlaps": case(PER_TOKEN, ddp=BOTH_OVERLAPS),
+    "selective recomputation, PP 2, microbatch": case(pp=2, scope="microbatch", config=SELECTIVE_RECOMPUTE),
+    "PP 2, a first stage of one layer": case(pp=2, policy="extreme", config={"num_layers_in_first_pipeline_stage": 1}),
+    "DP 2, gathers started by hooks alone": case(ddp={**BOTH_OVERLAPS, "align": False}, policy="extreme"),
+    "PP 2 interleaved, gathers and reductions aligned": case(
+        pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align_param_gather": True}
+    ),
+}
+MORE_ON_TWO_PROCESSES = {
     "MTP, DP 2, overlapped reduction": case(MTP, ddp=OVERLAP),
     "MTP, PP 2, full recomputation, microbatch": case(
         MTP, pp=2, scope="microbatch", config={**FULL_RECOMPUTE, "recompute_num_layers": 1}
@@ -105,22 +111,13 @@ TWO_PROCESSES = {
     "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
     "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
     "untied, PP 2, extreme": case(UNTIED, pp=2, policy="extreme"),
-    "untied, PP 2 interleaved, both overlaps": case(UNTIED, pp=2, vpp=2, policy="extreme", ddp=BOTH_OVERLAPS),
     "tied, PP 2, rotary, extreme": case(build={"position_embedding_type": "rope"}, pp=2, policy="extreme"),
     "bf16, PP 2, extreme": case(BF16, pp=2, policy="extreme"),
-    "bf16, DP 2, both overlaps": case(BF16, ddp=BOTH_OVERLAPS),
-    "bf16, fp32 residual, PP 2": case(FP32_RESIDUAL, pp=2),
-    "fp16 with overflows, PP 2, extreme": case(FP16, pp=2, policy="extreme", iterations=10),
     "fp16 with overflows, DP 2, both overlaps": case(FP16, ddp=BOTH_OVERLAPS, iterations=10),
-    "clipped and zeros counted, TP 2": case(CLIPPED, tp=2),
-    "clipped and zeros counted, PP 2": case(CLIPPED, pp=2),
-    "clipped and zeros counted, DP 2, both overlaps": case(CLIPPED, ddp=BOTH_OVERLAPS),
     "per-token loss, PP 2": case(PER_TOKEN, pp=2),
-    "per-token loss, DP 2, both overlaps": case(PER_TOKEN, ddp=BOTH_OVERLAPS),
     "selective recomputation, TP 2 with sequence parallelism": case(
         tp=2, config={**SELECTIVE_RECOMPUTE, **SEQUENCE_PARALLEL}
     ),
-    "selective recomputation, PP 2, microbatch": case(pp=2, scope="microbatch", config=SELECTIVE_RECOMPUTE),
     "recomputation of the MLP, PP 2, microbatch": case(
         pp=2, scope="microbatch", config={"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     ),
@@ -129,7 +126,6 @@ TWO_PROCESSES = {
         scope="microbatch",
         config={**FULL_RECOMPUTE, "recompute_num_layers": 1, "distribute_saved_activations": True},
     ),
-    "PP 2, a first stage of one layer": case(pp=2, policy="extreme", config={"num_layers_in_first_pipeline_stage": 1}),
     "PP 2, stages by layout": case(
         pp=2, vpp=2, policy="extreme", config={"pipeline_model_parallel_layout": "Et|t|t|tL"}
     ),
@@ -140,10 +136,6 @@ TWO_PROCESSES = {
     ),
     "DP 2, buckets padded for bandwidth": case(ddp={**BOTH_OVERLAPS, "pad_buckets_for_high_nccl_busbw": True}),
     "DP 2, fp32 accumulation in the reduction, bf16": case(BF16, ddp={**SHARDED, **BF16_REDUCTION}, relative=2e-2),
-    "DP 2, gathers started by hooks alone": case(ddp={**BOTH_OVERLAPS, "align": False}, policy="extreme"),
-    "PP 2 interleaved, gathers and reductions aligned": case(
-        pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align_param_gather": True}
-    ),
     "PP 2 interleaved, gathers with the optimizer's step": case(
         pp=2,
         vpp=2,
@@ -185,6 +177,11 @@ def two_processes() -> list[dict[str, Result]]:
 
 
 @pytest.fixture(scope="module")
+def more_on_two_processes() -> list[dict[str, Result]]:
+    return run_distributed(run_cases, 2, MORE_ON_TWO_PROCESSES, timeout=400)
+
+
+@pytest.fixture(scope="module")
 def four_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=400)
 
@@ -192,6 +189,12 @@ def four_processes() -> list[dict[str, Result]]:
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_ON_TWO_PROCESSES)
+def test_more_switches_on_two_processes_equal_one(more_on_two_processes: list[dict[str, Result]], name: str) -> None:
+    assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])
 
 
 @pytest.mark.slow
