@@ -164,7 +164,9 @@ def generate(chunk: torch.nn.Module) -> list[torch.Tensor]:
     with torch.no_grad():
         for start, end in ((0, 4), (4, 5), (5, 6)):
             positions = torch.arange(start, end)[None]
-            outputs.append(chunk(tokens[:, start:end], positions, None, inference_context=context))
+            outputs.append(
+                chunk(tokens[:, start:end], positions, None, inference_context=context, runtime_gather_output=True)
+            )
             context.increment_sequence_len_offset(end - start)
             context.enable_decode_mode()
     return outputs
