@@ -196,6 +196,8 @@ def gradient_projections(models: list[DistributedDataParallel]) -> dict[str, flo
         gather_gradient_shards(model)
         chunk = getattr(model.module, "module", model.module)  # Float16Module between the two
         for name, param in chunk.named_parameters():
+            if name == "output_layer.weight" and chunk.mtp_process and chunk.share_embeddings_and_output_weights:
+                continue  # Megatron allocates it, and uses the embedding's weight
             name = global_name(chunk, name)
             shape, own_slice, group = full_and_own_slice(name, param)
             direction = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

@@ -175,7 +175,7 @@ FOUR_PROCESSES = {
 }
 
 
-# Each replica divides its loss by its own number of microbatches, so fp16 overflows at another scale than in one process.
+# A replica divides its loss by its own number of microbatches, so fp16 overflows at another scale than in one process.
 COMPARED_WITH = {
     "fp16 with overflows, DP 2, both overlaps": "fp16 with overflows, DP 2",
     "fp16 with overflows, PP 2 x DP 2, both overlaps, extreme": "fp16 with overflows, PP 2 x DP 2, extreme",
