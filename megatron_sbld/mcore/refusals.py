@@ -22,9 +22,9 @@ REASONS = {
     "qk_clip": "it reads every layer's attention logits after the step, and a dropped one has none",
     "log_max_attention_logit": "it reads every layer's attention logits after the step, and a dropped one has none",
     "moe_enable_routing_replay": "it replays a recorded routing of every layer, and a dropped one records none",
-    "experimental_attention_variant": "its losses are logged over all layers, and nobody has shown it right",
+    "experimental_attention_variant": "nobody has shown it right, and its losses are logged over all layers",
     "hybrid_context_parallel": "its schedule gives ranks different numbers of microbatches",
-    "num_microbatches_with_partial_activation_checkpoints": "which microbatches recompute is then the model's affair",
+    "num_microbatches_with_partial_activation_checkpoints": "nobody has shown that decisions survive it",
 }
 """Why each switch of TransformerConfig is refused when it is on."""
 

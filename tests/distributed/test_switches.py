@@ -26,6 +26,7 @@ from tests.distributed.runs import (
     assert_equal_runs,
     assert_equals_reference,
     reference_result,
+    run_case,
     run_cases,
 )
 from tests.helpers import heterogeneous_block_spec, mla_block_spec, tiny_config, tiny_gpt
@@ -43,6 +44,16 @@ FP16 = {
 }
 CLIPPED = {"optimizer": {"clip_grad": 0.05, "log_num_zeros_in_grad": True}}
 PER_TOKEN = {"model": {"calculate_per_token_loss": True}}
+LLAMA = {
+    "model": {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "num_query_groups": 2,
+    },
+    "build": {"position_embedding_type": "rope"},
+}
 MLA = {
     "model": {
         "multi_latent_attention": True,
@@ -110,6 +121,8 @@ MORE_ON_TWO_PROCESSES = {
     "MTP, PP 2, full recomputation, microbatch": case(
         MTP, pp=2, scope="microbatch", config={**FULL_RECOMPUTE, "recompute_num_layers": 1}
     ),
+    "Llama's layers, PP 2, extreme": case(LLAMA, pp=2, policy="extreme"),
+    "Llama's layers, TP 2 with sequence parallelism": case(LLAMA, tp=2, config=SEQUENCE_PARALLEL),
     "MLA, PP 2, extreme": case(MLA, pp=2, policy="extreme"),
     "MLA, DP 2, both overlaps, PLD": case(MLA, policy="pld", ddp=BOTH_OVERLAPS),
     "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
@@ -276,3 +289,12 @@ def test_recomputing_an_mlp_with_biases_is_wrong_in_megatron_itself() -> None:
         tokens = torch.zeros(1, 8, dtype=torch.long)
         chunk.train()(tokens, torch.arange(8)[None], None)
         assert not bias.is_leaf
+
+
+def test_dropout_is_repeated_by_recomputation() -> None:
+    dropout = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
+    with single_process():
+        plain = run_case(case(dropout, scope="microbatch", iterations=3))
+        recomputed = run_case(case(dropout, scope="microbatch", iterations=3, config=FULL_RECOMPUTE))
+    assert recomputed.losses == plain.losses
+    assert recomputed.gradients == plain.gradients
