@@ -92,6 +92,7 @@ class Case:
     etp: int | None = None
     ddp: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # TransformerConfig: sequence_parallel, recomputation, ...
+    overflow_at: int | None = None  # fp16: this iteration's loss scale is far too large
     optimizer_switches: dict[str, Any] = field(default_factory=dict)
     evaluate: bool = False
     switch_before_wrapping: bool = False
@@ -160,6 +161,10 @@ def _run_iteration(
         model.zero_grad_buffer()
     optimizer.zero_grad()
     controller.begin_iteration(iteration, num_microbatches)
+    if iteration == case.overflow_at:
+        _multiply_loss_scale(optimizer, 2.0**30)
+    elif case.overflow_at is not None and iteration == case.overflow_at + 1:
+        _multiply_loss_scale(optimizer, 2.0**-30)
     result.losses.append(mean_loss(forward_backward(models, iteration, num_microbatches)))
     result.decisions.append(controller.plan.tolist())
     if case.model.get("num_moe_experts"):
@@ -173,6 +178,11 @@ def _run_iteration(
     result.num_zeros.append(None if num_zeros is None else float(num_zeros))
     if case.evaluate and iteration % 3 == 0:
         result.losses.append(evaluation_loss(models, iteration))
+
+
+def _multiply_loss_scale(optimizer: MegatronOptimizer, factor: float) -> None:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.grad_scaler._scale *= factor
 
 
 def evaluation_loss(models: list[DistributedDataParallel], iteration: int) -> float:
