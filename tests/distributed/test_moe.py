@@ -126,11 +126,16 @@ def _distinct_replicas() -> dict[str, float]:
     """The logged loss of replicas that ran different layers, and the same from the routers' own sums and counts."""
     get_moe_layer_wise_logging_tracker().clear()
     with model_parallel():
-        config = tiny_config(**MOE)
+        config = tiny_config(**EVERY_OTHER)
         models = wrap_ddp(tiny_gpt(config))
-        policy = LayerDropPolicy(Constant(0.4), 4)
-        controller = DropController(policy, scope="microbatch", sampler="balanced", replicas="distinct")
-        controller.replica = dist.get_rank()
+        controller = DropController(
+            LayerDropPolicy(Constant(0.4), 4),
+            seed=2,  # 3 and 5 runs of layers with experts
+            scope="microbatch",
+            sampler="balanced",
+            replicas="distinct",
+            replica=dist.get_rank(),
+        )
         make_switchable(models, controller)
         runs = [0]
         for module in models[0].modules():
@@ -142,7 +147,7 @@ def _distinct_replicas() -> dict[str, float]:
         sums = torch.tensor([float(values.sum()), float(runs[0])])
         dist.all_reduce(sums)
         found = logged_moe_losses(config, controller)["load_balancing_loss"]
-        return {"logged": found, "expected": float(sums[0] / sums[1])}
+        return {"logged": found, "expected": float(sums[0] / sums[1]), "runs": float(runs[0])}
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +207,13 @@ def test_the_logged_loss_is_the_mean_over_the_layers_that_ran() -> None:
     assert [np.isnan(losses["load_balancing_loss"]) for losses in result.moe_losses] == [
         not any(map(any, rows)) for rows in result.decisions
     ]
-    for (
-        losses
-    ) in result.moe_losses:  # 1 where tokens are spread evenly; with Megatron's divisor half of it at half depth
+    # 1 where tokens are spread evenly over the experts; half of it if half the layers ran and all were counted.
+    for losses in result.moe_losses:
         assert np.isnan(losses["load_balancing_loss"]) or 0.9 < losses["load_balancing_loss"] < 1.6
 
 
 def test_distinct_replicas_divide_by_what_all_of_them_ran(two_processes: list[dict[str, Any]]) -> None:
+    assert [rank["distinct replicas"]["runs"] for rank in two_processes] == [3, 5]
     for rank in two_processes:
         assert rank["distinct replicas"]["logged"] == pytest.approx(rank["distinct replicas"]["expected"])
 
