@@ -32,13 +32,25 @@ class Overhead:
         return self.begin_iteration + self.decisions
 
 
+@dataclass(frozen=True, order=True)
+class Case:
+    """What the dropped blocks of a pair do."""
+
+    keep_prob: float
+    sampler: str
+
+
 @dataclass(frozen=True)
 class LayoutResult:
     """What was measured on one parallel layout; times in seconds, of the undropped model unless said otherwise."""
 
     layout: str
-    gains: dict[float, Gain]
-    """By keep_prob; at 1 the switchable layers against stock ones."""
+    num_stages: int
+    gains: dict[Case, Gain]
+    """At keep_prob 1 the switchable layers against stock ones."""
+    sampler_differences: dict[float, tuple[Interval, Interval]]
+    """By keep_prob: how much higher the balanced sampler's realised / even is than bernoulli's, and its critical path /
+    even; empty unless both were measured on several stages."""
     iteration: float
     timed_iteration: float
     """An iteration whose layers are timed one by one."""
@@ -74,9 +86,9 @@ def report(results: Sequence[LayoutResult], config_lines: Sequence[str], command
     return "\n".join(header + [line for result in results for line in _section(result)]) + "\n"
 
 
-def environment_lines() -> list[str]:
+def environment_lines(packages: Sequence[str] = ("torch", "megatron-core")) -> list[str]:
     """Commit, date, hardware and versions."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return [
         f"Commit: {_commit()}",
         f"Date: {time.strftime('%Y-%m-%d')}",
@@ -110,20 +122,13 @@ def cpu_model() -> str:
 
 
 def _section(result: LayoutResult) -> list[str]:
-    lines = ["", f"## {result.layout}", ""]
-    lines += [
-        "| keep_prob | layers kept | ideal gain | realised gain | ratio |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {keep_prob:g} | {gain.kept_fraction:.1%} | {gain.ideal - 1:+.2%} | {_percent(gain.realised)} "
-        f"| {'-' if gain.ratio is None else _number(gain.ratio)} |"
-        for keep_prob, gain in sorted(result.gains.items(), reverse=True)
-    ]
     share, overhead = result.overhead.total / result.iteration, result.overhead
     verdict = "within" if share <= OVERHEAD_TARGET else "above"
     return [
-        *lines,
+        "",
+        f"## {result.layout}",
+        "",
+        *(_table(result) if result.num_stages == 1 else _pipeline_table(result)),
         "",
         f"- Overhead at keep_prob 1, measured on the calls it adds: {overhead.total * 1e6:.0f} us an iteration = "
         f"{share:.3%} of it, {verdict} {OVERHEAD_TARGET:.1%} (begin_iteration {overhead.begin_iteration * 1e6:.0f} us, "
@@ -133,15 +138,63 @@ def _section(result: LayoutResult) -> list[str]:
         f"- A layer: {result.layer_forward * 1e3:.2f} ms forward, {result.layer_backward * 1e3:.2f} ms backward a "
         f"microbatch. Of an iteration, all layers on the critical path: {result.layers / result.iteration:.1%}; "
         f"forward and backward passes with embedding and logits: {result.passes / result.iteration:.1%}.",
-        f"- {result.rounds} rounds of one pair of blocks of {result.block_iterations} iterations for each keep_prob; "
+        f"- {result.rounds} rounds of one pair of blocks of {result.block_iterations} iterations for each row; "
         f"load average {result.load_average[0]:.1f} before, {result.load_average[1]:.1f} after, this program's own "
         "processes included.",
     ]
 
 
-def _percent(interval: Interval) -> str:
-    return f"{interval.value - 1:+.2%} [{interval.low - 1:+.2%}, {interval.high - 1:+.2%}]"
+def _table(result: LayoutResult) -> list[str]:
+    """One stage: what is dropped is saved wherever it is, so the sampler plays no role for the ideal gain."""
+    return [
+        "| keep_prob | sampler | layers kept | ideal gain | realised gain | ratio |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {case.keep_prob:g} | {case.sampler} | {gain.kept_fraction:.1%} | {gain.ideal - 1:+.2%} "
+            f"| {percent_text(gain.realised)} | {_or_dash(gain.ratio)} |"
+            for case, gain in sorted(result.gains.items(), reverse=True)
+        ),
+    ]
 
 
-def _number(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def _pipeline_table(result: LayoutResult) -> list[str]:
+    """Several stages: beside the wall time, what the critical path of the decisions leaves of an even spread's gain."""
+    return [
+        "| keep_prob | sampler | layers kept | ideal gain, kept layers spread evenly | ideal gain, critical path of "
+        "the decisions | critical path / even | realised gain | realised / even | realised / critical path |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {case.keep_prob:g} | {case.sampler} | {gain.kept_fraction:.1%} | {gain.even_ideal - 1:+.2%} "
+            f"| {gain.ideal - 1:+.2%} | {_or_dash(gain.even_share)} | {percent_text(gain.realised)} "
+            f"| {_or_dash(gain.even_ratio)} | {_or_dash(gain.ratio)} |"
+            for case, gain in sorted(result.gains.items(), reverse=True)
+        ),
+        *_sampler_lines(result),
+        "",
+        "Spread evenly: every stage would drop the same share of its layers' time. Critical path: the 1F1B schedule "
+        "with the measured times of each stage's kept layers, which does not depend on whether processes share cores; "
+        "the wall time, and with it the realised gain, does.",
+    ]
+
+
+def _sampler_lines(result: LayoutResult) -> list[str]:
+    lines = [
+        f"- keep_prob {keep_prob:g}, balanced less bernoulli: realised / even {number_text(realised, '+.3f')}, "
+        f"critical path / even {number_text(path, '+.3f')}"
+        for keep_prob, (realised, path) in sorted(result.sampler_differences.items(), reverse=True)
+    ]
+    return ["", *lines] if lines else []
+
+
+def percent_text(gain: Interval) -> str:
+    """A gain and its interval as percentages."""
+    return f"{gain.value - 1:+.2%} [{gain.low - 1:+.2%}, {gain.high - 1:+.2%}]"
+
+
+def number_text(ratio: Interval, form: str = ".3f") -> str:
+    """A ratio and its interval."""
+    return f"{ratio.value:{form}} [{ratio.low:{form}}, {ratio.high:{form}}]"
+
+
+def _or_dash(ratio: Interval | None) -> str:
+    return "-" if ratio is None else number_text(ratio)

@@ -10,13 +10,14 @@ import argparse
 import itertools
 import time
 import unittest.mock
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gain_report import Overhead
+from _gain_report import Case, Overhead
 from _layer_times import ModuleTimer
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -36,10 +37,45 @@ DISTINCT_BATCHES = 16  # iterations after which the random tokens repeat
 OVERHEAD_ITERATIONS = 256  # a multiple of the controller's window, so that its share of exchanges is counted
 
 
-def count_iterations(args: argparse.Namespace) -> int:
-    """Iterations of the whole run: warm-up, and in each round a pair of blocks and a timed iteration a keep_prob."""
-    pairs = args.rounds * (len(args.keep_probs) + 1)
+def cases(args: argparse.Namespace, samplers: Sequence[str]) -> list[Case]:
+    """What has a pair of blocks in each round; without a drop there is nothing to sample."""
+    return [Case(1.0, samplers[0])] + [Case(p, sampler) for p in args.keep_probs for sampler in samplers]
+
+
+def count_iterations(args: argparse.Namespace, samplers: Sequence[str]) -> int:
+    """Iterations of the whole run: warm-up, and in each round a pair of blocks and a timed iteration a case."""
+    pairs = args.rounds * len(cases(args, samplers))
     return args.warmup + pairs * (2 * args.block_iterations + 1)
+
+
+def random_batches(args: argparse.Namespace, num_batches: int, seed: int) -> list[Batch]:
+    """Microbatches of random tokens; the seed alone decides which."""
+    rng = torch.Generator().manual_seed(seed)
+    size, length = args.micro_batch_size, args.seq_length
+    batches = []
+    for _ in range(num_batches):
+        text = torch.randint(args.vocab_size, (size, length + 1), generator=rng)
+        batches.append(
+            {
+                "tokens": text[:, :-1].contiguous(),
+                "labels": text[:, 1:].contiguous(),
+                "loss_mask": torch.ones(size, length),
+                "position_ids": torch.arange(length).expand(size, -1).contiguous(),
+            }
+        )
+    return batches
+
+
+def switch_layers(layers: Sequence[torch.nn.Module], classes: Sequence[type]) -> None:
+    """Give each layer a class: its stock one, or the switchable one that it had been given."""
+    for layer, cls in zip(layers, classes, strict=True):
+        layer.__class__ = cls
+
+
+def progress_bar() -> Progress:
+    """On rank 0's stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=dist.get_rank() != 0)
 
 
 @dataclass
@@ -47,9 +83,9 @@ class RankMeasurement:
     """What one rank measured; in seconds."""
 
     stage: int
-    undropped: dict[float, list[float]] = field(default_factory=dict)  # keep_prob -> block times, [rounds]
-    dropped: dict[float, list[float]] = field(default_factory=dict)
-    kept: dict[float, list[list[list[bool]]]] = field(default_factory=dict)  # [rounds, iterations, L]
+    undropped: dict[Case, list[float]] = field(default_factory=dict)  # block times, [rounds]
+    dropped: dict[Case, list[float]] = field(default_factory=dict)
+    kept: dict[Case, list[list[list[bool]]]] = field(default_factory=dict)  # [rounds, iterations, L]
     timed_iterations: list[float] = field(default_factory=list)
     # [rounds * pairs, layers on this stage + 1, 2]: layers and then the whole stage; forward and backward
     pass_times: list[list[tuple[float, float]]] = field(default_factory=list)
@@ -59,87 +95,81 @@ class RankMeasurement:
 class Run:
     """The parts of the trainer that run here, and the iteration that it is at."""
 
-    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+    def __init__(self, args: argparse.Namespace, config: Config, samplers: Sequence[str]) -> None:
         self.args = args
         self.config = config
+        self.samplers = samplers
+        self.num_iterations = count_iterations(args, samplers)
         self.num_microbatches = get_num_microbatches()
         self.iteration = 0
         self.theta: dict[int, float] = {}  # iteration -> keep_prob
         self.rounds = self.plan_rounds()
-        policy = LayerDropPolicy(lambda t: self.theta.get(t, 1.0), config.model.num_layers)
-        self.controller = DropController(policy, seed=args.seed)
+        self.controllers = {sampler: self.build_controller(sampler) for sampler in samplers}
+        self.controller = self.controllers[samplers[0]]
         self.chunks = build_model(config, args.vocab_size)
         self.layers = [layer for chunk in self.chunks for layer in decoder_layers(chunk)]
         self.stock_classes = [type(layer) for layer in self.layers]
         make_switchable(self.chunks, self.controller)
         self.switchable_classes = [type(layer) for layer in self.layers]
         self.optimizer = build_optimizer(config, self.chunks)
-        self.scheduler = build_param_scheduler(config, self.optimizer, count_iterations(args))
-        self.batches = itertools.cycle(self.random_batches())
+        self.scheduler = build_param_scheduler(config, self.optimizer, self.num_iterations)
+        seed = args.seed + parallel_state.get_data_parallel_rank()
+        self.batches = itertools.cycle(random_batches(args, DISTINCT_BATCHES * self.num_microbatches, seed))
 
-    def plan_rounds(self) -> list[list[tuple[float, bool]]]:
-        """Order of the pairs of each round: (keep_prob, whether the undropped block comes first); notes the thetas.
+    def build_controller(self, sampler: str) -> DropController:
+        """The keep probabilities are the same for all samplers; the balanced one balances the pipeline's stages."""
+        policy = LayerDropPolicy(lambda t: self.theta.get(t, 1.0), self.config.model.num_layers)
+        stages = self.config.parallel.pipeline_model_parallel_size if sampler == "balanced" else None
+        return DropController(policy, seed=self.args.seed, sampler=sampler, stages=stages)
+
+    def plan_rounds(self) -> list[list[tuple[Case, bool]]]:
+        """Order of the pairs of each round: (case, whether the undropped block comes first); notes the thetas.
 
         All ranks know the keep_prob of every iteration beforehand, as the controller's check of a window requires.
         """
         rng = np.random.default_rng(self.args.seed)
-        keep_probs = [1.0, *self.args.keep_probs]
+        all_cases = cases(self.args, self.samplers)
         length, iteration = self.args.block_iterations, self.args.warmup
         rounds = []
         for number in range(self.args.rounds):
-            order = [(keep_probs[i], number % 2 == 0) for i in rng.permutation(len(keep_probs))]
-            for keep_prob, undropped_first in order:
+            order = [(all_cases[i], number % 2 == 0) for i in rng.permutation(len(all_cases))]
+            for case, undropped_first in order:
                 start = iteration + 1 + (length if undropped_first else 0)
-                self.theta.update(dict.fromkeys(range(start, start + length), keep_prob))
+                self.theta.update(dict.fromkeys(range(start, start + length), case.keep_prob))
                 iteration += 2 * length + 1
             rounds.append(order)
         return rounds
-
-    def random_batches(self) -> list[Batch]:
-        """Microbatches of random tokens, other ones on every replica."""
-        rng = torch.Generator().manual_seed(self.args.seed + parallel_state.get_data_parallel_rank())
-        size, length = self.args.micro_batch_size, self.args.seq_length
-        batches = []
-        for _ in range(DISTINCT_BATCHES * self.num_microbatches):
-            text = torch.randint(self.args.vocab_size, (size, length + 1), generator=rng)
-            batches.append(
-                {
-                    "tokens": text[:, :-1].contiguous(),
-                    "labels": text[:, 1:].contiguous(),
-                    "loss_mask": torch.ones(size, length),
-                    "position_ids": torch.arange(length).expand(size, -1).contiguous(),
-                }
-            )
-        return batches
 
     def measure(self, name: str) -> RankMeasurement:
         """Warm up, run all rounds, and time the calls that switchable layers add."""
         result = RankMeasurement(stage=parallel_state.get_pipeline_model_parallel_rank())
         for chunk in self.chunks:
             chunk.train()
-        with self.progress() as progress:
-            task = progress.add_task(name, total=count_iterations(self.args))
+        with progress_bar() as progress:
+            task = progress.add_task(name, total=self.num_iterations)
             self.block(self.args.warmup, switchable=False)
             for order in self.rounds:
-                for keep_prob, undropped_first in order:
+                for case, undropped_first in order:
+                    self.use_sampler(case.sampler)
                     for switchable in (False, True) if undropped_first else (True, False):
                         seconds, kept = self.block(self.args.block_iterations, switchable)
-                        (result.dropped if switchable else result.undropped).setdefault(keep_prob, []).append(seconds)
+                        (result.dropped if switchable else result.undropped).setdefault(case, []).append(seconds)
                         if switchable:
-                            result.kept.setdefault(keep_prob, []).append(kept)
+                            result.kept.setdefault(case, []).append(kept)
                     self.timed_iteration(result)
                     progress.update(task, completed=self.iteration)
         result.overhead = self.time_added_calls()
         return result
 
-    def progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        return Progress(*columns, console=Console(stderr=True), disable=dist.get_rank() != 0)
+    def use_sampler(self, sampler: str) -> None:
+        """Give the layers to the sampler's controller."""
+        if self.controller is not self.controllers[sampler]:
+            self.controller = self.controllers[sampler]
+            make_switchable(self.chunks, self.controller)
 
     def block(self, iterations: int, switchable: bool) -> tuple[float, list[list[bool]]]:
         """Seconds of a block, and the decisions of its iterations: none if its layers are stock ones."""
-        for layer, cls in zip(self.layers, self.switchable_classes if switchable else self.stock_classes, strict=True):
-            layer.__class__ = cls
+        switch_layers(self.layers, self.switchable_classes if switchable else self.stock_classes)
         kept = []
         dist.barrier()
         began = time.perf_counter()
@@ -166,7 +196,7 @@ class Run:
 
     def time_added_calls(self) -> Overhead:
         """Time begin_iteration, and the layers' decisions with nothing for them to decide about, at keep_prob 1."""
-        first = count_iterations(self.args) + 1
+        first = self.num_iterations + 1
         for iteration in range(first, first + OVERHEAD_ITERATIONS):  # the first calls import and fill caches
             self.controller.begin_iteration(iteration, self.num_microbatches)
         began = time.perf_counter()
@@ -185,8 +215,7 @@ class Run:
         with ExitStack() as stack:
             for cls in set(self.stock_classes):
                 stack.enter_context(unittest.mock.patch.object(cls, "forward", _do_nothing))
-            for layer, cls in zip(self.layers, classes, strict=True):
-                layer.__class__ = cls
+            switch_layers(self.layers, classes)
             began = time.perf_counter()
             for _ in range(sweeps):
                 for layer in self.layers:

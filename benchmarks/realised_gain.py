@@ -4,6 +4,7 @@
     python benchmarks/realised_gain.py --all-layouts --out benchmarks/results/realised_gain_cpu.md
     python benchmarks/realised_gain.py
     torchrun --nproc-per-node 2 benchmarks/realised_gain.py --tensor-model-parallel-size 2
+    python benchmarks/realised_gain.py --layouts dp2-overlap pp2-samplers pp4-samplers --keep-probs 0.7 0.5
 
 What is measured. The trainer's own model, optimizer and training step run on random tokens, in rounds. A round has, for
 each keep_prob, one block of undropped iterations and one of dropped ones (LayerDrop with that constant keep_prob), in
@@ -20,6 +21,16 @@ dropped layer are not saved and not counted. Counted is what the actual decision
 critical path: on the slowest rank of each stage and, with pipeline stages, in the 1F1B schedule with its bubbles,
 computed from every stage's durations with free transfers (_gain.py).
 
+With pipeline stages there is a second ideal, that of an even spread: every stage drops the same share of its layers'
+time. It is what a sampler is judged by: realised / even compares samplers, realised / critical path only says whether
+the dropped layers' time was saved. Several samplers share one run, their blocks interleaved. Where processes share
+cores, wall time says little about a pipeline, because a stage that waits gives its core away: the critical path over
+the even spread, computed from layer times alone, stands beside it.
+
+With --overlap gradients are reduced while backward runs and, with --distributed-optimizer, parameters gathered while
+forward does. Megatron's default bucket holds all of a model as small as the default one on CPUs, which would leave
+nothing to overlap: there a bucket has the share of the model that it has in GPT-3 350M, 3.2 layers.
+
 Ratio = (realised - 1) / (ideal - 1), from sums over all rounds, with a bootstrap over the rounds.
 """
 
@@ -29,52 +40,44 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gain import Pairs, PassTimes, measure_gain, saved_time
-from _gain_report import LayoutResult, report
-from _measure import RankMeasurement, Run, count_iterations
+from _gain import Pairs, PassTimes, even_ratio_difference, measure_gain, saved_time
+from _gain_report import Case, LayoutResult, report
+from _layouts import (
+    ALL_LAYOUTS,
+    CPU_DEFAULTS,
+    GPU_DEFAULTS,
+    LAYOUTS,
+    SAMPLERS,
+    Layout,
+    bucket_size,
+    make_config,
+    start_processes,
+    warn_of_load,
+)
+from _measure import RankMeasurement, Run
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_sbld.pipeline import Floats, schedule_time
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.validate import data_parallel_size, validate
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1)]  # processes, tensor, pipeline; the rest is data-parallel
-CPU_DEFAULTS = {  # an iteration of about half a second on one core
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "seq_length": 256,
-    "vocab_size": 512,
-    "micro_batch_size": 1,
-    "global_batch_size": 4,
-    "precision": "fp32",
-}
-GPU_DEFAULTS = {
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "seq_length": 2048,
-    "vocab_size": 50304,
-    "micro_batch_size": 4,
-    "global_batch_size": 16,
-    "precision": "bf16",
-}
 
 
 def main() -> None:
     args = parse_args()
-    layouts = LAYOUTS if args.all_layouts else [(world_size_from_environment(), *parallel_sizes(args))]
-    possible = [layout for layout in layouts if not torch.cuda.is_available() or layout[0] <= torch.cuda.device_count()]
+    layouts = [LAYOUTS[name] for name in args.layouts] if args.layouts else [layout_of_options(args)]
+    on_gpu = torch.cuda.is_available()
+    possible = [layout for layout in layouts if not on_gpu or layout.processes <= torch.cuda.device_count()]
     try:
         check_layouts(args, possible)
     except ValueError as error:
@@ -82,12 +85,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if int(os.environ.get("RANK", "0")) == 0:
         warn_of_load()
-    if args.all_layouts:
-        results = [launch(args, layout) for layout in possible]
-    else:
-        results = [run_layout(args, possible[0])]
+    results = [launch(args, layout) if args.layouts else run_layout(args, layout) for layout in possible]
     if int(os.environ.get("RANK", "0")) == 0:
-        write_report(args, results)
+        write_report(args, results, [layout for layout in layouts if layout not in possible])
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,9 +98,31 @@ def parse_args() -> argparse.Namespace:
     layout = parser.add_argument_group("layout (under torchrun; what these leave of the processes is data-parallel)")
     layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="default: 1")
     layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="default: 1")
+    layout.add_argument("--overlap", action="store_true", help="reduce gradients while backward runs")
     layout.add_argument(
-        "--all-layouts", action="store_true", help="start 1 process, then TP 2, PP 2 and DP 2, into one report"
+        "--distributed-optimizer",
+        action="store_true",
+        help="shard the optimizer's state; with --overlap also gather parameters while forward runs",
     )
+    layout.add_argument(
+        "--bucket-size",
+        type=int,
+        help="parameters of a bucket of overlapped gradients; default: Megatron's on a GPU, else 3.2 layers",
+    )
+    layout.add_argument(
+        "--sampler",
+        nargs="+",
+        choices=SAMPLERS,
+        default=["bernoulli"],
+        help="one, or both in one run; balanced balances the pipeline's stages" + shown,
+    )
+    layout.add_argument(
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        help="start the processes of these, one layout after the other, into one report, without torchrun",
+    )
+    layout.add_argument("--all-layouts", action="store_true", help=f"the same as --layouts {' '.join(ALL_LAYOUTS)}")
 
     model = parser.add_argument_group("model and batch")
     model.add_argument("--num-layers", type=int, default=24, help="transformer layers" + shown)
@@ -141,115 +163,98 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least {least}")
     if not all(0 < keep_prob < 1 for keep_prob in args.keep_probs):
         parser.error(f"--keep-probs {args.keep_probs}: each must be in (0, 1); 1 is always measured as well")
-    if args.all_layouts and ("RANK" in os.environ or parallel_sizes(args) != (1, 1)):
-        parser.error("--all-layouts starts its own processes: leave out torchrun and the parallel sizes")
+    if args.all_layouts and args.layouts:
+        parser.error("--all-layouts names layouts itself: leave out --layouts")
+    own_layout = layout_of_options(args)
+    if args.all_layouts:
+        args.layouts = list(ALL_LAYOUTS)
+    if args.layouts and ("RANK" in os.environ or own_layout != Layout(1)):
+        parser.error("--layouts starts its own processes: leave out torchrun, parallel sizes, overlap and sampler")
+    for name in ("sampler", "layouts", "keep_probs"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name.replace('_', '-')} {values}: each may be named once")
+    layouts = [LAYOUTS[name] for name in args.layouts] if args.layouts else [own_layout]
+    if args.bucket_size is not None and not any(layout.overlap for layout in layouts):
+        parser.error(f"--bucket-size {args.bucket_size}: Megatron has one bucket without --overlap; leave it out")
 
 
-def parallel_sizes(args: argparse.Namespace) -> tuple[int, int]:
-    return args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+def layout_of_options(args: argparse.Namespace) -> Layout:
+    """What the options other than --layouts ask for."""
+    return Layout(
+        processes=world_size_from_environment(),
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        overlap=args.overlap,
+        distributed_optimizer=args.distributed_optimizer,
+        samplers=tuple(args.sampler),
+    )
 
 
-def check_layouts(args: argparse.Namespace, layouts: list[tuple[int, int, int]]) -> None:
+def check_layouts(args: argparse.Namespace, layouts: Sequence[Layout]) -> None:
     """The trainer's own checks, for every layout that is going to run."""
     if not layouts:
         raise ValueError(f"more processes than the {torch.cuda.device_count()} GPU(s) of this machine")
     for layout in layouts:
-        validate(make_config(args, layout), layout[0])
-        if args.vocab_size % layout[1]:
+        validate(make_config(args, layout), layout.processes)
+        if args.vocab_size % layout.tensor:
             raise ValueError(
-                f"--vocab-size {args.vocab_size}: must be divisible by the tensor-parallel size {layout[1]}"
+                f"--vocab-size {args.vocab_size}: must be divisible by the tensor-parallel size {layout.tensor}"
             )
 
 
-def make_config(args: argparse.Namespace, layout: tuple[int, int, int]) -> Config:
-    """The trainer's config of this measurement; what is not an option of it has the trainer's default, but dropout."""
-    _, tensor, pipeline = layout
-    full = args.recompute_granularity == "full"
-    return Config(
-        model=ModelConfig(
-            num_layers=args.num_layers,
-            hidden_size=args.hidden_size,
-            num_attention_heads=args.num_attention_heads,
-            seq_length=args.seq_length,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,  # torch has no fused attention with dropout on CPUs
-        ),
-        parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
-        data=DataConfig(train_data_path=["random tokens"]),
-        training=TrainingConfig(
-            micro_batch_size=args.micro_batch_size,
-            global_batch_size=args.global_batch_size,
-            train_iters=count_iterations(args),
-            seed=args.seed,
-            precision=args.precision,
-            recompute_granularity=args.recompute_granularity,
-            recompute_method="uniform" if full else None,
-            recompute_num_layers=1 if full else None,
-        ),
-    )
+def launch(args: argparse.Namespace, layout: Layout) -> LayoutResult:
+    """Measure a layout in processes of its own."""
+    return start_processes(run_layout, layout.processes, args, layout)[0]
 
 
-def warn_of_load() -> None:
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"warning: load average {load:.1f}: other programs are running, times will be noisy", file=sys.stderr)
-
-
-def launch(args: argparse.Namespace, layout: tuple[int, int, int]) -> LayoutResult:
-    """Measure a layout in processes of its own, started as torchrun starts them."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=layout[0],
-        run_id="realised_gain",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-    )
-    return elastic_launch(config, run_layout)(args, layout)[0]
-
-
-def run_layout(args: argparse.Namespace, layout: tuple[int, int, int]) -> LayoutResult:
+def run_layout(args: argparse.Namespace, layout: Layout) -> LayoutResult:
     """Measure one layout; called on each of its ranks, and the same result on each."""
     torch.set_num_threads(args.threads)
     config = make_config(args, layout)
     load_before = os.getloadavg()[0]
     with distributed_run(config):
         replicas = data_parallel_size(config, dist.get_world_size())
-        name = f"{layout[0]} process" if layout == (1, 1, 1) else f"TP {layout[1]} x PP {layout[2]} x DP {replicas}"
         training = config.training
         init_num_microbatches_calculator(
             dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, replicas
         )
         try:
-            run = Run(args, config)
-            own = run.measure(name)
+            run = Run(args, config, layout.samplers)
+            own = run.measure(layout.title)
             everyone: list[RankMeasurement] = [own] * dist.get_world_size()
             dist.all_gather_object(everyone, own)
-            return evaluate(args, name, everyone, run.num_microbatches, load_before)
+            return evaluate(args, layout, everyone, run.num_microbatches, load_before)
         finally:
             destroy_num_microbatches_calculator()
 
 
 def evaluate(
-    args: argparse.Namespace, name: str, everyone: list[RankMeasurement], num_microbatches: int, load_before: float
+    args: argparse.Namespace, layout: Layout, everyone: list[RankMeasurement], num_microbatches: int, load_before: float
 ) -> LayoutResult:
     """From all ranks' measurements to the figures of the layout."""
     times = pass_times(args, everyone, num_microbatches)
     mean = times.mean_over(np.arange(args.rounds))
-    gains = {}
-    for keep_prob in everyone[0].kept:
-        # Ranks leave a barrier and end an iteration together, but for some microseconds: the last one counts.
-        pairs = Pairs(
-            undropped=np.max([rank.undropped[keep_prob] for rank in everyone], axis=0),
-            dropped=np.max([rank.dropped[keep_prob] for rank in everyone], axis=0),
-            kept=np.array(everyone[0].kept[keep_prob]),
+    # Ranks leave a barrier and end an iteration together, but for some microseconds: the last one counts.
+    pairs = {
+        case: Pairs(
+            undropped=np.max([rank.undropped[case] for rank in everyone], axis=0),
+            dropped=np.max([rank.dropped[case] for rank in everyone], axis=0),
+            kept=np.array(everyone[0].kept[case]),
         )
-        gains[keep_prob] = measure_gain(pairs, times, num_microbatches, seed=args.seed)
+        for case in everyone[0].kept
+    }
+    gains = {case: measure_gain(measured, times, num_microbatches, seed=args.seed) for case, measured in pairs.items()}
+    differences = {}
+    if layout.pipeline > 1 and set(layout.samplers) == set(SAMPLERS):
+        for keep_prob in args.keep_probs:
+            balanced, bernoulli = (pairs[Case(keep_prob, sampler)] for sampler in ("balanced", "bernoulli"))
+            differences[keep_prob] = even_ratio_difference(balanced, bernoulli, times, num_microbatches, seed=args.seed)
     return LayoutResult(
-        layout=name,
+        layout=layout.title,
+        num_stages=layout.pipeline,
         gains=gains,
+        sampler_differences=differences,
         iteration=float(np.mean(list(everyone[0].undropped.values())) / args.block_iterations),
         timed_iteration=float(np.mean(everyone[0].timed_iterations)),
         layer_forward=float(mean.layer_forward.mean()),
@@ -285,10 +290,10 @@ def pass_times(args: argparse.Namespace, everyone: list[RankMeasurement], num_mi
     )
 
 
-def write_report(args: argparse.Namespace, results: list[LayoutResult]) -> None:
-    torch.set_num_threads(args.threads)  # the report names it, and the processes of --all-layouts are others
+def write_report(args: argparse.Namespace, results: list[LayoutResult], left_out: Sequence[Layout]) -> None:
+    torch.set_num_threads(args.threads)  # the report names it, and the processes of --layouts are others
     launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if "RANK" in os.environ else ["python"]
-    text = report(results, list(config_lines(args)), shlex.join([*launcher, *program()]), args.seed)
+    text = report(results, list(config_lines(args, left_out)), shlex.join([*launcher, *program()]), args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
     print(text)
@@ -299,7 +304,7 @@ def program() -> list[str]:
     return ["benchmarks/realised_gain.py", *sys.argv[1:]]
 
 
-def config_lines(args: argparse.Namespace) -> Iterator[str]:
+def config_lines(args: argparse.Namespace, left_out: Sequence[Layout]) -> Iterator[str]:
     """The configuration, for the report."""
     yield (
         f"Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, sequence "
@@ -307,9 +312,12 @@ def config_lines(args: argparse.Namespace) -> Iterator[str]:
         + (f"{args.recompute_granularity} recomputation" if args.recompute_granularity else "no recomputation")
     )
     yield f"Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; Adam, clipping at 1"
-    yield "Dropping: LayerDrop, one decision an iteration, bernoulli sampler"
-    if args.all_layouts and torch.cuda.is_available() and torch.cuda.device_count() < 2:
-        yield "Not run, for want of a second GPU: TP 2, PP 2, DP 2"
+    yield "Dropping: LayerDrop, one decision an iteration"
+    if args.overlap or any(LAYOUTS[name].overlap for name in args.layouts or []):
+        size = bucket_size(args, Layout(1, overlap=True))
+        yield f"Buckets of overlapped gradients: {'Megatron default' if size is None else f'{size:,} parameters'}"
+    if left_out:
+        yield "Not run, for want of GPUs: " + "; ".join(layout.title for layout in left_out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _gain import Pairs, PassTimes, measure_gain, saved_time
+from _gain import (
+    Pairs,
+    PassTimes,
+    even_ratio_difference,
+    evenly_saved_time,
+    measure_gain,
+    saved_time,
+)
 
 from megatron_sbld.pipeline import schedule_time
 
@@ -115,3 +122,75 @@ def test_without_a_drop_there_is_no_ratio_but_a_realised_gain():
     assert gain.ratio is None
     assert gain.ideal == 1.0
     assert gain.realised.value == pytest.approx(10.0 / 10.1)
+
+
+def equal_stages(num_stages: int) -> PassTimes:
+    """Layers of 1 s forward and 2 s backward, and nothing else on a stage."""
+    layers = np.ones(LAYERS)
+    return PassTimes(
+        layer_forward=layers,
+        layer_backward=2 * layers,
+        stage_forward=layers.reshape(num_stages, -1).sum(axis=1),
+        stage_backward=2 * layers.reshape(num_stages, -1).sum(axis=1),
+        iteration=np.array([UNDROPPED]),
+    )
+
+
+def test_on_one_stage_an_even_spread_saves_what_the_decisions_save():
+    kept = np.random.default_rng(0).random((20, LAYERS)) < 0.5
+    assert evenly_saved_time(pass_times(1), kept, 3) == pytest.approx(saved_time(pass_times(1), kept, 3))
+
+
+def test_a_balanced_drop_saves_as_much_as_an_even_spread_and_a_lopsided_one_less():
+    balanced, lopsided = np.array([False, True, True, False]), np.array([False, False, True, True])
+    times = equal_stages(2)
+    even = evenly_saved_time(times, balanced, 4)
+    assert even == pytest.approx(3.0 * (4 + 1))  # a layer less on each stage, in each of M + p - 1 slots
+    assert evenly_saved_time(times, lopsided, 4) == pytest.approx(even)
+    assert saved_time(times, balanced, 4) == pytest.approx(even)
+    assert saved_time(times, lopsided, 4) == pytest.approx(3.0 * 2)  # the other stage sets the pace
+
+
+def pairs_on_the_critical_path(kept: np.ndarray, noise: np.ndarray) -> Pairs:
+    """Dropped iterations whose gain is that of the critical path; a round slows both of its blocks by its noise."""
+    saved = saved_time(equal_stages(2), kept, 4)
+    all_kept = np.tile(kept, (ROUNDS, ITERATIONS, 1))
+    return Pairs(ITERATIONS * UNDROPPED * noise, ITERATIONS * (UNDROPPED - saved) * np.ones(ROUNDS), all_kept)
+
+
+BALANCED, LOPSIDED = np.array([False, True, True, False]), np.array([False, False, True, True])
+
+
+def test_only_the_ratio_to_an_even_spread_tells_a_balanced_sampler_from_a_lopsided_one():
+    balanced, lopsided = (
+        measure_gain(pairs_on_the_critical_path(kept, np.ones(ROUNDS)), in_every_round(equal_stages(2)), 4)
+        for kept in (BALANCED, LOPSIDED)
+    )
+    for gain in (balanced, lopsided):
+        assert gain.ratio is not None
+        assert gain.ratio.value == pytest.approx(1.0)
+    assert balanced.even_share is not None
+    assert lopsided.even_share is not None
+    assert lopsided.even_ratio is not None
+    assert balanced.even_share.value == pytest.approx(1.0)
+    assert lopsided.even_share.value == pytest.approx(lopsided.even_ratio.value)
+    assert lopsided.even_share.value < 0.5
+
+
+def test_what_slows_a_round_of_both_samplers_does_not_widen_their_difference():
+    noise = 1 + 0.02 * np.random.default_rng(0).standard_normal(ROUNDS)
+    times = in_every_round(equal_stages(2))
+    measured = [pairs_on_the_critical_path(kept, noise) for kept in (BALANCED, LOPSIDED)]
+    realised, path = even_ratio_difference(*measured, times, 4)
+    alone = measure_gain(measured[0], times, 4).even_ratio
+    assert alone is not None
+    assert realised.low > 0.4
+    assert realised.high - realised.low < 0.3 * (alone.high - alone.low)
+    assert path.low == pytest.approx(path.high)
+    assert path.value == pytest.approx(1 - measure_gain(measured[1], times, 4).even_share.value)
+
+
+def test_without_a_drop_no_ratio_is_defined():
+    pairs = Pairs(np.full(ROUNDS, 10.0), np.full(ROUNDS, 10.0), np.ones((ROUNDS, ITERATIONS, LAYERS), dtype=bool))
+    gain = measure_gain(pairs, in_every_round(pass_times(2)), 2)
+    assert (gain.even_ratio, gain.even_share, gain.even_ideal) == (None, None, 1.0)

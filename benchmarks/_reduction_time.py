@@ -1,0 +1,145 @@
+"""bucket_model.py's measured point: what reducing gradients takes on two processes here, with and without overlap.
+
+Two copies of the trainer's model, one with overlap_grad_reduce, train in turns on the same random tokens. Exposed is
+the time that Megatron waits for the reduction after the last backward pass (finalize_model_grads; nothing else happens
+in it without tensor and pipeline stages); alone is an all-reduce of as many bytes while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _gain_report import environment_lines
+from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, bucket_size, make_config, start_processes
+from _measure import random_batches
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    get_num_microbatches,
+    init_num_microbatches_calculator,
+)
+from megatron.core.utils import get_model_config
+
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.model import build_model, build_optimizer
+from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.step import this_device, train_step
+
+PROCESSES = 2
+NUM_LAYERS, ROUNDS, WARMUP = 12, 10, 2
+
+
+def measured_lines(seed: int) -> list[str]:
+    """Start the processes and measure; markdown."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < PROCESSES:
+        return ["## Measured", "", f"Not run: {torch.cuda.device_count()} GPU(s) for {PROCESSES} processes."]
+    args = argparse.Namespace(
+        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
+        **{"num_layers": NUM_LAYERS, "seed": seed, "recompute_granularity": None, "bucket_size": None},
+        **{
+            "keep_probs": [],
+            "rounds": ROUNDS,
+            "warmup": WARMUP,
+            "block_iterations": 1,
+        },  # make_config counts iterations
+    )
+    times = start_processes(measure, PROCESSES, args)[0]
+    size = bucket_size(args, layout_with(overlap=True))
+    lines = [
+        "## Measured",
+        "",
+        *(f"- {line}" for line in environment_lines()),
+        f"- GPT, {args.num_layers} layers, hidden {args.hidden_size}, sequence {args.seq_length}, {args.precision}, "
+        f"{args.global_batch_size} samples in microbatches of {args.micro_batch_size}; data-parallel size {PROCESSES}; "
+        f"buckets with overlap: {'default' if size is None else f'{size:,} values'}; medians of {ROUNDS} iterations",
+        "",
+        "| overlap_grad_reduce | iteration | exposed reduction | share |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, overlap in (("no", False), ("yes", True)):
+        iteration, exposed = times[f"iteration, {overlap}"], times[f"exposed, {overlap}"]
+        lines.append(f"| {name} | {iteration * 1e3:.1f} ms | {exposed * 1e3:.2f} ms | {exposed / iteration:.2%} |")
+    return [
+        *lines,
+        "",
+        f"The same bytes reduced alone: {times['alone'] * 1e3:.2f} ms ({times['bytes'] / 2**20:.1f} MiB).",
+    ]
+
+
+def layout_with(overlap: bool) -> Layout:
+    return Layout(PROCESSES, overlap=overlap)
+
+
+class _Copy:
+    """One copy of the model, and the seconds that finalize_model_grads takes."""
+
+    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+        self.config = config
+        self.exposed: list[float] = []
+        self.iterations: list[float] = []
+        self.chunks = build_model(config, args.vocab_size)
+        self.optimizer = build_optimizer(config, self.chunks)
+        model_config = get_model_config(self.chunks[0])
+        finalize = model_config.finalize_model_grads_func
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            began = _synchronised_now()
+            finalize(*args, **kwargs)
+            self.exposed.append(_synchronised_now() - began)
+
+        model_config.finalize_model_grads_func = timed
+
+    def train(self, batches: list[Any]) -> None:
+        dist.barrier()
+        began = _synchronised_now()
+        train_step(self.config, self.chunks, self.optimizer, [iter(batches)], stop_requested=False)
+        self.iterations.append(_synchronised_now() - began)
+
+
+def _synchronised_now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Medians in seconds over iterations, of the slower rank; called on each of two ranks, the same result on each."""
+    torch.set_num_threads(1)
+    configs = {overlap: make_config(args, layout_with(overlap)) for overlap in (False, True)}
+    with distributed_run(configs[False]):
+        training = configs[False].training
+        init_num_microbatches_calculator(
+            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, PROCESSES
+        )
+        try:
+            copies = {overlap: _Copy(args, config) for overlap, config in configs.items()}
+            batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
+            for number, copy in itertools.product(range(WARMUP + ROUNDS), copies.values()):
+                copy.train(batches)
+                if number < WARMUP:
+                    copy.exposed.clear()
+                    copy.iterations.clear()
+            gradients = copies[False].chunks[0].buffers[0].grad_data
+            alone = [_all_reduce_time(gradients.numel(), gradients.dtype) for _ in range(ROUNDS)]
+        finally:
+            destroy_num_microbatches_calculator()
+        times = {"alone": float(np.median(alone)), "bytes": float(gradients.numel() * gradients.element_size())}
+        for overlap, copy in copies.items():
+            times[f"iteration, {overlap}"] = float(np.median(copy.iterations))
+            times[f"exposed, {overlap}"] = float(np.median(copy.exposed))
+        everyone: list[dict[str, float]] = [times] * PROCESSES
+        dist.all_gather_object(everyone, times)
+        return {name: max(rank[name] for rank in everyone) for name in times}
+
+
+def _all_reduce_time(numel: int, dtype: torch.dtype) -> float:
+    values = torch.zeros(numel, dtype=dtype, device=this_device())
+    dist.barrier()
+    began = _synchronised_now()
+    dist.all_reduce(values)
+    return _synchronised_now() - began

@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Measures the peak memory of activations when layers are dropped, and says what the bernoulli sampler leaves of it.
+
+    python benchmarks/activation_memory.py
+    python benchmarks/activation_memory.py --kept 0 12 24 --out benchmarks/results/activation_memory_cpu.md
+
+What is measured. The trainer's model and training step run one microbatch an iteration with a chosen number of layers
+kept, spread over the depth. Peak: the most memory that an iteration's forward and backward pass and optimizer step have
+allocated at one time above what was allocated before (weights, gradient buffers and optimizer state have been there for
+iterations by then). On a GPU it is torch's own count (max_memory_allocated), on a CPU it is counted from the
+allocations and releases in torch.profiler's trace. Saved: the storages that autograd keeps between the passes, each
+once, without parameters.
+
+Peak = fixed share + share of a layer x kept layers, fitted by least squares, with the largest deviation from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _gain_report import environment_lines
+from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
+from _measure import random_batches
+from _memory import depth_of_run, fit_line, peak_of_allocations, spread
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.policy import Policy
+from megatron_sbld.schedule import Constant
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.model import build_model, build_optimizer
+from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.step import train_step
+from megatron_sbld.training.validate import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+WARMUP = 2  # iterations at full depth: gradients and the optimizer's state exist afterwards
+KEEP_PROBS = (0.5, 0.7, 0.9)  # of the table of depths
+RUN_ITERATIONS = 100_000  # of a run in that table
+
+
+class ChosenLayers(Policy):
+    """Keeps a number of layers, evenly spread over the depth, with certainty."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(Constant(1.0), num_layers)
+        self.num_kept = num_layers
+
+    def _keep_probs(self, theta: float) -> np.ndarray:
+        return spread(self.num_kept, self.num_layers).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one iteration."""
+
+    kept_layers: int
+    peak: int
+    saved: int
+
+
+class Iteration:
+    """The trainer's iteration of one microbatch."""
+
+    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+        self._config = config
+        self._number = 0
+        self._policy = ChosenLayers(args.num_layers)
+        self._controller = DropController(self._policy, seed=args.seed, window=1)
+        self._chunks = build_model(config, args.vocab_size)
+        make_switchable(self._chunks, self._controller)
+        self._optimizer = build_optimizer(config, self._chunks)
+        self._batches = itertools.cycle(random_batches(args, 1, args.seed))
+        self._param_storages = {
+            param.untyped_storage().data_ptr() for chunk in self._chunks for param in chunk.parameters()
+        }
+        for chunk in self._chunks:
+            chunk.train()
+        for _ in range(WARMUP):
+            self._run(args.num_layers)
+
+    def measure(self, num_kept: int) -> Memory:
+        """Peak and saved bytes, of two iterations, because counting what is saved allocates as well."""
+        peak = measure_peak(lambda: self._run(num_kept))
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._param_storages:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._run(num_kept)
+        return Memory(num_kept, peak, sum(saved.values()))
+
+    def _run(self, num_kept: int) -> None:
+        self._policy.num_kept = num_kept
+        self._number += 1
+        self._controller.begin_iteration(self._number, num_microbatches=1)
+        assert self._controller.plan.sum() == num_kept, "the policy decides with certainty"
+        batches = itertools.islice(self._batches, 1)
+        train_step(self._config, self._chunks, self._optimizer, [batches], stop_requested=False)
+
+
+def measure_peak(run: Callable[[], Any]) -> int:
+    """The most bytes that a call has allocated at one time, above what was allocated before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return peak_of_allocations([event.nbytes() for event in events])
+
+
+def main() -> None:
+    args = parse_args()
+    config = make_config(args, Layout(1))
+    try:
+        validate(config, 1)
+    except ValueError as error:
+        sys.exit(f"activation_memory.py: error: {error}")
+    with distributed_run(config):
+        size = config.training.micro_batch_size
+        init_num_microbatches_calculator(dist.get_rank(), None, size, size, data_parallel_size=1)
+        try:
+            iteration = Iteration(args, config)
+            measured = [iteration.measure(kept) for kept in args.kept]
+        finally:
+            destroy_num_microbatches_calculator()
+    text = "\n".join(report(args, measured)) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"written to {args.out}", file=sys.stderr)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(
+        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
+        **{"rounds": 1, "keep_probs": [], "warmup": WARMUP, "block_iterations": 1},  # make_config counts iterations
+    )
+    add, shown = parser.add_argument, "; default here: %(default)s"
+    add("--num-layers", type=int, default=24, help="transformer layers" + shown)
+    add("--kept", type=int, nargs="+", help="numbers of kept layers; default: none, 1/4, 1/2, 3/4 and all")
+    add("--hidden-size", type=int, help="width" + shown)
+    add("--num-attention-heads", type=int, help="attention heads" + shown)
+    add("--seq-length", type=int, help="tokens of a sample" + shown)
+    add("--vocab-size", type=int, help="vocabulary" + shown)
+    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
+    add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
+    add("--recompute-granularity", choices=("full", "selective"), help="recompute activations; default: no")
+    add("--seed", type=int, default=1234, help="of weights and tokens" + shown)
+    add("--out", type=Path, default=ROOT / "runs" / "activation_memory.md", help="default: runs/activation_memory.md")
+    args = parser.parse_args()
+    args.global_batch_size = args.micro_batch_size
+    if args.num_layers < 1 or args.vocab_size < 1:
+        parser.error("--num-layers and --vocab-size must be at least 1")
+    if args.kept is None:
+        args.kept = sorted({args.num_layers * quarter // 4 for quarter in range(5)})
+    if len(set(args.kept)) < 2 or not all(0 <= kept <= args.num_layers for kept in args.kept):
+        parser.error(f"--kept {args.kept}: must be two or more different numbers from 0 to {args.num_layers}")
+    return args
+
+
+def report(args: argparse.Namespace, measured: Sequence[Memory]) -> list[str]:
+    """Markdown: the measured table, the line through it, and what samplers make of it."""
+    fixed, layer, deviation = fit_line([one.kept_layers for one in measured], [one.peak for one in measured])
+    recomputation = f"{args.recompute_granularity} recomputation" if args.recompute_granularity else "no recomputation"
+    lines = [
+        "# Memory of activations with dropped layers",
+        "",
+        "Peak: the most bytes that a training iteration of one microbatch allocates above weights, gradient buffers "
+        "and optimizer state. Saved: what autograd keeps between forward and backward pass. The method: docstring of "
+        "`benchmarks/activation_memory.py`.",
+        "",
+        f"- Command: `{shlex.join(['python', 'benchmarks/activation_memory.py', *sys.argv[1:]])}`",
+        *(f"- {line}" for line in environment_lines()),
+        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}",
+        f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, "
+        f"sequence {args.seq_length}, vocabulary {args.vocab_size}, {args.precision}, "
+        f"micro batch {args.micro_batch_size}, no dropout, {recomputation}",
+        "",
+        "| layers kept | peak | saved for backward | peak / peak of full depth |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    deepest = max(measured, key=lambda one: one.kept_layers)
+    lines += [
+        f"| {one.kept_layers} | {_mib(one.peak)} | {_mib(one.saved)} | {one.peak / deepest.peak:.1%} |"
+        for one in measured
+    ]
+    lines += [
+        "",
+        f"Peak = {_mib(fixed)} + {_mib(layer)} x kept layers; largest deviation {_mib(deviation)}.",
+        "",
+        "The bernoulli sampler draws each layer by itself, so some iteration may keep every layer: its worst case "
+        "stays the full depth, and memory has to be there for it. The balanced sampler keeps as many layers on each "
+        "stage as its keep probabilities sum to, give or take less than one, in every microbatch.",
+        "",
+        f"| keep_prob of all {args.num_layers} layers | P(an iteration keeps all) | P(one of {RUN_ITERATIONS:,} does) "
+        f"| median of the deepest of {RUN_ITERATIONS:,}, bernoulli | its peak | deepest, balanced | its peak |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for keep_prob in KEEP_PROBS:
+        full, any_full, bernoulli = depth_of_run(keep_prob, args.num_layers, RUN_ITERATIONS)
+        balanced = int(np.ceil(round(keep_prob * args.num_layers, 9)))
+        peaks = [_mib(fixed + layer * depth) for depth in (bernoulli, balanced)]
+        lines.append(
+            f"| {keep_prob:g} | {full:.2g} | {any_full:.2g} | {bernoulli} | {peaks[0]} | {balanced} | {peaks[1]} |"
+        )
+    return lines
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.2f} MiB"
+
+
+if __name__ == "__main__":
+    main()

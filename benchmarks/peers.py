@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Measures this project beside other programs that drop layers: the same GPT, decisions and machine, in one run.
+
+    python benchmarks/peers.py --out benchmarks/results/peers_cpu.md
+    python benchmarks/peers.py --peers megatron plain --keep-probs 0.5
+
+Peers: this project on megatron-core; Hugging Face transformers' OPT with its built-in LayerDrop (`pip install
+'.[bench]'`); a plain PyTorch loop that leaves dropped layers out. What they share and where they differ is
+in _peer_models.py. All run in one process, one after the other, on the same random tokens.
+
+What is measured. Rounds; in each round, for each keep_prob and each peer, one block of undropped and one of dropped
+iterations, then one undropped iteration whose layers are timed by hooks (_layer_times.py). The order of the peers
+rotates with the rounds, and the order of a pair alternates, so that a slower moment of the machine meets all alike.
+Every peer takes the same decisions, one draw an iteration from (seed, iteration): this project draws them itself, the
+loop is given them, and OPT's own random numbers are replaced by ones that give them, after it has drawn its own.
+
+Ideal gain = T / (T - time of the dropped layers), realised gain = undropped over dropped time, ratio = (realised - 1) /
+(ideal - 1): as in realised_gain.py, for each peer from its own layers' times. Intervals are 95 %, by bootstrap over the
+rounds; of two peers' times the rounds are drawn together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _gain import Interval, Pairs, PassTimes, interval, measure_gain
+from _gain_report import environment_lines, number_text, percent_text
+from _layer_times import ModuleTimer
+from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_load
+from _measure import DISTINCT_BATCHES, progress_bar, random_batches
+from _peer_models import TRANSFORMERS_HINT, HuggingFaceOPT, MegatronSbld, Peer, PlainTorch, deepspeed_note
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    get_num_microbatches,
+    init_num_microbatches_calculator,
+)
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.pipeline import Floats
+from megatron_sbld.plan import draw_plan
+from megatron_sbld.policy import LayerDropPolicy
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.data import Batch
+from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.validate import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("megatron", "opt", "plain")
+
+
+class Decisions:
+    """Which layers each dropped iteration keeps: the same for every peer, known before anything is timed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self.theta: dict[int, float] = {}  # iteration -> keep_prob
+        first = 1
+        for _, keep_prob in itertools.product(range(args.rounds), args.keep_probs):
+            self.theta.update(dict.fromkeys(range(first, first + args.block_iterations), keep_prob))
+            first += args.block_iterations
+
+    def policy(self) -> LayerDropPolicy:
+        return LayerDropPolicy(lambda t: self.theta.get(t, 1.0), self._args.num_layers)
+
+    def iterations(self, round_: int, keep_prob: float) -> range:
+        """Numbers of the iterations of one dropped block; from 1."""
+        block = round_ * len(self._args.keep_probs) + self._args.keep_probs.index(keep_prob)
+        return range(block * self._args.block_iterations + 1, (block + 1) * self._args.block_iterations + 1)
+
+    def kept(self, iteration: int) -> list[bool]:
+        """The layers of an iteration, [L]."""
+        keep_probs = self.policy().keep_probs(iteration)
+        return draw_plan(keep_probs, self._args.seed, iteration, num_microbatches=1)[0].tolist()
+
+
+class Measurement:
+    """One peer's times: seconds of blocks by keep_prob, [rounds], and the passes of its layers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.undropped: dict[float, list[float]] = {}
+        self.dropped: dict[float, list[float]] = {}
+        self.kept: dict[float, list[list[list[bool]]]] = {}  # [rounds, iterations, L]
+        self.timed_iterations: list[float] = []  # [rounds * keep_probs]
+        self.passes: list[list[tuple[float, float]]] = []  # [rounds * keep_probs, L + 1, 2]: layers, then the model
+
+    def pass_times(self, rounds: int, num_microbatches: int) -> PassTimes:
+        """Of a microbatch, by round."""
+        measured = np.array(self.passes) / num_microbatches
+        by_round: Floats = measured.reshape(rounds, -1, *measured.shape[1:]).mean(axis=1)
+        iteration = np.array(self.timed_iterations).reshape(rounds, -1).mean(axis=1, keepdims=True)
+        layers, model = by_round[:, :-1], by_round[:, -1:]
+        return PassTimes(layers[..., 0], layers[..., 1], model[..., 0], model[..., 1], iteration)
+
+
+class Comparison:
+    """The peers, and the batches and decisions that they share."""
+
+    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+        self.args = args
+        self.decisions = Decisions(args)
+        controller = DropController(self.decisions.policy(), seed=args.seed)
+        builders: dict[str, Callable[[], Peer]] = {
+            "megatron": lambda: MegatronSbld(config, args.vocab_size, controller),
+            "opt": lambda: HuggingFaceOPT(config, args.vocab_size),
+            "plain": lambda: PlainTorch(config, args.vocab_size),
+        }
+        self.peers = [builders[name]() for name in args.peers]
+        self.results = [Measurement(peer.name) for peer in self.peers]
+        self.num_microbatches = get_num_microbatches()
+        batches = random_batches(args, DISTINCT_BATCHES * self.num_microbatches, args.seed)
+        self.batches = itertools.cycle(batches)
+
+    def measure(self) -> list[Measurement]:
+        for peer in self.peers:
+            peer.model.train()
+            peer.prepare(dropping=False)
+            self.block(peer, [None] * self.args.warmup)
+        with progress_bar() as progress:
+            task = progress.add_task("rounds", total=self.args.rounds)
+            for round_ in range(self.args.rounds):
+                for keep_prob in self.args.keep_probs:
+                    for turn in range(len(self.peers)):
+                        self.pair((round_ + turn) % len(self.peers), round_, keep_prob)
+                progress.advance(task)
+        return self.results
+
+    def pair(self, index: int, round_: int, keep_prob: float) -> None:
+        """An undropped and a dropped block of a peer, and an iteration whose layers are timed."""
+        peer, result = self.peers[index], self.results[index]
+        numbers = self.decisions.iterations(round_, keep_prob)
+        for dropping in (False, True) if round_ % 2 == 0 else (True, False):
+            peer.prepare(dropping)
+            seconds = self.block(peer, list(numbers) if dropping else [None] * self.args.block_iterations)
+            (result.dropped if dropping else result.undropped).setdefault(keep_prob, []).append(seconds)
+        result.kept.setdefault(keep_prob, []).append([self.decisions.kept(number) for number in numbers])
+        peer.prepare(dropping=False)
+        with ExitStack() as stack:
+            timers = [stack.enter_context(ModuleTimer(layer, is_layer=True)) for layer in peer.layers]
+            timers.append(stack.enter_context(ModuleTimer(peer.model, is_layer=False)))
+            result.timed_iterations.append(self.block(peer, [None]))
+        result.passes.append([timer.times() for timer in timers])
+
+    def block(self, peer: Peer, numbers: Sequence[int | None]) -> float:
+        """Seconds of iterations with these numbers; None is an undropped one."""
+        everything = [True] * self.args.num_layers
+        plans = [everything if number is None else self.decisions.kept(number) for number in numbers]
+        data: list[list[Batch]] = [list(itertools.islice(self.batches, self.num_microbatches)) for _ in numbers]
+        began = time.perf_counter()
+        for number, kept, batches in zip(numbers, plans, data, strict=True):
+            loss = peer.iteration(batches, number, kept)  # ends with the loss on the CPU, so a GPU has done everything
+        seconds = time.perf_counter() - began
+        if numbers and not np.isfinite(loss):
+            raise RuntimeError(f"{peer.name}: the loss is {loss}: its times would be those of another computation")
+        return seconds
+
+
+def main() -> None:
+    args = parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    torch.set_num_threads(args.threads)
+    config = make_config(args, Layout(1))
+    try:
+        validate(config, 1)
+    except ValueError as error:
+        sys.exit(f"peers.py: error: {error}")
+    warn_of_load()
+    with distributed_run(config):
+        training = config.training
+        init_num_microbatches_calculator(
+            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, data_parallel_size=1
+        )
+        try:
+            comparison = Comparison(args, config)
+            results = comparison.measure()
+            text = "\n".join(report(args, comparison, results)) + "\n"
+        finally:
+            destroy_num_microbatches_calculator()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"written to {args.out}", file=sys.stderr)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(**(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS), recompute_granularity=None)
+    add, shown = parser.add_argument, "; default here: %(default)s"
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="what is measured" + shown)
+    add("--num-layers", type=int, default=24, help="transformer layers" + shown)
+    add("--hidden-size", type=int, help="width" + shown)
+    add("--num-attention-heads", type=int, help="attention heads" + shown)
+    add("--seq-length", type=int, help="tokens of a sample" + shown)
+    add("--vocab-size", type=int, help="vocabulary" + shown)
+    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
+    add("--global-batch-size", type=int, help="samples of an iteration" + shown)
+    add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
+    add("--keep-probs", type=float, nargs="+", default=[0.7, 0.5], help="of every layer" + shown)
+    add("--rounds", type=int, default=12, help="pairs of blocks for each peer and keep_prob" + shown)
+    add("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
+    add("--warmup", type=int, default=4, help="iterations of each peer before the first block" + shown)
+    add("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
+    add("--threads", type=int, default=1, help="torch's CPU threads" + shown)
+    add("--out", type=Path, default=ROOT / "runs" / "peers.md", help="report; default: runs/peers.md")
+    args = parser.parse_args()
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name, least in (("rounds", 2), ("block_iterations", 1), ("warmup", 1), ("threads", 1), ("vocab_size", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least {least}")
+    if not all(0 < keep_prob < 1 for keep_prob in args.keep_probs):
+        parser.error(f"--keep-probs {args.keep_probs}: each must be in (0, 1)")
+    for name in ("keep_probs", "peers"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: each may be named once")
+    if "RANK" in os.environ:
+        parser.error("runs in one process: leave out torchrun")
+    if "opt" in args.peers and find_spec("transformers") is None:
+        parser.error(f"--peers opt: {TRANSFORMERS_HINT}; or leave out opt")
+
+
+def report(args: argparse.Namespace, comparison: Comparison, results: Sequence[Measurement]) -> list[str]:
+    """Markdown: what was measured with what, a table of speeds and gains, and one of the first peer against others."""
+    packages = ["torch", "megatron-core", *(["transformers"] if "opt" in args.peers else [])]
+    environment = environment_lines(packages)
+    tokens = args.rounds * args.block_iterations * args.global_batch_size * args.seq_length
+    lines = [
+        "# Dropping layers in several programs",
+        "",
+        "The same GPT in one run, in interleaved blocks, with the same tokens and the same decisions. Realised gain = "
+        "undropped over dropped time; ideal gain = T / (T - time of the dropped layers), from each program's own "
+        "layers; ratio = (realised - 1) / (ideal - 1). In brackets: 95 % confidence intervals by bootstrap over the "
+        "rounds. The method: docstring of `benchmarks/peers.py`.",
+        "",
+        f"- Command: `{shlex.join(['python', 'benchmarks/peers.py', *sys.argv[1:]])}`",
+        *(f"- {line}" for line in environment),
+        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}, this program included",
+        f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, "
+        f"sequence {args.seq_length}, vocabulary {args.vocab_size}, {args.precision}, no dropout; one process",
+        "- Parameters: "
+        + ", ".join(f"{peer.name} {sum(p.numel() for p in peer.model.parameters()):,}" for peer in comparison.peers),
+        f"- Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; AdamW, clipping at 1; "
+        f"{MegatronSbld.name} steps dropped layers with a zero gradient, the others' AdamW passes over them",
+        f"- {args.rounds} rounds of pairs of blocks of {args.block_iterations} iterations",
+        f"- {deepspeed_note()}",
+        "",
+        "| program | keep_prob | layers kept | tokens/s undropped | dropped | ideal gain | realised gain | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        lines += [
+            gain_row(args, result, keep_prob, tokens, comparison.num_microbatches) for keep_prob in args.keep_probs
+        ]
+    return lines + speed_table(args, results)
+
+
+def gain_row(
+    args: argparse.Namespace, result: Measurement, keep_prob: float, tokens: int, num_microbatches: int
+) -> str:
+    undropped, dropped = np.array(result.undropped[keep_prob]), np.array(result.dropped[keep_prob])
+    pairs = Pairs(undropped, dropped, np.array(result.kept[keep_prob]))
+    gain = measure_gain(pairs, result.pass_times(args.rounds, num_microbatches), num_microbatches, seed=args.seed)
+    return (
+        f"| {result.name} | {keep_prob:g} | {gain.kept_fraction:.1%} | {tokens / undropped.sum():,.0f} "
+        f"| {tokens / dropped.sum():,.0f} | {gain.ideal - 1:+.2%} | {percent_text(gain.realised)} "
+        f"| {'-' if gain.ratio is None else number_text(gain.ratio)} |"
+    )
+
+
+def speed_table(args: argparse.Namespace, results: Sequence[Measurement]) -> list[str]:
+    """The first program's speed over each other's, undropped and dropped; empty with one program."""
+    first, *others = results
+    if not others:
+        return []
+    lines = [
+        "",
+        f"Tokens/s of {first.name} over those of the others; above 1 it is the faster one:",
+        "",
+        "| against | "
+        + " | ".join(["undropped", *(f"keep_prob {keep_prob:g}" for keep_prob in args.keep_probs)])
+        + " |",
+        "| --- |" + " ---: |" * (len(args.keep_probs) + 1),
+    ]
+    for other in others:
+        undropped = [sum(np.array(result.undropped[p]) for p in args.keep_probs) for result in (other, first)]
+        ratios = [speed_ratio(*undropped, seed=args.seed)]
+        ratios += [
+            speed_ratio(np.array(other.dropped[p]), np.array(first.dropped[p]), seed=args.seed) for p in args.keep_probs
+        ]
+        lines.append(f"| {other.name} | " + " | ".join(number_text(ratio) for ratio in ratios) + " |")
+    return lines
+
+
+def speed_ratio(others: Floats, own: Floats, *, samples: int = 2000, seed: int = 0) -> Interval:
+    """How many times as fast as another program: block times of the same rounds, [R] each, rounds drawn together."""
+    rounds = np.random.default_rng(seed).integers(len(own), size=(samples, len(own)))
+    return interval(float(others.sum() / own.sum()), others[rounds].sum(axis=1) / own[rounds].sum(axis=1))
+
+
+if __name__ == "__main__":
+    main()

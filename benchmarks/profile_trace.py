@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Traces one training iteration with stock layers, with switchable ones that drop nothing, and with dropped ones.
+
+    python benchmarks/profile_trace.py
+    python benchmarks/profile_trace.py --keep-prob 0.7 --out benchmarks/results/profile_trace_cpu.md
+
+Shows that layer dropping puts nothing new on the hot path: each operator, kernel and wait for the device that the
+trainer's iteration runs is counted from torch.profiler's trace, and with switchable layers at keep_prob 1 every count
+must be that of stock Megatron layers; the program fails where one is not. The traces are written as JSON for
+chrome://tracing or https://ui.perfetto.dev. Times in a trace include the profiler's own work: realised_gain.py measures
+times. The learning rate is next to nothing and the batch always the same, so that undropped iterations have the same
+gradients, and clipping, which is skipped where the norm is small, does not tell them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from _gain_report import environment_lines
+from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
+from _measure import random_batches, switch_layers
+from _operations import device_operations, difference, host_operations, record, synchronisations
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    get_num_microbatches,
+    init_num_microbatches_calculator,
+)
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.switchable import decoder_layers
+from megatron_sbld.policy import LayerDropPolicy
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.model import build_model, build_optimizer
+from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.step import train_step
+from megatron_sbld.training.validate import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+WARMUP = 3  # the optimizer makes its state, and the controller checks its window
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What one iteration ran."""
+
+    name: str
+    kept_layers: int
+    host: Counter[str]
+    device: Counter[str]
+    file: Path
+
+
+class Iteration:
+    """The trainer's iteration on random tokens, with stock or switchable layers."""
+
+    def __init__(self, args: argparse.Namespace, config: Config) -> None:
+        self.theta = 1.0
+        self._config = config
+        self._number = 0
+        self._controller = DropController(LayerDropPolicy(lambda t: self.theta, args.num_layers), seed=args.seed)
+        self._chunks = build_model(config, args.vocab_size)
+        self._layers = [layer for chunk in self._chunks for layer in decoder_layers(chunk)]
+        self._stock = [type(layer) for layer in self._layers]
+        make_switchable(self._chunks, self._controller)
+        self._switchable = [type(layer) for layer in self._layers]
+        self._optimizer = build_optimizer(config, self._chunks)
+        self._batches = itertools.cycle(random_batches(args, get_num_microbatches(), args.seed))
+        for chunk in self._chunks:
+            chunk.train()
+
+    def stock(self) -> None:
+        switch_layers(self._layers, self._stock)
+        self._train()
+
+    def switchable(self) -> None:
+        switch_layers(self._layers, self._switchable)
+        self._number += 1
+        self._controller.begin_iteration(self._number, get_num_microbatches())
+        self._train()
+
+    @property
+    def kept_layers(self) -> int:
+        """Of the last iteration with switchable layers."""
+        return int(self._controller.plan[0].sum())
+
+    def _train(self) -> None:
+        batches = itertools.islice(self._batches, get_num_microbatches())
+        train_step(self._config, self._chunks, self._optimizer, [batches], stop_requested=False)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    config = make_config(args, Layout(1))
+    config = replace(config, optimizer=replace(config.optimizer, lr=1e-12, min_lr=0.0))
+    try:
+        validate(config, 1)
+    except ValueError as error:
+        sys.exit(f"profile_trace.py: error: {error}")
+    with distributed_run(config):
+        training = config.training
+        init_num_microbatches_calculator(
+            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, data_parallel_size=1
+        )
+        try:
+            traced = trace_all(args, Iteration(args, config))
+            num_microbatches = get_num_microbatches()
+        finally:
+            destroy_num_microbatches_calculator()
+    text = "\n".join(report(args, traced, num_microbatches)) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"written to {args.out}; traces in {args.traces}", file=sys.stderr)
+    stock, nothing_dropped, _ = traced
+    if nothing_dropped.host != stock.host or nothing_dropped.device != stock.device:
+        sys.exit("switchable layers that drop nothing run other operations than stock ones")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(
+        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
+        # one iteration of each kind is traced; make_config counts those of a measurement
+        **{"recompute_granularity": None, "rounds": 1, "keep_probs": [], "warmup": WARMUP, "block_iterations": 1},
+    )
+    add, shown = parser.add_argument, "; default here: %(default)s"
+    add("--num-layers", type=int, default=24, help="transformer layers" + shown)
+    add("--hidden-size", type=int, help="width" + shown)
+    add("--num-attention-heads", type=int, help="attention heads" + shown)
+    add("--seq-length", type=int, help="tokens of a sample" + shown)
+    add("--vocab-size", type=int, help="vocabulary" + shown)
+    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
+    add("--global-batch-size", type=int, help="samples of an iteration" + shown)
+    add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
+    add("--keep-prob", type=float, default=0.5, help="of the iteration that drops layers" + shown)
+    add("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
+    add("--threads", type=int, default=1, help="torch's CPU threads" + shown)
+    add("--traces", type=Path, default=ROOT / "runs" / "traces", help="folder of the traces; default: runs/traces")
+    add("--out", type=Path, default=ROOT / "runs" / "profile_trace.md", help="report; default: runs/profile_trace.md")
+    args = parser.parse_args()
+    if not 0 < args.keep_prob < 1:
+        parser.error(f"--keep-prob {args.keep_prob} is not allowed: must be in (0, 1)")
+    for name in ("threads", "vocab_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least 1")
+    return args
+
+
+def trace_all(args: argparse.Namespace, iteration: Iteration) -> list[Traced]:
+    """Stock layers, switchable ones that drop nothing, and dropped ones, each after iterations of the same kind."""
+    args.traces.mkdir(parents=True, exist_ok=True)
+    traced = []
+    kinds: list[tuple[str, Callable[[], None], float]] = [
+        ("stock", iteration.stock, 1.0),
+        ("keep_prob 1", iteration.switchable, 1.0),
+        (f"keep_prob {args.keep_prob:g}", iteration.switchable, args.keep_prob),
+    ]
+    for name, run, theta in kinds:
+        iteration.theta = theta
+        for _ in range(WARMUP):
+            run()
+        trace = record(run)
+        file = args.traces / f"{name.replace(' ', '_')}.json"
+        trace.export_chrome_trace(str(file))
+        kept = args.num_layers if name == "stock" else iteration.kept_layers
+        traced.append(Traced(name, kept, host_operations(trace), device_operations(trace), file))
+    return traced
+
+
+def report(args: argparse.Namespace, traced: Sequence[Traced], num_microbatches: int) -> list[str]:
+    """Markdown: what was traced with what, totals, and every count that differs from the stock iteration's."""
+    stock, nothing_dropped, dropped = traced
+    return [
+        "# What a training iteration runs, with and without layer dropping",
+        "",
+        "Operators and autograd nodes, kernels, and waits of the host for the device in one iteration (forward, "
+        "backward, optimizer step, loss), counted from torch.profiler's traces. A wait is an item() or a CUDA "
+        "synchronisation. The method: docstring of `benchmarks/profile_trace.py`.",
+        "",
+        f"- Command: `{shlex.join(['python', 'benchmarks/profile_trace.py', *sys.argv[1:]])}`",
+        *(f"- {line}" for line in environment_lines()),
+        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}",
+        f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, "
+        f"sequence {args.seq_length}, vocabulary {args.vocab_size}, {args.precision}; "
+        f"{num_microbatches} microbatch(es)",
+        "",
+        "| iteration | layers kept | host operations | kernels | waits | trace |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+        *(
+            f"| {one.name} | {one.kept_layers} | {one.host.total():,} | {one.device.total():,} "
+            f"| {synchronisations(one.host)} | `{one.file.name}` |"
+            for one in traced
+        ),
+        "",
+        "Switchable layers that drop nothing against stock ones, every count that differs:",
+        "",
+        *difference_lines(nothing_dropped, stock),
+        "",
+        f"With {args.num_layers - dropped.kept_layers} of {args.num_layers} layers dropped, every operation that there "
+        "are more of than in the stock iteration:",
+        "",
+        *difference_lines(dropped, stock, only_more=True),
+    ]
+
+
+def difference_lines(one: Traced, stock: Traced, only_more: bool = False) -> list[str]:
+    changes = {**difference(one.host, stock.host), **difference(one.device, stock.device)}
+    lines = [f"- {name}: {count:+d}" for name, count in changes.items() if count > 0 or not only_more]
+    return lines or ["- none"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The programs that benchmarks/peers.py compares compute the same: losses from the same weights and decisions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.processes import distributed_run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from _layouts import Layout, make_config
+from _measure import random_batches
+from _peer_models import HuggingFaceOPT, MegatronSbld, PlainGPT, PlainTorch, TorchPeer, forced_decisions
+from peers import Decisions, speed_ratio
+
+ARGS = argparse.Namespace(
+    **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 64},
+    **{"micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32", "recompute_granularity": None},
+    **{"keep_probs": [0.7, 0.5], "rounds": 3, "block_iterations": 2, "warmup": 1, "seed": 1239},
+)
+ALL = [True] * 4
+
+
+@pytest.fixture
+def config() -> Iterator[Config]:
+    """Of a tiny GPT, with Megatron's parallel state and two microbatches an iteration."""
+    config = make_config(ARGS, Layout(1))
+    with distributed_run(config):
+        init_num_microbatches_calculator(0, None, ARGS.global_batch_size, ARGS.micro_batch_size, 1)
+        try:
+            yield config
+        finally:
+            destroy_num_microbatches_calculator()
+
+
+def copy_to_plain(source: MegatronSbld, target: PlainTorch) -> None:
+    """Give the plain model Megatron's weights; Megatron keeps query, key and value of each head together."""
+    gpt, chunk = target.model, source.model.module
+    assert isinstance(gpt, PlainGPT)
+    with torch.no_grad():
+        gpt.tokens.weight.copy_(chunk.embedding.word_embeddings.weight)
+        gpt.positions.weight.copy_(chunk.embedding.position_embeddings.weight)
+        gpt.norm.load_state_dict(weights(chunk.decoder.final_layernorm))
+        for layer, theirs in zip(gpt.layers, source.layers, strict=True):
+            layer.attention_norm.load_state_dict(weights(theirs.input_layernorm))
+            layer.mlp_norm.load_state_dict(weights(theirs.pre_mlp_layernorm))
+            for name, values in weights(theirs.self_attention.linear_qkv).items():
+                by_head = values.unflatten(0, (ARGS.num_attention_heads, 3, -1))
+                layer.qkv.get_parameter(name).copy_(by_head.transpose(0, 1).flatten(0, 2))
+            layer.projection.load_state_dict(weights(theirs.self_attention.linear_proj))
+            layer.mlp[0].load_state_dict(weights(theirs.mlp.linear_fc1))
+            layer.mlp[2].load_state_dict(weights(theirs.mlp.linear_fc2))
+
+
+def copy_to_opt(source: PlainTorch, target: HuggingFaceOPT) -> None:
+    gpt, decoder = source.model, target.model.language_model.model.decoder
+    with torch.no_grad():
+        decoder.embed_tokens.weight.copy_(gpt.tokens.weight)
+        decoder.embed_positions.weight[2:].copy_(gpt.positions.weight)  # OPT's positions start at 2
+        decoder.final_layer_norm.load_state_dict(gpt.norm.state_dict())
+        for layer, theirs in zip(decoder.layers, gpt.layers, strict=True):
+            layer.self_attn_layer_norm.load_state_dict(theirs.attention_norm.state_dict())
+            layer.final_layer_norm.load_state_dict(theirs.mlp_norm.state_dict())
+            for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                part = {key: value.chunk(3)[index] for key, value in theirs.qkv.state_dict().items()}
+                getattr(layer.self_attn, name).load_state_dict(part)
+            layer.self_attn.out_proj.load_state_dict(theirs.projection.state_dict())
+            layer.fc1.load_state_dict(theirs.mlp[0].state_dict())
+            layer.fc2.load_state_dict(theirs.mlp[2].state_dict())
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach() for name, param in module.named_parameters()}
+
+
+def losses(peer: MegatronSbld | TorchPeer, decisions: Decisions) -> list[float]:
+    """Of an undropped iteration, three dropped ones and an undropped one."""
+    batches = random_batches(ARGS, 2, ARGS.seed)
+    found = []
+    peer.model.train()
+    for number in (None, 1, 2, 3, None):
+        peer.prepare(dropping=number is not None)
+        found.append(peer.iteration(batches, number, ALL if number is None else decisions.kept(number)))
+    return found
+
+
+def build(config: Config) -> tuple[MegatronSbld, PlainTorch, Decisions]:
+    """With weights large enough for a layer's absence to be seen in the loss."""
+    decisions = Decisions(ARGS)
+    own = MegatronSbld(config, ARGS.vocab_size, DropController(decisions.policy(), seed=ARGS.seed))
+    with torch.no_grad():
+        for param in own.model.parameters():
+            param.mul_(4 if param.dim() > 1 else 1)
+    plain = PlainTorch(config, ARGS.vocab_size)
+    copy_to_plain(own, plain)
+    return own, plain, decisions
+
+
+def test_the_plain_loop_trains_as_megatron_does(config: Config) -> None:
+    own, plain, decisions = build(config)
+    assert sum(p.numel() for p in own.model.parameters()) == sum(p.numel() for p in plain.model.parameters())
+    assert not all(decisions.kept(1)), "the seed is chosen so that iterations drop layers"
+    # Megatron's optimizer still moves the dropped layers, with a zero gradient; so does the loop's with this.
+    plain._optimizer.zero_grad = partial(plain._optimizer.zero_grad, set_to_none=False)
+    found = losses(plain, decisions)
+    assert found == pytest.approx(losses(own, decisions), rel=1e-3)
+    assert found[-1] < 0.98 * found[0]
+
+
+def test_a_program_with_other_decisions_has_another_loss(config: Config) -> None:
+    own, plain, decisions = build(config)
+    batches = random_batches(ARGS, 2, ARGS.seed)
+    expected = plain.iteration(batches, 1, decisions.kept(1))
+    copy_to_plain(own, plain)
+    found = plain.iteration(batches, 1, [not kept for kept in decisions.kept(1)])
+    assert found != pytest.approx(expected, rel=1e-3)
+
+
+def test_transformers_opt_trains_as_the_plain_loop_does(config: Config) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[bench]'")
+    _, plain, decisions = build(config)
+    opt = HuggingFaceOPT(config, ARGS.vocab_size)
+    copy_to_opt(plain, opt)
+    assert losses(opt, decisions) == pytest.approx(losses(plain, decisions), rel=1e-4)
+
+
+def test_a_layer_that_is_not_kept_runs_no_module(config: Config) -> None:
+    _, plain, _ = build(config)
+    ran: list[int] = []
+    for index, layer in enumerate(plain.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    plain.iteration(random_batches(ARGS, 2, ARGS.seed), 1, [True, False, False, True])
+    assert ran == [0, 3, 0, 3]
+
+
+def test_forced_decisions_are_told_in_order_and_torch_draws_again_afterwards() -> None:
+    with forced_decisions([True, False, True]) as left:
+        assert [bool(torch.rand([]) < 0.5) for _ in range(2)] == [False, True]  # below layerdrop: dropped
+        assert list(left) == [True]
+    torch.manual_seed(0)
+    assert len({float(torch.rand([])) for _ in range(8)}) == 8
+
+
+def test_every_dropped_block_has_iterations_of_its_own_keep_prob() -> None:
+    decisions = Decisions(ARGS)
+    numbers = [
+        t for round_ in range(3) for keep_prob in ARGS.keep_probs for t in decisions.iterations(round_, keep_prob)
+    ]
+    assert numbers == list(range(1, 3 * 2 * 2 + 1))
+    for keep_prob in ARGS.keep_probs:
+        for number in decisions.iterations(2, keep_prob):
+            assert decisions.policy().keep_probs(number).tolist() == [keep_prob] * 4
+    assert len({tuple(decisions.kept(number)) for number in numbers}) > 1
+
+
+def test_the_speed_of_two_programs_is_compared_round_by_round() -> None:
+    own = np.array([1.0, 2.0, 4.0, 8.0])
+    ratio = speed_ratio(1.5 * own, own)
+    assert [ratio.value, ratio.low, ratio.high] == pytest.approx([1.5, 1.5, 1.5])
