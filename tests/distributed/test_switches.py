@@ -120,12 +120,6 @@ MORE_ON_TWO_PROCESSES = {
     "MTP, PP 2, full recomputation, microbatch": case(
         MTP, pp=2, scope="microbatch", config={**FULL_RECOMPUTE, "recompute_num_layers": 1}
     ),
-    "Llama's layers, PP 2, extreme": case(LLAMA, pp=2, policy="extreme"),
-    "Llama's layers, TP 2 with sequence parallelism": case(LLAMA, tp=2, config=SEQUENCE_PARALLEL),
-    "MLA, PP 2, extreme": case(MLA, pp=2, policy="extreme"),
-    "MLA, DP 2, both overlaps, PLD": case(MLA, policy="pld", ddp=BOTH_OVERLAPS),
-    "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
-    "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
     "untied, PP 2, extreme": case(UNTIED, pp=2, policy="extreme"),
     "tied, PP 2, rotary, extreme": case(build={"position_embedding_type": "rope"}, pp=2, policy="extreme"),
     "bf16, PP 2, extreme": case(BF16, pp=2, policy="extreme"),
@@ -143,7 +137,6 @@ MORE_ON_TWO_PROCESSES = {
     "PP 2, stages by layout": case(
         pp=2, vpp=2, policy="extreme", config={"pipeline_model_parallel_layout": "Et|t|t|tL"}
     ),
-    "PP 2, variable sequence lengths": case(pp=2, config={"variable_seq_lengths": True}),
     "DP 2, average in the collective": case(ddp={**BOTH_OVERLAPS, "average_in_collective": True}),
     "DP 2, NaN and large gradients checked": case(
         policy="extreme", ddp={**BOTH_OVERLAPS, "check_for_nan_in_grad": True, "check_for_large_grads": True}
@@ -160,6 +153,17 @@ MORE_ON_TWO_PROCESSES = {
     "PP 2 interleaved, gathers and reductions not aligned": case(
         pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align": False}
     ),
+}
+KINDS_OF_LAYERS = {
+    "Llama's layers, PP 2, extreme": case(LLAMA, pp=2, policy="extreme"),
+    "Llama's layers, TP 2 with sequence parallelism": case(LLAMA, tp=2, config=SEQUENCE_PARALLEL),
+    "MLA, PP 2, extreme": case(MLA, pp=2, policy="extreme"),
+    "MLA, DP 2, both overlaps, PLD": case(MLA, policy="pld", ddp=BOTH_OVERLAPS),
+    "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
+    "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
+}
+EXCHANGED_SHAPES = {
+    "PP 2, variable sequence lengths": case(pp=2, config={"variable_seq_lengths": True}),
 }
 FOUR_PROCESSES = {
     "TP 2 x PP 2, sequence parallel": case(tp=2, pp=2, config=SEQUENCE_PARALLEL, iterations=10),
@@ -196,6 +200,11 @@ def more_on_two_processes() -> list[dict[str, Result]]:
 
 
 @pytest.fixture(scope="module")
+def kinds_of_layers() -> list[dict[str, Result]]:
+    return run_distributed(run_cases, 2, KINDS_OF_LAYERS, timeout=200)
+
+
+@pytest.fixture(scope="module")
 def four_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=400)
 
@@ -209,6 +218,18 @@ def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: s
 @pytest.mark.parametrize("name", MORE_ON_TWO_PROCESSES)
 def test_more_switches_on_two_processes_equal_one(more_on_two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS_OF_LAYERS)
+def test_layers_of_every_kind_on_two_processes_equal_one(kinds_of_layers: list[dict[str, Result]], name: str) -> None:
+    assert_equals_reference(kinds_of_layers, name, KINDS_OF_LAYERS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXCHANGED_SHAPES)
+def test_stages_that_exchange_the_shapes_of_activations_equal_one_process(name: str) -> None:
+    assert_equals_reference(run_distributed(run_cases, 2, EXCHANGED_SHAPES, timeout=100), name, EXCHANGED_SHAPES[name])
 
 
 @pytest.mark.slow
