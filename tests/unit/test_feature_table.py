@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "megatron_features.md"
-STATUSES = {"tested", "GPU only", "refused"}
+STATUSES = {"tested", "unproven", "GPU only", "refused"}
 REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::([^`]+)`")
 
 
@@ -46,10 +46,10 @@ def refusal_reasons() -> dict[str, str]:
     raise AssertionError("refusals.py has no REASONS")
 
 
-def test_the_page_has_rows_of_every_status_and_no_other() -> None:
+def test_the_page_has_no_other_status() -> None:
     assert len(rows()) > 50
     assert all(len(row) == 3 for row in rows())
-    assert {status for _, status, _ in rows()} == STATUSES
+    assert {status for _, status, _ in rows()} <= STATUSES
 
 
 @pytest.mark.parametrize(("switch", "status", "evidence"), rows(), ids=[switch[:60] for switch, _, _ in rows()])
@@ -59,7 +59,7 @@ def test_each_row_has_its_evidence(switch: str, status: str, evidence: str) -> N
     for path, name in references:
         assert (ROOT / path).is_file(), path
         assert name in names_in(ROOT / path), f"{path} has no test or case {name!r}"
-    if status == "tested":
+    if status in ("tested", "unproven"):
         assert references
     elif status == "GPU only":
         assert len(evidence) > 20
