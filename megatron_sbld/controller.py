@@ -118,7 +118,7 @@ class DropController:
         self.keep_probs = self.policy.keep_probs(iteration)
         self.plan = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
         self._rows = self.plan.tolist()
-        self._dropped_throughout = [not runs for runs in self.plan.any(axis=0).tolist()]
+        self._dropped_throughout = [not runs for runs in np.any(self.plan, axis=0).tolist()]
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
 
