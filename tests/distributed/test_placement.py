@@ -12,11 +12,10 @@ from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.switchable import decoder_layers
 from megatron_sbld.placement import read_layout
 from tests.distributed.harness import model_parallel, run_distributed, single_process
-from tests.distributed.test_layouts import (
+from tests.distributed.runs import (
     BLOCK_RECOMPUTE,
     BOTH_OVERLAPS,
     FULL_RECOMPUTE,
-    LAYERS,
     POLICIES,
     Result,
     assert_equal_runs,
@@ -33,6 +32,7 @@ from tests.helpers import (
 )
 
 pytestmark = pytest.mark.timeout(600)
+LAYERS = 8
 ITERATIONS = 9  # each of ExtremePolicy's patterns
 
 
@@ -89,12 +89,12 @@ def run_case(case: Case, spread: bool) -> Placed:
     with model_parallel(pp=2 if spread else 1, vpp=case.vpp if spread else None):
         stages = case.stages if case.sampler == "balanced" else None
         controller = DropController(
-            POLICIES[case.policy](), seed=7, scope=case.scope, sampler=case.sampler, stages=stages
+            POLICIES[case.policy](LAYERS), seed=7, scope=case.scope, sampler=case.sampler, stages=stages
         )
         models = wrap_ddp(tiny_gpt(tiny_config(num_layers=LAYERS, **layout)), **(case.ddp if spread else {}))
         make_switchable(models, controller)
         optimizer = build_optimizer(models)
-        result = Result([], [], {}, [])
+        result = Result()
         for iteration in range(1, ITERATIONS + 1):
             for model in models:
                 model.train()
