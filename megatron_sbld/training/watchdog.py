@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -160,7 +161,9 @@ class Watchdog:
             return
         self._state = "lost"
         logger.error("rank %d: iteration %d (%s): %s", self.rank, POSITION.iteration, POSITION.activity, self._error)
-        if self._found.wait(3 * self.limits.brief):
+        with _sigterm_ignored():  # a launcher sends it as soon as it has seen the other rank's end
+            found = self._found.wait(3 * self.limits.brief)
+        if found:
             raise RankLostError(self._verdict) from error
         logger.error("rank %d: no rank is known to have died; the connection between them broke", self.rank)
 
@@ -274,6 +277,15 @@ class Watchdog:
                 logging.shutdown()
                 sys.stderr.flush()
                 os._exit(EXIT_RANK_LOST)
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _own_connection(timeout_s: float) -> dist.Store:

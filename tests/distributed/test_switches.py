@@ -252,7 +252,8 @@ def test_zeros_are_counted_with_the_dropped_layers_and_equal_on_every_layout(
     expected = reference_result(TWO_PROCESSES[names[0]])
     for name in names:
         for rank in two_processes:
-            assert rank[name].num_zeros == pytest.approx(expected.num_zeros, rel=1e-2), name
+            # A gradient may be zero by chance in one order of summation alone.
+            assert rank[name].num_zeros == pytest.approx(expected.num_zeros, rel=1e-2, abs=10), name
     parameters_of_a_layer = 12 * 32 * 32 + 13 * 32
     for zeros, rows in zip(expected.num_zeros, expected.decisions, strict=True):
         assert zeros is not None
