@@ -29,12 +29,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
-from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_batch_on_this_cp_rank
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sbld.mcore.layer_specs import gpt_block_spec
 
@@ -70,8 +68,6 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
         "batch_p2p_comm": False,
     }
     values.update(overrides)
-    if values.get("multi_latent_attention"):
-        return MLATransformerConfig(**values)
     if "heterogeneous_layers_config_encoded_json" in values:
         return HeterogeneousTransformerConfig(**values)
     return TransformerConfig(**values)
@@ -126,31 +122,6 @@ def moe_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tr
             layer = copy.deepcopy(dense_layer)
             layer.submodules.mlp = moe_layer.submodules.mlp
             block.layer_specs[index] = layer
-    return block
-
-
-class LatentCoreAttention(MegatronModule):
-    """Causal attention of Multi-Latent Attention's head sizes, which the local attentions refuse."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, softmax_scale: float, **kwargs: Any) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """[s, b, heads, d] each -> [s, b, heads * d of the values]."""
-        by_head = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-        context = scaled_dot_product_attention(*by_head, is_causal=True, scale=self.softmax_scale)
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-
-def mla_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Layers with Megatron's Multi-Latent Attention."""
-    block = gpt_block_spec(config, vp_stage=vp_stage)
-    layer = get_gpt_layer_local_spec(multi_latent_attention=True)
-    layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
-    block.layer_specs = [layer] * len(block.layer_specs)
     return block
 
 

@@ -27,7 +27,7 @@ from tests.distributed.runs import (
     run_case,
     run_cases,
 )
-from tests.helpers import heterogeneous_block_spec, mla_block_spec, tiny_config, tiny_gpt
+from tests.helpers import heterogeneous_block_spec, tiny_config, tiny_gpt
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -52,19 +52,6 @@ LLAMA = {
         "num_query_groups": 2,
     },
     "build": {"position_embedding_type": "rope"},
-}
-MLA = {
-    "model": {
-        "multi_latent_attention": True,
-        "normalization": "LayerNorm",
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_head_dim": 8,
-        "qk_pos_emb_head_dim": 8,
-        "v_head_dim": 8,
-        "rope_type": "rope",
-    },
-    "build": {"spec": mla_block_spec, "position_embedding_type": "rope"},
 }
 ATTENTION, FEED_FORWARD = {"n_heads_in_group": 1}, {"ffn_mult": 2.0}
 HETEROGENEOUS = {
@@ -157,8 +144,6 @@ MORE_ON_TWO_PROCESSES = {
 KINDS_OF_LAYERS = {
     "Llama's layers, PP 2, extreme": case(LLAMA, pp=2, policy="extreme"),
     "Llama's layers, TP 2 with sequence parallelism": case(LLAMA, tp=2, config=SEQUENCE_PARALLEL),
-    "MLA, PP 2, extreme": case(MLA, pp=2, policy="extreme"),
-    "MLA, DP 2, both overlaps, PLD": case(MLA, policy="pld", ddp=BOTH_OVERLAPS),
     "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
     "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
 }
