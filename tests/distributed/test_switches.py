@@ -148,7 +148,11 @@ KINDS_OF_LAYERS = {
     "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
 }
 EXCHANGED_SHAPES = {
-    "PP 2, variable sequence lengths": case(pp=2, config={"variable_seq_lengths": True}),
+    "PP 2, variable sequence lengths": case(
+        # Megatron asks for the dispatcher even of a model without experts.
+        pp=2,
+        config={"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"},
+    ),
 }
 FOUR_PROCESSES = {
     "TP 2 x PP 2, sequence parallel": case(tp=2, pp=2, config=SEQUENCE_PARALLEL, iterations=10),

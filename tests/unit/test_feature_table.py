@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "megatron_features.md"
-STATUSES = {"tested", "unproven", "GPU only", "refused"}
+STATUSES = {"tested", "GPU only", "refused"}
 REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::([^`]+)`")
 
 
@@ -59,7 +59,7 @@ def test_each_row_has_its_evidence(switch: str, status: str, evidence: str) -> N
     for path, name in references:
         assert (ROOT / path).is_file(), path
         assert name in names_in(ROOT / path), f"{path} has no test or case {name!r}"
-    if status in ("tested", "unproven"):
+    if status == "tested":
         assert references
     elif status == "GPU only":
         assert len(evidence) > 20
