@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from _gain import Gain, Interval
 
 OVERHEAD_TARGET = 0.005  # of an iteration, at keep_prob 1
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def publish(text: str, out: Path) -> None:
+    """Write a report into a file and show it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"written to {out}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gain_report import environment_lines
+from _gain_report import environment_lines, publish
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
 from _measure import random_batches
 from _memory import depth_of_run, fit_line, peak_of_allocations, spread
@@ -151,10 +151,7 @@ def main() -> None:
         finally:
             destroy_num_microbatches_calculator()
     text = "\n".join(report(args, measured)) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
-    print(text, end="")
-    print(f"written to {args.out}", file=sys.stderr)
+    publish(text, args.out)
 
 
 def parse_args() -> argparse.Namespace:

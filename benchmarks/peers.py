@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from _gain import Interval, Pairs, PassTimes, interval, measure_gain
-from _gain_report import environment_lines, number_text, percent_text
+from _gain_report import environment_lines, number_text, percent_text, publish
 from _layer_times import ModuleTimer
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_load
 from _measure import DISTINCT_BATCHES, progress_bar, random_batches
@@ -188,10 +188,7 @@ def main() -> None:
             text = "\n".join(report(args, comparison, results)) + "\n"
         finally:
             destroy_num_microbatches_calculator()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
-    print(text, end="")
-    print(f"written to {args.out}", file=sys.stderr)
+    publish(text, args.out)
 
 
 def parse_args() -> argparse.Namespace:

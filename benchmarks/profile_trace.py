@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _gain_report import environment_lines
+from _gain_report import environment_lines, publish
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
 from _measure import random_batches, switch_layers
 from _operations import device_operations, difference, host_operations, record, synchronisations
@@ -119,10 +119,8 @@ def main() -> None:
         finally:
             destroy_num_microbatches_calculator()
     text = "\n".join(report(args, traced, num_microbatches)) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
-    print(text, end="")
-    print(f"written to {args.out}; traces in {args.traces}", file=sys.stderr)
+    publish(text, args.out)
+    print(f"traces in {args.traces}", file=sys.stderr)
     stock, nothing_dropped, _ = traced
     if nothing_dropped.host != stock.host or nothing_dropped.device != stock.device:
         sys.exit("switchable layers that drop nothing run other operations than stock ones")

@@ -81,7 +81,6 @@ class DropController:
         self.keep_probs = np.ones(policy.num_layers)
         self.plan = np.ones((0, policy.num_layers), dtype=bool)
         self._rows: list[list[bool]] = []
-        self._dropped_throughout = [False] * policy.num_layers
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
 
@@ -118,7 +117,6 @@ class DropController:
         self.keep_probs = self.policy.keep_probs(iteration)
         self.plan = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
         self._rows = self.plan.tolist()
-        self._dropped_throughout = [not runs for runs in np.any(self.plan, axis=0).tolist()]
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
 
@@ -165,7 +163,7 @@ class DropController:
                 "replicas 'distinct' does not work with dropped_update 'freeze': whether every replica dropped a layer "
                 "is known to none of them; use replicas 'shared' or dropped_update 'apply'"
             )
-        return self._dropped_throughout[layer_number - 1]
+        return len(self.plan) > 0 and not bool(self.plan[:, layer_number - 1].any())
 
     def branch_scale(self, layer_number: int) -> float:
         """Factor of a kept layer's attention and MLP branches: 1, or 1 / keep_prob (equations.md, section 4)."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -35,6 +36,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sbld.mcore.layer_specs import gpt_block_spec
+from megatron_sbld.policy import Policy
+from megatron_sbld.schedule import Constant
 
 VOCAB, SEQUENCE, MICRO_BATCH, GLOBAL_MICROBATCHES = 64, 16, 2, 8
 
@@ -45,6 +48,17 @@ class Step:
 
     loss: float
     grad_norm: float
+
+
+class Listed(Policy):
+    """Keep probabilities as listed, the same at every iteration."""
+
+    def __init__(self, *keep_probs: float, residual_scale: Any = "none") -> None:
+        super().__init__(Constant(1.0), len(keep_probs), residual_scale=residual_scale)
+        self._listed = np.array(keep_probs)
+
+    def _keep_probs(self, theta: float) -> np.ndarray:
+        return self._listed
 
 
 def tiny_config(**overrides: Any) -> TransformerConfig:

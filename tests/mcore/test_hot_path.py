@@ -8,33 +8,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.switchable import _SkippedLayer
-from megatron_sbld.policy import Policy
-from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
-from tests.helpers import GLOBAL_MICROBATCHES, SEQUENCE, build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
+from tests.helpers import (
+    GLOBAL_MICROBATCHES,
+    SEQUENCE,
+    Listed,
+    build_optimizer,
+    tiny_config,
+    tiny_gpt,
+    train_step,
+    wrap_ddp,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from _operations import SYNCHRONISATIONS, difference, host_operations, record, synchronisations
 
 OVERLAPPED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True, "overlap_param_gather": True}
-
-
-class Listed(Policy):
-    """Keep probabilities as listed, the same at every iteration."""
-
-    def __init__(self, *keep_probs: float) -> None:
-        super().__init__(Constant(1.0), len(keep_probs))
-        self._listed = np.array(keep_probs)
-
-    def _keep_probs(self, theta: float) -> np.ndarray:
-        return self._listed
 
 
 @pytest.fixture(scope="module", autouse=True)

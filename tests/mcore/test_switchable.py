@@ -27,7 +27,7 @@ from megatron_sbld.policy import (
 )
 from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
-from tests.helpers import SEQUENCE, VOCAB, Step, build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
+from tests.helpers import SEQUENCE, VOCAB, Listed, Step, build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
 
 LAYERS = 4
 NOTHING_DROPPED: dict[str, Policy] = {
@@ -38,17 +38,6 @@ NOTHING_DROPPED: dict[str, Policy] = {
     "stochastic depth": StochasticDepthPolicy(Constant(1.0), LAYERS),
     "recovery": LayerDropPolicy(Constant(0.5), LAYERS, recovery_fraction=1.0, train_iters=100),
 }
-
-
-class Listed(Policy):
-    """Keep probabilities as listed, the same at every iteration."""
-
-    def __init__(self, *keep_probs: float, residual_scale: Any = "none") -> None:
-        super().__init__(Constant(1.0), len(keep_probs), residual_scale=residual_scale)
-        self._listed = np.array(keep_probs)
-
-    def _keep_probs(self, theta: float) -> np.ndarray:
-        return self._listed
 
 
 @pytest.fixture(scope="module", autouse=True)

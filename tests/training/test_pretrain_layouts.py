@@ -21,7 +21,6 @@ from megatron_sbld.training.checkpoint_files import Layout
 from megatron_sbld.training.config import Config
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
-    NO_DROPOUT,
     decisions,
     in_folder,
     losses,
@@ -32,6 +31,7 @@ from tests.training.trainer_helpers import (
     stop_and_resume,
     tiny_run,
     train_rows,
+    without_dropout,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -66,11 +66,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(folder: Path) -> Path:
     return prepare_corpus(folder)
-
-
-def without_dropout(folder: Path, corpus: Path, name: str, **sections: Any) -> Config:
-    """A run in which equal decisions must give equal losses."""
-    return tiny_run(folder / name, corpus, **{"model": NO_DROPOUT, "drop": sbld(folder), **sections})
 
 
 def from_common_weights(folder: Path, corpus: Path, name: str, parallel: dict[str, Any], **drop: Any) -> Config:

@@ -17,7 +17,6 @@ from tests.training.trainer_helpers import (
     FULL_DEPTH,
     HALF,
     LAYERS_THAT_MATTER,
-    NO_DROPOUT,
     change,
     decisions,
     dynamic,
@@ -31,6 +30,7 @@ from tests.training.trainer_helpers import (
     tiny_run,
     updates,
     valid_losses,
+    without_dropout,
 )
 
 TENSOR = {"tensor_model_parallel_size": 2}
@@ -81,11 +81,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(folder: Path) -> Path:
     return prepare_corpus(folder)
-
-
-def without_dropout(folder: Path, corpus: Path, name: str, **sections: Any) -> Config:
-    """A run in which equal decisions must give equal losses."""
-    return tiny_run(folder / name, corpus, **{"model": NO_DROPOUT, "drop": sbld(folder), **sections})
 
 
 def from_common_weights(folder: Path, corpus: Path, name: str, **parallel: Any) -> Config:

@@ -127,6 +127,11 @@ def tiny_run(folder: Path, corpus: Path, **sections: Mapping[str, Any]) -> Confi
     return Config(**{name: types[name](**fields) for name, fields in values.items()})
 
 
+def without_dropout(folder: Path, corpus: Path, name: str, **sections: Any) -> Config:
+    """A run in which equal decisions must give equal losses."""
+    return tiny_run(folder / name, corpus, **{"model": NO_DROPOUT, "drop": sbld(folder), **sections})
+
+
 def change(config: Config, **sections: Mapping[str, Any]) -> Config:
     """The config with fields of some sections replaced."""
     return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in sections.items()})
