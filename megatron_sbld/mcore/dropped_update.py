@@ -22,6 +22,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Mega
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from megatron_sbld.mcore.bucket_groups import SkippableBucketGroup, bucket_groups
 from megatron_sbld.mcore.optimizer_state import initialise, is_torch_adam
 from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
 
@@ -74,11 +75,15 @@ class _Freezer:
     def __init__(self, part: MegatronOptimizer, layer_params: LayerParams) -> None:
         self.part = part
         self._layer_params = layer_params
+        self._frozen_layers: set[SwitchableLayer] = set()
         self._frozen: list[torch.Tensor] = []
 
     def before_step(self, inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Take the gradients of dropped layers away."""
-        self._frozen = [param for layer, params in self._layer_params if _is_dropped(layer) for param in params]
+        self._frozen_layers = {layer for layer, _ in self._layer_params if _is_dropped(layer)}
+        self._frozen = [
+            param for layer, params in self._layer_params if layer in self._frozen_layers for param in params
+        ]
         # Without state, a first step in a later iteration would begin to count at 1, and a checkpoint could not be
         # saved before. (Not inner.state[param]: that would create an empty one.)
         if any(not inner.state.get(param) for param in self._frozen):
@@ -90,7 +95,17 @@ class _Freezer:
         """Count the iteration for frozen parameters too, where each parameter has a count of its own."""
         if self._frozen and is_torch_adam(self.part):
             torch._foreach_add_([inner.state[param]["step"] for param in self._frozen], 1.0)
+        records = {layer._drop_record for layer in self._frozen_layers}
+        for group in self._skippable_groups():
+            group.note_step(records)
         self._frozen = []
+
+    def _skippable_groups(self) -> list[SkippableBucketGroup]:
+        """Those whose parameters need not be gathered when all of their layers were frozen."""
+        buckets = [layer._drop_buckets for layer, _ in self._layer_params]
+        wrappers = dict.fromkeys(found.wrapper for found in buckets if found is not None and found.wrapper is not None)
+        groups = [group for wrapper in wrappers for group in bucket_groups(wrapper)]
+        return [group for group in groups if isinstance(group, SkippableBucketGroup)]
 
 
 def _is_dropped(layer: SwitchableLayer) -> bool:

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
 from megatron_sbld.mcore.refusals import refuse_unsupported_switches
@@ -55,6 +57,7 @@ class SwitchableLayer(TransformerLayer):
 
     _drop_controller: DropController
     _drop_buckets: LayerBuckets | None
+    _drop_record: LayerRecord
     _drop_recompute_queue: deque[tuple[int, int]]  # iteration, microbatch
     _branch_scale: float
 
@@ -64,6 +67,7 @@ class SwitchableLayer(TransformerLayer):
             return super().forward(*args, **kwargs)
         controller = self._drop_controller
         if controller.kept(self.layer_number, self._microbatch()):
+            self._drop_record.ran = True
             if not controller.scales_residual:
                 return super().forward(*args, **kwargs)
             self._branch_scale = controller.branch_scale(self.layer_number)
@@ -80,7 +84,9 @@ class SwitchableLayer(TransformerLayer):
             # Looked up here, once: a layer may have been made switchable before its model was wrapped.
             self._drop_buckets = LayerBuckets(self)
             _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
+            _let_buckets_be_skipped(self._drop_buckets.wrapper)
         buckets = self._drop_buckets
+        self._drop_record.skipped = self._drop_controller.replicas == "shared"  # others may run what this one skips
         buckets.wait_for_params()
         return _SkippedLayer.apply(hidden_states, buckets.report_gradients if buckets.reports_gradients else None)
 
@@ -202,9 +208,17 @@ def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: Drop
         )
 
 
+def _let_buckets_be_skipped(wrapper: DistributedDataParallel | None) -> None:
+    if wrapper is not None:
+        layers = [layer for layer in decoder_layers(wrapper) if isinstance(layer, SwitchableLayer)]
+        make_skippable(wrapper, {param: layer._drop_record for layer in layers for param in layer.parameters()})
+
+
 def _attach(layer: TransformerLayer, controller: DropController) -> None:
     if not isinstance(layer, SwitchableLayer):
         layer.__class__ = _switchable_class(type(layer))
+    if "_drop_record" not in layer.__dict__:  # bucket groups hold it
+        layer._drop_record = LayerRecord()
     layer._drop_controller = controller
     layer._drop_buckets = None
     layer._drop_recompute_queue = deque()

@@ -16,6 +16,7 @@ from megatron_sbld.mcore import make_switchable
 from megatron_sbld.policy import Policy
 from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
+from tests.dropped_update_helpers import Patterns
 from tests.helpers import forward_backward, tiny_config, tiny_gpt, wrap_ddp
 
 LAYERS, MICROBATCHES = 4, 2
@@ -111,3 +112,34 @@ def test_no_gradient_tensor_is_made_for_a_dropped_layer(kept: tuple[int, ...], e
     with Shapes() as shapes:
         forward_backward(models, 1, MICROBATCHES)
     assert shapes.seen & {(96, 32), (128, 32), (32, 128)} == expected
+
+
+def test_the_gradient_of_a_layer_is_zero_if_it_was_skipped_and_did_not_run() -> None:
+    """Not if the plan says so: a layer that was made stock again runs although it is dropped."""
+    models = wrap_ddp(tiny_gpt(tiny_config()), overlap_grad_reduce=True, bucket_size=2000)
+    layers = models[0].module.decoder.layers
+    stock_classes = [type(layer) for layer in layers]
+    controller = DropController(Patterns("0011", "0011", "1011", "0011"))
+    make_switchable(models, controller)
+    found: list[list[bool]] = []
+    for iteration in range(1, 5):
+        if iteration == 4:
+            for layer, cls in zip(layers, stock_classes, strict=True):
+                layer.__class__ = cls
+        models[0].train().zero_grad_buffer()
+        controller.begin_iteration(iteration, MICROBATCHES)
+        forward_backward(models, iteration, MICROBATCHES)
+        found.append([layer._drop_record.has_zero_gradient for layer in layers])
+    # In the first iteration it is not known what ran before.
+    assert found == [[False] * 4, [True, True, False, False], [False, True, False, False], [False] * 4]
+
+
+def test_distinct_replicas_reduce_all_because_another_may_have_run_the_layer() -> None:
+    models = wrap_ddp(tiny_gpt(tiny_config()))
+    controller = DropController(Kept(1, 3), replicas="distinct", sampler="balanced")
+    make_switchable(models, controller)
+    for iteration in (1, 2):
+        models[0].train().zero_grad_buffer()
+        controller.begin_iteration(iteration, MICROBATCHES)
+        forward_backward(models, iteration, MICROBATCHES)
+        assert not any(layer._drop_record.has_zero_gradient for layer in models[0].module.decoder.layers)
