@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_sbld import __version__
+from megatron_sbld.training.liveness import EXIT_RANK_LOST, RankLostError
 
 if TYPE_CHECKING:
     from megatron_sbld.training.config import Config
@@ -49,10 +50,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if given[0] not in commands:
             raise ValueError(f"unknown command {given[0]!r}; allowed are {', '.join(commands)}")
         sys.exit(commands[given[0]](given[1:]))
-    except (ValueError, argparse.ArgumentError, OSError) as error:
+    except (ValueError, argparse.ArgumentError, OSError, RankLostError) as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(EXIT_RANK_LOST if isinstance(error, RankLostError) else EXIT_MISTAKE)
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]
@@ -100,7 +101,8 @@ def _pretrain_parser() -> ArgumentParser:
     return _config_parser(
         "pretrain --config FILE [--section.field VALUE ...]",
         "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
-        "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 2 a mistake in the config.",
+        "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 76 another rank died or "
+        "stalled (start again to go on), 2 a mistake in the config.",
     )
 
 
@@ -196,8 +198,8 @@ def _measure(args: list[str]) -> int:
         "profile --config FILE --out DIR [options] [--section.field VALUE ...]\n"
         "       megatron-sbld profile merge | show | lists | rank ...   (each with --help)",
         "Measure the sensitivity of the layers of the model that a config describes, and write DIR/sensitivity.json. "
-        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped as asked (start "
-        "again to go on), 2 a mistake.",
+        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped as asked or 76 "
+        "another rank died or stalled (start again to go on), 2 a mistake.",
     )
     parser.add_argument("--config", action="config", help="YAML file of sections, that of the training run")
     parser.add_argument(

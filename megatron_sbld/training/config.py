@@ -87,7 +87,9 @@ class ParallelConfig:
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto is nccl where CUDA is available, else gloo."""
     distributed_timeout_minutes: float = 10.0
-    """A rank that waits longer than this for another ends the run."""
+    """A rank that dies, gives no sign of life, or lets others wait for longer than this ends the run on all ranks, with
+    exit status 76 and a message that names it and the iteration; start the run again to go on from its last checkpoint.
+    Longer than any rank may take alone while the others wait for it, such as for building shuffles of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)

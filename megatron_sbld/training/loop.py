@@ -40,6 +40,7 @@ from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import TrainingData, check_data
 from megatron_sbld.training.flops import layer_share, padded_vocab_size, training_flops
 from megatron_sbld.training.forecast import forecast, forecast_text
+from megatron_sbld.training.liveness import SAVING
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
@@ -50,6 +51,7 @@ from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
+from megatron_sbld.training.watchdog import POSITION
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ def pretrain(config: Config) -> int:
         ValueError: a mistake in the config, the data or the checkpoint; before the first iteration.
         FloatingPointError: the loss is no longer finite.
         DropDisagreementError: ranks would drop different layers.
+        RankLostError: another rank died or stalled; mostly the process ends instead (watchdog.py).
     """
     world_size = world_size_from_environment()
     validate(config, world_size)
@@ -200,6 +203,7 @@ class Run:
 
     def iterate(self, stop: StopFlag) -> bool:
         """One training iteration; whether any rank was asked to stop."""
+        POSITION.enter("training", self.iteration + 1)
         update_num_microbatches(self.consumed_samples, consistency_check=False)
         num_microbatches, batch_size = get_num_microbatches(), get_current_global_batch_size()
         began = time.perf_counter()
@@ -283,6 +287,7 @@ class Run:
         return stopping or (done and checkpoint.save_at_end) or _is_due(self.iteration, checkpoint.save_interval)
 
     def _save(self) -> None:
+        POSITION.enter(SAVING)
         train_state = {
             "consumed_samples": self.consumed_samples,
             "train_time_s": self.train_time_s,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sbld.training.config import Config
+from megatron_sbld.training.watchdog import watched
 
 
 def world_size_from_environment() -> int:
@@ -29,6 +30,7 @@ def distributed_run(config: Config) -> Iterator[None]:
 
     Raises:
         ValueError: nccl without a GPU; or ranks were given different configs, with the ranks and the fields.
+        RankLostError: another rank died; or the process ends with EXIT_RANK_LOST, see `watched`.
     """
     if not torch.cuda.is_available():
         from megatron_sbld.mcore.standins import install_cpu_standins  # never loaded where there is a GPU
@@ -37,16 +39,17 @@ def distributed_run(config: Config) -> Iterator[None]:
     _init_process_group(config)
     try:
         parallel = config.parallel
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
-            context_parallel_size=parallel.context_parallel_size,
-            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        )
-        require_equal_configs(config)
-        seed_everything(config.training.seed)
-        yield
+        with watched(60 * parallel.distributed_timeout_minutes):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+                context_parallel_size=parallel.context_parallel_size,
+                distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+            )
+            require_equal_configs(config)
+            seed_everything(config.training.seed)
+            yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

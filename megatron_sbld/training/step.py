@@ -19,6 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import Batch
+from megatron_sbld.training.watchdog import POSITION
 
 
 class StepResult(NamedTuple):
@@ -40,6 +41,7 @@ def this_device() -> torch.device:
 
 def _forward_step(batches: Iterator[Batch], model: GPTModel) -> tuple[torch.Tensor, Any]:
     """Megatron's forward step: per-token losses [b, s] on the last stage, and the function that reduces them."""
+    POSITION.microbatches += 1
     device = this_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     batch = get_batch_on_this_cp_rank(batch)
@@ -104,6 +106,7 @@ def validation_loss(
     config: Config, chunks: Sequence[DistributedDataParallel], batches: Sequence[Iterator[Batch]], num_microbatches: int
 ) -> float:
     """Mean loss of `num_microbatches` microbatches a replica, at full depth and without dropout."""
+    POSITION.enter("validation")
     with _evaluating(config, chunks):
         losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=True)
     loss_sum, num_tokens, _, _ = _sum_over_ranks(losses, False)

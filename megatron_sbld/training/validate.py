@@ -56,7 +56,6 @@ _POSITIVE = (
     "model.layernorm_epsilon",
     "model.init_method_std",
     "model.rotary_base",
-    "parallel.distributed_timeout_minutes",
     "optimizer.lr",
     "optimizer.adam_eps",
     "training.initial_loss_scale",
@@ -66,6 +65,7 @@ _POSITIVE = (
 )
 _RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 _MAX_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks
+_TIMEOUT_MINUTES = (0.1, 100_000)  # healthy ranks can be silent for seconds while they start
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
 
@@ -157,6 +157,11 @@ def _ranges(config: Config) -> list[str]:
         (_NOT_NEGATIVE, "0 or more", lambda value: value >= 0),
         (_POSITIVE, "above 0", lambda value: value > 0),
         (_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1),
+        (
+            ("parallel.distributed_timeout_minutes",),
+            f"in [{_TIMEOUT_MINUTES[0]}, {_TIMEOUT_MINUTES[1]}]",
+            lambda value: _TIMEOUT_MINUTES[0] <= value <= _TIMEOUT_MINUTES[1],
+        ),
         (("model.rotary_percent",), "in (0, 1]", lambda value: 0 < value <= 1),
         (("training.seed",), f"in [0, {_MAX_SEED}]", lambda value: 0 <= value <= _MAX_SEED),
     ):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
+import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_sbld.training.checkpoint_files import latest_complete
-from megatron_sbld.training.config import Config
+from megatron_sbld.training.liveness import EXIT_RANK_LOST
 from megatron_sbld.training.loop import EXIT_TO_BE_CONTINUED
+from tests.training.process_helpers import (
+    TORCHRUN,
+    ended_with_the_test,
+    log_of,
+    rank_of,
+    start,
+    wait_for_checkpoint,
+    wait_for_iteration,
+)
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     change,
@@ -32,8 +38,6 @@ from tests.training.trainer_helpers import (
     tiny_run,
 )
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-MEGATRON_SBLD = [sys.executable, "-m", "megatron_sbld"]
 KILLED_ITERATIONS = 40
 
 
@@ -47,59 +51,11 @@ def corpus(folder: Path) -> Path:
     return prepare_corpus(folder)
 
 
-def start(config: Config, launcher: list[str]) -> subprocess.Popen[bytes]:
-    """Start `pretrain` in processes of its own, with the config as a file; what it prints goes beside that."""
-    path = Path(f"{config.logging.run_dir}.yaml")
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
-    arguments = [*launcher, *MEGATRON_SBLD, "pretrain", "--config", str(path), "--checkpoint.resume", "auto"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with path.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, cwd=Path(__file__).parents[2])
-
-
-def wait_for_iteration(config: Config, process: subprocess.Popen[bytes], iteration: int, seconds: float = 240) -> None:
-    """Wait until a run has written the row of an iteration."""
-    path, deadline = Path(config.logging.run_dir) / "metrics.jsonl", time.monotonic() + seconds
-    while not (path.exists() and path.read_text().count('"loss"') >= iteration):
-        assert process.poll() is None, log_of(config)
-        assert time.monotonic() < deadline, f"iteration {iteration} was not reached in {seconds} s\n{log_of(config)}"
-        time.sleep(0.01)
-
-
-def wait_for_checkpoint(config: Config, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Wait until a run has a complete checkpoint."""
-    deadline = time.monotonic() + seconds
-    while latest_complete(Path(config.logging.run_dir) / "checkpoints") is None:
-        assert process.poll() is None, log_of(config)
-        assert time.monotonic() < deadline, f"no checkpoint in {seconds} s\n{log_of(config)}"
-        time.sleep(0.01)
-
-
-def log_of(config: Config) -> str:
-    return Path(f"{config.logging.run_dir}.log").read_text()
-
-
-def rank_of(process: subprocess.Popen[bytes], rank: int) -> int:
-    """Process id of a rank that a launcher started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in map(int, children):
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return child
-    raise AssertionError(f"no child of {process.pid} is rank {rank}")
-
-
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
     """What a test starts, ended with it."""
-    started: list[subprocess.Popen[bytes]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with ended_with_the_test() as started:
+        yield started
 
 
 @pytest.mark.parametrize(
@@ -134,6 +90,10 @@ def test_a_run_whose_rank_is_killed_goes_on_as_if_it_had_not_been(
     assert killed.wait(120) != 0
     written = len(rows(folder / name))
     assert iteration <= written < KILLED_ITERATIONS, f"rank {victim} was killed too late"
+    named = re.search(rf"rank {victim} \(.*\) died or was stopped in iteration (\d+)", log_of(config))
+    assert named is not None, log_of(config)
+    assert int(named[1]) in range(written, written + 3), "a row may be unwritten, and the other rank a step ahead"
+    assert f"exitcode  : {EXIT_RANK_LOST}" in log_of(config)
     saved = latest_complete(folder / name / "checkpoints")
     assert saved is not None
 

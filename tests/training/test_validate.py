@@ -29,7 +29,10 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"model": {"rotary_percent": 1.5}}, r"model.rotary_percent = 1.5: must be in \(0, 1\]"),
     ({"parallel": {"tensor_model_parallel_size": 0}}, r"parallel.tensor_model_parallel_size = 0: must be at least 1"),
     ({"parallel": {"ddp_bucket_size": 0}}, r"parallel.ddp_bucket_size = 0: must be at least 1"),
-    ({"parallel": {"distributed_timeout_minutes": 0.0}}, r"parallel.distributed_timeout_minutes = 0.0: must be above"),
+    (
+        {"parallel": {"distributed_timeout_minutes": 0.05}},
+        r"parallel.distributed_timeout_minutes = 0.05: must be in \[0.1, 100000\]",
+    ),
     ({"data": {"num_workers": -1}}, r"data.num_workers = -1: must be 0 or more"),
     ({"optimizer": {"lr": float("inf")}}, r"optimizer.lr = inf: must be above 0"),
     ({"optimizer": {"min_lr": -1e-5}}, r"optimizer.min_lr = -1e-05: must be 0 or more"),
