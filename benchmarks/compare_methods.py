@@ -6,9 +6,12 @@ PLD's at theta 0.5 unless another is given, by the choice of their theta alone (
 looked at). Methods are those of the paper's Table 6 and a decreasing drop rate that ends in full depth. Before them
 `megatron-sbld profile` measures the sensitivity, with the same model and text, on `--profile-seeds` of its own.
 
-Runs are single processes, `--jobs` of them at a time, and a program that was stopped goes on where it was: complete
-runs are not repeated. Afterwards `megatron-sbld compare` makes the table and the plots. Losses are exact; throughput is
-worth something only on a machine that does nothing else.
+With `--data-parallel-size 2 --methods undropped layerdrop-balanced layerdrop-distinct` the question is whether
+data-parallel replicas that drop distinct layers train better than ones that share their decisions.
+
+Runs are single processes, or one for each replica under torchrun, `--jobs` runs at a time, and a program that was
+stopped goes on where it was: complete runs are not repeated. Afterwards `megatron-sbld compare` makes the table and the
+plots. Losses are exact; throughput is worth something only on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,6 +61,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "sbld-pwegd-lists-recovery": {"policy": "sbld", "recovery_fraction": RECOVERY},
     "sbld-dynamic": {"policy": "sbld", "sensitivity_update": "dynamic"},
 }
+REPLICAS: dict[str, dict[str, Any]] = {
+    "layerdrop-balanced": {"policy": "layerdrop", "sampler": "balanced"},
+    "layerdrop-distinct": {"policy": "layerdrop", "sampler": "balanced", "replicas": "distinct"},
+}
+"""For more than one replica: whether it helps that each drops other layers."""
 MATCHED_FIELDS = {"decreasing-recovery": "start_theta"}
 """What is varied to match the mean keep probability, where it is not theta."""
 
@@ -73,7 +82,7 @@ def main() -> None:
     for seed in args.seeds:  # seed by seed, so that a program that is stopped leaves whole comparisons
         for method in args.methods:
             run_dir = args.out / method / f"seed-{seed}"
-            commands[f"{method}/seed-{seed}"] = pretrain(config, run_dir, seed, drops[method])
+            commands[f"{method}/seed-{seed}"] = pretrain(args, config, run_dir, seed, drops[method])
     run_all("train", commands, args.jobs, args.out)
     runs = [str(args.out / name) for name in commands]
     run_all("compare", {"compare": cli("compare", *runs, "--out", str(args.out / "comparison"))}, 1, args.out)
@@ -87,11 +96,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text to train on: a file or folder, also .xz and .gz")
     parser.add_argument("--valid-text", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and the comparison")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all of them")
+    every = [*METHODS, *REPLICAS]
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=every, help=f"default: all but {', '.join(REPLICAS)}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, data, decisions" + shown)
     parser.add_argument("--profile-seeds", type=int, nargs="+", default=[101, 102, 103], help="of the profile" + shown)
     parser.add_argument("--profile-iters", type=int, default=100, help="iterations of a profile's run" + shown)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each" + shown)
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time, a thread for each of their processes" + shown
+    )
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="replicas, a process each" + shown)
     parser.add_argument("--iters", type=int, default=500, help="iterations of a run" + shown)
     parser.add_argument(
         "--mean-keep-prob", type=float, help=f"of every method; default: what PLD has at theta {PLD_THETA}"
@@ -109,14 +124,25 @@ def parse_args() -> argparse.Namespace:
     for name in ("text", "valid_text"):
         if not getattr(args, name).exists():
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not exist")
-    for name in ("jobs", "iters", "profile_iters", "batch_size", "num_layers"):
+    for name in ("jobs", "iters", "profile_iters", "batch_size", "num_layers", "data_parallel_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: it must be at least 1")
+    if args.batch_size % args.data_parallel_size:
+        parser.error(
+            f"--batch-size {args.batch_size} must be divisible by --data-parallel-size {args.data_parallel_size}"
+        )
+    for method in args.methods:
+        if method in REPLICAS and args.data_parallel_size == 1:
+            parser.error(f"--methods {method} is for more than one replica: add --data-parallel-size")
     return args
 
 
 def needs_sensitivity(args: argparse.Namespace) -> bool:
-    return any(METHODS[method]["policy"] == "sbld" for method in args.methods)
+    return any(drop_section(method)["policy"] == "sbld" for method in args.methods)
+
+
+def drop_section(method: str) -> dict[str, Any]:
+    return (METHODS | REPLICAS)[method]
 
 
 def write_config(args: argparse.Namespace) -> Path:
@@ -136,7 +162,7 @@ def write_config(args: argparse.Namespace) -> Path:
         "data": data,
         "optimizer": {"lr": args.lr, "min_lr": args.lr / 10, "lr_warmup_iters": max(1, args.iters // 20)},
         "training": {
-            "micro_batch_size": args.batch_size,
+            "micro_batch_size": args.batch_size // args.data_parallel_size,
             "global_batch_size": args.batch_size,
             "train_iters": args.iters,
             "eval_interval": max(1, args.iters // 10),
@@ -191,7 +217,7 @@ def match_methods(args: argparse.Namespace, sensitivity: Path | None) -> dict[st
         target = mean_of({"policy": "pld", "theta": PLD_THETA}, args)
     drops = {}
     for method in args.methods:
-        drop = dict(METHODS[method])
+        drop = dict(drop_section(method))
         if drop["policy"] == "sbld":
             drop["sensitivity"] = str(sensitivity)
         if drop["policy"] != "none":
@@ -218,15 +244,17 @@ def mean_of(drop: dict[str, Any], args: argparse.Namespace) -> float:
     return mean_keep_prob(policy, range(1, args.iters + 1))
 
 
-def pretrain(config: Path, run_dir: Path, seed: int, drop: dict[str, Any]) -> list[str]:
+def pretrain(args: argparse.Namespace, config: Path, run_dir: Path, seed: int, drop: dict[str, Any]) -> list[str]:
     options = {"logging.run_dir": run_dir, "training.seed": seed, "drop.seed": seed}
     options |= {f"drop.{name}": value for name, value in drop.items()}
-    command = cli("pretrain", "--config", str(config))
-    return command + [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.data_parallel_size)]
+    replicas = args.data_parallel_size
+    return cli("pretrain", "--config", str(config), *arguments, launcher=launcher if replicas > 1 else [])
 
 
-def cli(*args: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_sbld", *args]
+def cli(*args: str, launcher: Sequence[str] = ()) -> list[str]:
+    return [sys.executable, *launcher, "-m", "megatron_sbld", *args]
 
 
 def run_all(title: str, commands: dict[str, list[str]], jobs: int, logs: Path) -> None:
