@@ -5,7 +5,9 @@ hooks), the gradient of its output is complete (its backward begins) and the gra
 backward has ended; autograd runs a layer's nodes between these two, and the accumulation of its weights' gradients as
 soon as they are there). A layer that is recomputed passes a second time, during backward, and that counts as backward.
 The optimizer's share and the reduction of gradients over replicas lie outside of these moments, as they should: a
-dropped layer does not save them.
+dropped layer does not save them. Where communication overlaps with computation it does lie within: parameters are
+gathered during the first microbatch's forward pass, gradients reduced during the last one's backward pass, and both
+slow the layers that run meanwhile. There a layer's time is taken from the other microbatches.
 
 On a GPU the moments are CUDA events on the stream, on a CPU readings of the clock. Only iterations that are timed layer
 by layer carry the hooks; the blocks that gains are computed from run without.
@@ -99,10 +101,21 @@ class ModuleTimer:
         for handle in self._handles:
             handle.remove()
 
-    def times(self) -> tuple[float, float]:
-        """Summed seconds of forward and backward over all passes since it was entered; on a GPU, once synchronised."""
+    def times(self, *, gathers: bool = False, reduces: bool = False) -> tuple[float, float]:
+        """Summed seconds of forward and backward over all passes since it was entered; on a GPU, once synchronised.
+
+        Args:
+            gathers: parameters are gathered during the first microbatch's forward pass: let another's stand for it.
+            reduces: gradients are reduced during the last microbatch's backward pass: let another's stand for it.
+        """
         times = [one.times() for one in self._passes]
-        return sum(forward for forward, _ in times), sum(backward for _, backward in times)
+        forward = [seconds for seconds, _ in times if seconds]
+        backward = [seconds for _, seconds in times if seconds]
+        if gathers and len(forward) > 1:
+            forward[0] = sum(forward[1:]) / len(forward[1:])
+        if reduces and len(backward) > 1:
+            backward[-1] = sum(backward[:-1]) / len(backward[:-1])
+        return sum(forward), sum(backward)
 
     def _before(self, module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         present = _Pass()

@@ -192,7 +192,12 @@ class Run:
             timers += [stack.enter_context(ModuleTimer(chunk, is_layer=False)) for chunk in self.chunks]
             seconds, _ = self.block(1, switchable=False)
         result.timed_iterations.append(seconds)
-        result.pass_times.append([timer.times() for timer in timers])
+        parallel, num_layers = self.config.parallel, len(self.layers)
+        layer_times = [
+            timer.times(gathers=parallel.overlap_param_gather, reduces=parallel.overlap_grad_reduce)
+            for timer in timers[:num_layers]
+        ]
+        result.pass_times.append(layer_times + [timer.times() for timer in timers[num_layers:]])
 
     def time_added_calls(self) -> Overhead:
         """Time begin_iteration, and the layers' decisions with nothing for them to decide about, at keep_prob 1."""

@@ -1,8 +1,11 @@
-"""bucket_model.py's measured point: what reducing gradients takes on two processes here, with and without overlap.
+"""bucket_model.py's measured points: what reducing gradients takes here, and what leaving out zeros saves.
 
 Two copies of the trainer's model, one with overlap_grad_reduce, train in turns on the same random tokens. Exposed is
 the time that Megatron waits for the reduction after the last backward pass (finalize_model_grads; nothing else happens
 in it without tensor and pipeline stages); alone is an all-reduce of as many bytes while nothing else runs.
+
+What skipping saves: iterations that drop layers with keep_prob 0.5, each run twice with the same decisions and tokens,
+once with bucket groups that leave reductions out and once with Megatron's own, in alternating order.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from _gain_report import environment_lines
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, bucket_size, make_config, start_processes
 from _measure import random_batches
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     get_num_microbatches,
@@ -25,6 +29,12 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.utils import get_model_config
 
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.bucket_groups import SkippableBucketGroup, bucket_groups
+from megatron_sbld.pipeline import Floats
+from megatron_sbld.policy import LayerDropPolicy
+from megatron_sbld.schedule import Constant
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.processes import distributed_run
@@ -32,6 +42,9 @@ from megatron_sbld.training.step import this_device, train_step
 
 PROCESSES = 2
 NUM_LAYERS, ROUNDS, WARMUP = 12, 10, 2
+SKIPPING_PROCESSES, SKIPPING_KEEP_PROB, SKIPPING_ROUNDS = (2, 4), 0.5, 40
+BUCKET_LAYERS = {"GPT-3 350M": 3.2, "GPT-3 3.6B": 0.5}
+"""Layers that Megatron's default bucket holds at that size, roughly."""
 
 
 def measured_lines(seed: int) -> list[str]:
@@ -68,7 +81,35 @@ def measured_lines(seed: int) -> list[str]:
         *lines,
         "",
         f"The same bytes reduced alone: {times['alone'] * 1e3:.2f} ms ({times['bytes'] / 2**20:.1f} MiB).",
+        "",
+        *skipping_lines(args),
     ]
+
+
+def skipping_lines(args: argparse.Namespace) -> list[str]:
+    """What leaving reductions out saves of iterations that drop half of the layers; markdown."""
+    lines = [
+        f"Iterations that drop layers with keep_prob {SKIPPING_KEEP_PROB}, with Megatron's bucket groups and with ones "
+        f"that leave reductions of zeros out: means of {SKIPPING_ROUNDS} pairs with equal decisions, the saved share "
+        "with its standard error.",
+        "",
+        "| DP | layers in a bucket, as in | values in a bucket | all reduced | zeros left out | saved |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for processes in SKIPPING_PROCESSES:
+        if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+            return [*lines, "", f"DP {processes} not run: {torch.cuda.device_count()} GPU(s)."]
+        for name, layers in BUCKET_LAYERS.items():
+            size = round(layers * 12 * args.hidden_size**2)
+            sized = argparse.Namespace(**{**vars(args), "bucket_size": size, "global_batch_size": 2 * processes})
+            stock, skipping = start_processes(measure_skipping, processes, sized, processes)[0]
+            saved = 1 - skipping / stock
+            error = saved.std(ddof=1) / len(saved) ** 0.5
+            lines.append(
+                f"| {processes} | {layers:g}, {name} | {size:,} | {stock.mean() * 1e3:.1f} ms "
+                f"| {skipping.mean() * 1e3:.1f} ms | {saved.mean():+.1%} +- {error:.1%} |"
+            )
+    return lines
 
 
 def layout_with(overlap: bool) -> Layout:
@@ -99,6 +140,50 @@ class _Copy:
         began = _synchronised_now()
         train_step(self.config, self.chunks, self.optimizer, [iter(batches)], stop_requested=False)
         self.iterations.append(_synchronised_now() - began)
+
+
+def measure_skipping(args: argparse.Namespace, processes: int) -> tuple[Floats, Floats]:
+    """Seconds of iterations with all buckets reduced and with zeros left out, [rounds] each; on each rank the same."""
+    torch.set_num_threads(1)
+    config = make_config(args, Layout(processes, overlap=True))
+    with distributed_run(config):
+        training = config.training
+        init_num_microbatches_calculator(
+            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, processes
+        )
+        try:
+            copy = _Copy(args, config)
+            policy = LayerDropPolicy(Constant(SKIPPING_KEEP_PROB), args.num_layers)
+            controller = DropController(policy, seed=args.seed)
+            make_switchable(copy.chunks, controller)
+            batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
+            for iteration in range(1, WARMUP + 2 * SKIPPING_ROUNDS + 1):
+                if iteration == WARMUP + 1:  # a layer has been skipped, so the groups have their class
+                    skippable = [group for group in bucket_groups(copy.chunks[0]) if _is_skippable(group)]
+                    copy.iterations.clear()
+                in_pair = iteration - WARMUP - 1
+                if in_pair >= 0:
+                    for group in skippable:
+                        group.__class__ = SkippableBucketGroup if _skips(in_pair) else _ParamAndGradBucketGroup
+                controller.begin_iteration(max(1, WARMUP + 1 + in_pair // 2), get_num_microbatches())
+                copy.train(batches)
+        finally:
+            destroy_num_microbatches_calculator()
+        times = torch.tensor(copy.iterations, dtype=torch.float64)
+        everyone: list[list[float]] = [[]] * processes
+        dist.all_gather_object(everyone, times.tolist())
+        slowest = np.max(everyone, axis=0)
+        skips = np.array([_skips(index) for index in range(2 * SKIPPING_ROUNDS)])
+        return slowest[~skips], slowest[skips]
+
+
+def _is_skippable(group: Any) -> bool:
+    return isinstance(group, SkippableBucketGroup)
+
+
+def _skips(index: int) -> bool:
+    """Whether an iteration leaves reductions out: the second of a pair and then the first, by turns."""
+    return index % 4 in (1, 2)
 
 
 def _synchronised_now() -> float:

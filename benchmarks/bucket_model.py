@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Models what it would save not to reduce the gradients of buckets whose every parameter belongs to dropped layers.
+"""Models what it saves not to reduce the gradients of buckets whose every parameter belongs to dropped layers.
 
     python benchmarks/bucket_model.py
     python benchmarks/bucket_model.py --measure --out benchmarks/results/bucket_model.md
 
 A layer that is dropped for a whole iteration has a zero gradient on every replica, so a bucket that holds dropped
-layers alone need not be reduced. How often that happens depends on Megatron's buckets: with overlap_grad_reduce it
-closes a bucket at max(40M, 1M x data-parallel size) parameters, counted from the last layer to the first, without
-overlap it has one bucket (megatron-core 0.16.1, distributed_data_parallel.py:65, param_and_grad_buffer.py:705), which
-can never be skipped.
+layers alone need not be reduced, and is not (megatron_sbld/mcore/bucket_groups.py, built because of this model). How
+often that happens depends on Megatron's buckets: with overlap_grad_reduce it closes a bucket at max(40M, 1M x
+data-parallel size) parameters, counted from the last layer to the first, without overlap it has one bucket
+(megatron-core 0.16.1, distributed_data_parallel.py:65, param_and_grad_buffer.py:705), which can never be skipped.
 
 Bytes: the expected share of a reduction's bytes is exact, P(bucket) = product of its layers' drop probabilities, and 0
 for a bucket with anything that is no layer's (embedding, final norm).
@@ -18,7 +18,8 @@ its first layer's backward pass has ended; exposed is what ends after that pass.
 dropped layer none; a reduction takes 2 (n - 1)/n x bytes / bandwidth without latency, or with --reduce-scatter half of
 it, as the distributed optimizer does. Saved is the exposed time with all buckets reduced less that with the skippable
 ones left out, as a share of the mean iteration, over draws of the decisions. The optimizer's step counts as free, so
-shares are upper bounds. NumPy alone; --measure adds what a reduction takes here, on two processes (_reduction_time.py).
+shares are upper bounds. NumPy alone; --measure adds what a reduction takes here, on two processes, and what leaving
+some out saves, on two and four (_reduction_time.py).
 """
 
 from __future__ import annotations
@@ -262,7 +263,7 @@ def report(args: argparse.Namespace) -> list[str]:
     reduction = "reduce-scatter" if args.reduce_scatter else "all-reduce"
     savings = {at_layers: model_savings(args, at_layers) for at_layers in (False, True)}
     lines = [
-        "# What skipping the reduction of dropped layers' buckets would be worth",
+        "# What skipping the reduction of dropped layers' buckets is worth",
         "",
         'A model, not a measurement, but for a last section "Measured"; the method: docstring of '
         "`benchmarks/bucket_model.py`.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import GLOBAL_MICROBATCHES, Step, build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
@@ -29,6 +30,16 @@ class OperationCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
         return func(*args, **(kwargs or {}))
+
+
+class Pass:
+    """Times of one pass."""
+
+    def __init__(self, forward: float, backward: float) -> None:
+        self._times = (forward, backward)
+
+    def times(self) -> tuple[float, float]:
+        return self._times
 
 
 def times_of_an_iteration(monkeypatch: pytest.MonkeyPatch, **config: Any) -> tuple[list[tuple[float, float]], float]:
@@ -81,3 +92,15 @@ def test_timing_changes_no_result_and_leaves_no_hook_behind():
         return [first, train_step(models, optimizer, 2)]
 
     assert steps(timed=True) == steps(timed=False)
+
+
+def test_a_pass_that_overlaps_with_communication_is_replaced_by_the_mean_of_the_others() -> None:
+    timer = ModuleTimer(torch.nn.Identity(), is_layer=True)
+    timer._passes = [Pass(9.0, 4.0), Pass(1.0, 6.0), Pass(3.0, 20.0)]
+    assert timer.times() == (13.0, 30.0)
+    assert timer.times(gathers=True) == (2.0 + 1.0 + 3.0, 30.0)
+    assert timer.times(reduces=True) == (13.0, 4.0 + 6.0 + 5.0)
+    timer._passes = [Pass(9.0, 0.0), Pass(0.0, 4.0), Pass(1.0, 0.0), Pass(0.0, 20.0)]  # recomputed
+    assert timer.times(gathers=True, reduces=True) == (1.0 + 1.0, 4.0 + 4.0)
+    timer._passes = [Pass(9.0, 4.0)]
+    assert timer.times(gathers=True, reduces=True) == (9.0, 4.0), "there is no other"
