@@ -183,6 +183,7 @@ def test_a_rank_that_hangs_in_python_ends_all_and_is_named_with_the_place(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("layout", DISTURBANCES)
 def test_a_run_disturbed_again_and_again_ends_each_time_and_equals_an_undisturbed_one(
     folder: Path, corpus: Path, layout: str, processes: list[subprocess.Popen[bytes]]
