@@ -89,6 +89,7 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """A rank that dies, gives no sign of life, or lets others wait for longer than this ends the run on all ranks, with
     exit status 76 and a message that names it and the iteration; start the run again to go on from its last checkpoint.
+    (Where all ranks of a machine are stopped, torchrun takes 30 s more to kill them.)
     Longer than any rank may take alone while the others wait for it, such as for building shuffles of the data."""
 
 
