@@ -159,26 +159,22 @@ def measure_skipping(args: argparse.Namespace, processes: int) -> tuple[Floats, 
             batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
             for iteration in range(1, WARMUP + 2 * SKIPPING_ROUNDS + 1):
                 if iteration == WARMUP + 1:  # a layer has been skipped, so the groups have their class
-                    skippable = [group for group in bucket_groups(copy.chunks[0]) if _is_skippable(group)]
+                    groups = bucket_groups(copy.chunks[0])
+                    skippable = [group for group in groups if isinstance(group, SkippableBucketGroup)]
                     copy.iterations.clear()
                 in_pair = iteration - WARMUP - 1
                 if in_pair >= 0:
                     for group in skippable:
                         group.__class__ = SkippableBucketGroup if _skips(in_pair) else _ParamAndGradBucketGroup
-                controller.begin_iteration(max(1, WARMUP + 1 + in_pair // 2), get_num_microbatches())
+                controller.begin_iteration(WARMUP + 1 + in_pair // 2, get_num_microbatches())
                 copy.train(batches)
         finally:
             destroy_num_microbatches_calculator()
-        times = torch.tensor(copy.iterations, dtype=torch.float64)
         everyone: list[list[float]] = [[]] * processes
-        dist.all_gather_object(everyone, times.tolist())
+        dist.all_gather_object(everyone, copy.iterations)
         slowest = np.max(everyone, axis=0)
         skips = np.array([_skips(index) for index in range(2 * SKIPPING_ROUNDS)])
         return slowest[~skips], slowest[skips]
-
-
-def _is_skippable(group: Any) -> bool:
-    return isinstance(group, SkippableBucketGroup)
 
 
 def _skips(index: int) -> bool:

@@ -66,6 +66,7 @@ REPLICAS: dict[str, dict[str, Any]] = {
     "layerdrop-distinct": {"policy": "layerdrop", "sampler": "balanced", "replicas": "distinct"},
 }
 """For more than one replica: whether it helps that each drops other layers."""
+DROP_SECTIONS = METHODS | REPLICAS
 MATCHED_FIELDS = {"decreasing-recovery": "start_theta"}
 """What is varied to match the mean keep probability, where it is not theta."""
 
@@ -96,10 +97,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text to train on: a file or folder, also .xz and .gz")
     parser.add_argument("--valid-text", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and the comparison")
-    every = [*METHODS, *REPLICAS]
-    parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=every, help=f"default: all but {', '.join(REPLICAS)}"
-    )
+    but_replicas = f"default: all but {', '.join(REPLICAS)}"
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=DROP_SECTIONS, help=but_replicas)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, data, decisions" + shown)
     parser.add_argument("--profile-seeds", type=int, nargs="+", default=[101, 102, 103], help="of the profile" + shown)
     parser.add_argument("--profile-iters", type=int, default=100, help="iterations of a profile's run" + shown)
@@ -138,11 +137,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def needs_sensitivity(args: argparse.Namespace) -> bool:
-    return any(drop_section(method)["policy"] == "sbld" for method in args.methods)
-
-
-def drop_section(method: str) -> dict[str, Any]:
-    return (METHODS | REPLICAS)[method]
+    return any(DROP_SECTIONS[method]["policy"] == "sbld" for method in args.methods)
 
 
 def write_config(args: argparse.Namespace) -> Path:
@@ -217,7 +212,7 @@ def match_methods(args: argparse.Namespace, sensitivity: Path | None) -> dict[st
         target = mean_of({"policy": "pld", "theta": PLD_THETA}, args)
     drops = {}
     for method in args.methods:
-        drop = dict(drop_section(method))
+        drop = dict(DROP_SECTIONS[method])
         if drop["policy"] == "sbld":
             drop["sensitivity"] = str(sensitivity)
         if drop["policy"] != "none":
@@ -248,9 +243,10 @@ def pretrain(args: argparse.Namespace, config: Path, run_dir: Path, seed: int, d
     options = {"logging.run_dir": run_dir, "training.seed": seed, "drop.seed": seed}
     options |= {f"drop.{name}": value for name, value in drop.items()}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.data_parallel_size)]
-    replicas = args.data_parallel_size
-    return cli("pretrain", "--config", str(config), *arguments, launcher=launcher if replicas > 1 else [])
+    launcher = []
+    if args.data_parallel_size > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.data_parallel_size)]
+    return cli("pretrain", "--config", str(config), *arguments, launcher=launcher)
 
 
 def cli(*args: str, launcher: Sequence[str] = ()) -> list[str]:

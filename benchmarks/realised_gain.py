@@ -17,7 +17,7 @@ recomputation included, read by hooks around it (_layer_times.py) in one undropp
 and T is the time of these iterations, so that a slower moment of the machine enlarges both alike. Hooks time each layer
 in its place and under the load it has in training; a layer run by itself would find other caches, and a regression of
 times on decisions would take the realised gain for the ideal one. The optimizer step and the gradient reduction of a
-dropped layer are not counted as saved, although reductions of buckets without a kept layer are. With --overlap a
+dropped layer are not counted in it, although reductions of buckets without a kept layer are left out. With --overlap a
 layer's time is that of the microbatches during which nothing is gathered or reduced. Counted is what the actual
 decisions of the dropped blocks save on the critical path: on the slowest rank of each stage and, with pipeline stages,
 in the 1F1B schedule with its bubbles, computed from every stage's durations with free transfers (_gain.py).

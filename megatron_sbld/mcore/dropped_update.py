@@ -95,9 +95,10 @@ class _Freezer:
         """Count the iteration for frozen parameters too, where each parameter has a count of its own."""
         if self._frozen and is_torch_adam(self.part):
             torch._foreach_add_([inner.state[param]["step"] for param in self._frozen], 1.0)
-        records = {layer._drop_record for layer in self._frozen_layers}
-        for group in self._skippable_groups():
-            group.note_step(records)
+        if isinstance(self.part, DistributedOptimizer):  # others gather nothing
+            records = {layer._drop_record for layer in self._frozen_layers}
+            for group in self._skippable_groups():
+                group.note_step(records)
         self._frozen = []
 
     def _skippable_groups(self) -> list[SkippableBucketGroup]:

@@ -10,9 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
-from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
@@ -20,15 +18,7 @@ from megatron_sbld.mcore.bucket_groups import bucket_groups
 from tests.distributed.harness import model_parallel, run_distributed
 from tests.distributed.runs import BOTH_OVERLAPS, OVERLAP, SHARDED
 from tests.dropped_update_helpers import Patterns, layer_of
-from tests.helpers import (
-    GLOBAL_MICROBATCHES,
-    build_optimizer,
-    forward_backward,
-    mean_loss,
-    tiny_config,
-    tiny_gpt,
-    wrap_ddp,
-)
+from tests.helpers import build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
 
 LAYERS, ITERATIONS = 4, 9
 # Each layer is dropped alone, with neighbours and with all others; the first iteration drops already.
@@ -104,31 +94,17 @@ def run_case(case: Case, skipping: bool) -> Outcome:
             groups=[list({layer_of(names[param]) for param in group.params}) for group in bucket_groups(model)]
         )
         for iteration in range(1, ITERATIONS + 1):
-            _run_iteration(model, optimizer, controller, iteration, outcome)
+            with counted(model) as counts:
+                step = train_step([model], optimizer, iteration, controller.begin_iteration)
+            outcome.losses.append(step.loss)
+            outcome.norms.append(step.grad_norm)
+            outcome.reduced.append(counts["reduced"])
+            outcome.gathered.append(counts["gathered"])
+            outcome.ran.append([layer for layer in range(1, LAYERS + 1) if not controller.dropped_throughout(layer)])
         if model.use_forward_hook:
             model.disable_forward_pre_hook()  # finishes the gathers
         outcome.weights = [param.detach().clone() for param in model.module.parameters()]
         return outcome
-
-
-def _run_iteration(
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    controller: DropController,
-    iteration: int,
-    outcome: Outcome,
-) -> None:
-    num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
-    model.train()
-    model.zero_grad_buffer()
-    optimizer.zero_grad()
-    controller.begin_iteration(iteration, num_microbatches)
-    with counted(model) as counts:
-        outcome.losses.append(mean_loss(forward_backward([model], iteration, num_microbatches)))
-        outcome.norms.append(float(optimizer.step()[1]))
-    outcome.reduced.append(counts["reduced"])
-    outcome.gathered.append(counts["gathered"])
-    outcome.ran.append([layer for layer in range(1, LAYERS + 1) if not controller.dropped_throughout(layer)])
 
 
 @contextmanager
