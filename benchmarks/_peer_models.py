@@ -1,10 +1,11 @@
 """The implementations that peers.py compares: the same GPT, trained by three programs with the same decisions.
 
 Each has pre-norm layers with biases, LayerNorm, learned positions, exact GELU, torch's scaled_dot_product_attention,
-output weights tied to the embedding, no dropout, AdamW with decoupled weight decay and clipping of the gradients' norm.
-What differs belongs to the implementation and is left as its users have it: Megatron accumulates gradients in a buffer,
-gives dropped layers a zero gradient and in bf16 keeps fp32 copies of bf16 weights; the others run fp32 weights under
-autocast and set gradients to None, so that AdamW passes over layers that were dropped in a whole iteration.
+output weights tied to the embedding, no dropout, a fused AdamW with decoupled weight decay and clipping of the
+gradients' norm. A layer that was dropped in a whole iteration keeps its weights and moments in all of them: here that
+is `dropped_update: freeze`; the others set gradients to None, and AdamW passes over what has none. What differs belongs
+to the implementation and is left as its users have it: Megatron accumulates gradients in a buffer and in bf16 keeps
+fp32 copies of bf16 weights; the others run fp32 weights under autocast.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from _measure import Batch, switch_layers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
 from megatron_sbld.mcore.switchable import decoder_layers
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.step import this_device, train_step
 
+AFTER_ALL = 1 << 30  # an iteration that drops nothing
 TRANSFORMERS_HINT = "Hugging Face transformers is not installed; pip install '.[bench]' installs it"
 
 
@@ -60,7 +62,9 @@ class MegatronSbld(Peer):
 
     name = "megatron-sbld"
 
-    def __init__(self, config: Config, vocab_size: int, controller: DropController) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, controller: DropController, dropped_update: str = "freeze"
+    ) -> None:
         self._config = config
         self._controller = controller
         self._chunks = build_model(config, vocab_size)
@@ -70,11 +74,16 @@ class MegatronSbld(Peer):
         make_switchable(self._chunks, controller)
         self._switchable_classes = [type(layer) for layer in self.layers]
         self._optimizer = build_optimizer(config, self._chunks)
+        if dropped_update == "freeze":
+            freeze_dropped_layers(self._chunks, self._optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = config.optimizer.lr
 
     def prepare(self, dropping: bool) -> None:
         switch_layers(self.layers, self._switchable_classes if dropping else self._stock_classes)
+        if not dropping:  # or the last dropped iteration would say what is frozen
+            self._controller.begin_iteration(AFTER_ALL, get_num_microbatches())
+            assert self._controller.plan.all()
 
     def iteration(self, batches: Sequence[Batch], number: int | None, kept: Sequence[bool]) -> float:
         if number is not None:
@@ -101,6 +110,7 @@ class TorchPeer(Peer):
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_eps,
             weight_decay=options.weight_decay,
+            fused=True,
         )
 
     def _step(self, batches: Sequence[Batch], logits: Callable[[torch.Tensor], torch.Tensor]) -> float:

@@ -113,7 +113,7 @@ class Comparison:
         self.decisions = Decisions(args)
         controller = DropController(self.decisions.policy(), seed=args.seed)
         builders: dict[str, Callable[[], Peer]] = {
-            "megatron": lambda: MegatronSbld(config, args.vocab_size, controller),
+            "megatron": lambda: MegatronSbld(config, args.vocab_size, controller, args.dropped_update),
             "opt": lambda: HuggingFaceOPT(config, args.vocab_size),
             "plain": lambda: PlainTorch(config, args.vocab_size),
         }
@@ -205,6 +205,12 @@ def parse_args() -> argparse.Namespace:
     add("--global-batch-size", type=int, help="samples of an iteration" + shown)
     add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
     add("--keep-probs", type=float, nargs="+", default=[0.7, 0.5], help="of every layer" + shown)
+    add(
+        "--dropped-update",
+        choices=("freeze", "apply"),
+        default="freeze",
+        help="of this project: freeze passes over dropped layers as the other programs do, apply steps them" + shown,
+    )
     add("--rounds", type=int, default=12, help="pairs of blocks for each peer and keep_prob" + shown)
     add("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
     add("--warmup", type=int, default=4, help="iterations of each peer before the first block" + shown)
@@ -252,7 +258,7 @@ def report(args: argparse.Namespace, comparison: Comparison, results: Sequence[M
         "- Parameters: "
         + ", ".join(f"{peer.name} {sum(p.numel() for p in peer.model.parameters()):,}" for peer in comparison.peers),
         f"- Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; AdamW, clipping at 1; "
-        f"{MegatronSbld.name} steps dropped layers with a zero gradient, the others' AdamW passes over them",
+        f"dropped_update of {MegatronSbld.name}: {args.dropped_update}; the others' AdamW passes over dropped layers",
         f"- {args.rounds} rounds of pairs of blocks of {args.block_iterations} iterations",
         f"- {deepspeed_note()}",
         "",

@@ -1,8 +1,9 @@
 """The GPT's transformer block as a Megatron spec: with Transformer Engine where it can be used, else without.
 
-Without it, the layers are megatron-core's local ones, with torch's fused attention in place of the unfused softmax and
-with norms that also work under sequence parallelism. The block's final norm is part of what is returned, because
-Megatron's own choice for it refuses sequence parallelism and is misled by the package named apex on PyPI.
+Without it, the layers are megatron-core's local ones, with torch's fused attention in place of the unfused softmax,
+with linear layers that are torch's own where nothing is to be communicated, and with norms that also work under
+sequence parallelism. The block's final norm is part of what is returned, because Megatron's own choice for it refuses
+sequence parallelism and is misled by the package named apex on PyPI.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sbld.mcore.attention import SDPACoreAttention
+from megatron_sbld.mcore.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_sbld.mcore.norm import norm_class
 from megatron_sbld.mcore.versions import nvidia_apex_available, transformer_engine_available
 from megatron_sbld.placement import Placement
@@ -94,12 +96,15 @@ def _transformer_engine_layer() -> tuple[ModuleSpec, type[torch.nn.Module]]:
 
 
 def _local_layer(normalization: str) -> tuple[ModuleSpec, type[torch.nn.Module]]:
-    """megatron-core's local layer with the attention and the norms of this package."""
+    """megatron-core's local layer with the attention, the linear layers and the norms of this package."""
     norm = _local_norm(normalization)
     layer = get_gpt_layer_local_spec(normalization=normalization)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.core_attention = SDPACoreAttention
+    attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = RowParallelLinear
     return layer, norm
 
 

@@ -59,12 +59,28 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     part = _holder(optimizer)
     if not is_torch_adam(part):
         part.load_state_dict(loaded)
-    elif isinstance(part, DistributedOptimizer):
+        return
+    fused = [group["fused"] for group in part.optimizer.param_groups]
+    if isinstance(part, DistributedOptimizer):
         _load_distributed(part, loaded)
     else:
         adam_state = loaded.get("optimizer", loaded)["state"]
         adam_state.setdefault("common_step", torch.tensor(0.0))  # absent from before the first step
         part.load_state_dict(loaded)
+    for group, is_fused in zip(part.optimizer.param_groups, fused, strict=True):
+        group["fused"] = is_fused  # chosen for this machine; the checkpoint may be another's
+
+
+def fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam, where Megatron took it, make a step in one pass over memory.
+
+    On a CPU torch otherwise steps parameter by parameter in a dozen operations. On a GPU its default is as good, and a
+    fused one would want `step` on the device, where megatron-core does not load it.
+    """
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        if not part.is_stub_optimizer and is_torch_adam(part):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def bucket_sizes(optimizer: MegatronOptimizer) -> list[list[int]]:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
+from megatron_sbld.mcore.optimizer_state import fuse_adam
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
 
@@ -165,6 +166,8 @@ def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -
         ),
         list(chunks),
     )
+    if not torch.cuda.is_available():
+        fuse_adam(optimizer)
     tconfig = get_model_config(chunks[0])
     tconfig.grad_scale_func = optimizer.scale_loss
     tconfig.finalize_model_grads_func = finalize_model_grads

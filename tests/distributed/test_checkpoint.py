@@ -193,6 +193,34 @@ def test_stock_megatron_loads_a_checkpoint_by_its_own_calls(tmp_path: Path) -> N
     assert found == expected
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_how_adam_is_computed_is_this_machines_choice_not_the_checkpoints(tmp_path: Path, distributed: bool) -> None:
+    from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint
+
+    config = configure(dropout=0.0, use_distributed_optimizer=distributed)
+    with single_process():
+        with run(config) as elsewhere:
+            assert torch_adam_groups(elsewhere, "fused") == [True, True]
+            for group in torch_adam(elsewhere).param_groups:
+                group["fused"] = None  # torch's default, as on a GPU
+            elsewhere.train([1, 2])
+            CheckpointManager(tmp_path).save(2, *elsewhere.parts, {})
+            expected = elsewhere.train([3, 4])
+        with run(config, seed=77) as here:
+            load_checkpoint(files.checkpoint_path(tmp_path, 2), *here.parts, seed=1)
+            assert torch_adam_groups(here, "fused") == [True, True]
+            assert here.train([3, 4]) == pytest.approx(expected, rel=1e-5)
+
+
+def torch_adam(of: Run) -> torch.optim.Optimizer:
+    return getattr(of.optimizer, "chained_optimizers", [of.optimizer])[0].optimizer
+
+
+def torch_adam_groups(of: Run, option: str) -> list[Any]:
+    """The option of each parameter group: with weight decay and without."""
+    return [group[option] for group in torch_adam(of).param_groups]
+
+
 def test_the_weights_of_a_checkpoint_that_stock_megatron_saved_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sbld.mcore import layer_specs
 from megatron_sbld.mcore.attention import SDPACoreAttention
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
+from megatron_sbld.mcore.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_sbld.mcore.norm import LayerNorm, RMSNorm
 from tests.helpers import tiny_config, tiny_gpt, train
 
@@ -66,12 +67,14 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.usefixtures("one_rank", "no_gpu")
 @pytest.mark.parametrize(("normalization", "norm"), [("LayerNorm", LayerNorm), ("RMSNorm", RMSNorm)])
-def test_every_norm_and_attention_of_the_local_block_is_ours(normalization: str, norm: type) -> None:
+def test_every_norm_linear_layer_and_attention_of_the_local_block_is_ours(normalization: str, norm: type) -> None:
     block = tiny_gpt(tiny_config(normalization=normalization))[0].decoder
     assert type(block.final_layernorm) is norm
     for layer in block.layers:
         assert (type(layer.input_layernorm), type(layer.pre_mlp_layernorm)) == (norm, norm)
         assert type(layer.self_attention.core_attention) is SDPACoreAttention
+        assert type(layer.self_attention.linear_qkv) is type(layer.mlp.linear_fc1) is ColumnParallelLinear
+        assert type(layer.self_attention.linear_proj) is type(layer.mlp.linear_fc2) is RowParallelLinear
 
 
 @pytest.mark.usefixtures("one_rank", "no_gpu")

@@ -169,7 +169,8 @@ def test_generation_with_a_cache_never_drops() -> None:
             assert torch.equal(found, expected)
 
 
-def test_kept_branches_are_scaled_by_one_over_their_own_keep_prob() -> None:
+@pytest.mark.parametrize("bias_is_apart", [False, True])
+def test_kept_branches_are_scaled_by_one_over_their_own_keep_prob(bias_is_apart: bool) -> None:
     """PLD: x + Attn / p, then + MLP / p, with that layer's p (equations.md, section 4)."""
     keep_probs = (1.0, 0.5, 0.25, 0.8)
     with model_parallel():
@@ -177,10 +178,14 @@ def test_kept_branches_are_scaled_by_one_over_their_own_keep_prob() -> None:
         controller._rows = [[True] * 4]  # keep all, whatever was drawn
         hidden = torch.randn(SEQUENCE, 2, 32)
         for layer, keep_prob in zip(chunk.decoder.layers, keep_probs, strict=True):
+            for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+                linear._returns_bias = bias_is_apart  # as Transformer Engine's, and on several tensor-parallel ranks
+                torch.nn.init.normal_(linear.bias)
             attention, bias = layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)
-            after_attention = hidden + (attention + bias) / keep_prob
+            after_attention = hidden + (attention + bias if bias_is_apart else attention) / keep_prob
             mlp, bias = layer.mlp(layer.pre_mlp_layernorm(after_attention))
-            expected = after_attention + (mlp + bias) / keep_prob
+            expected = after_attention + (mlp + bias if bias_is_apart else mlp) / keep_prob
+            assert (bias is not None) == bias_is_apart
             found, _ = layer(hidden_states=hidden, attention_mask=None)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
