@@ -27,6 +27,10 @@ struct sbld_residual_args {
   int32_t x_dtype;         // enum sbld_dtype, of x, bias, d_x and d_bias
   int32_t residual_dtype;  // enum sbld_dtype, of residual, y and d_y: that of x, or SBLD_FLOAT32
   int32_t index_dim;       // 0 or 1; without an index it does not matter
+  int32_t device;          // number of the GPU that holds everything
+  uint32_t drop_threshold;  // an element is dropped where its 16 random bits are below: 0 .. 65535
+  float multiplier;         // scale / (1 - drop_threshold / 65536)
+  int32_t reserved;         // 0
   int64_t rows0, rows1, hidden;
   int64_t x_rows0, x_rows1;
   int64_t index_stride0, index_stride1;
@@ -39,10 +43,8 @@ struct sbld_residual_args {
   void *d_bias;          // backward: [hidden] written, or null
   const int64_t *index;  // or null
   const int64_t *seed;   // one number; read only if drop_threshold > 0
-  float multiplier;      // scale / (1 - drop_threshold / 65536)
-  uint32_t drop_threshold;  // an element is dropped where its 16 random bits are below: 0 .. 65535
-  void *workspace;          // sbld_residual_workspace() bytes, aligned to 16
-  void *stream;             // cudaStream_t; the CPU library ignores it
+  void *workspace;       // of as many bytes as the functions below say, aligned to 16
+  void *stream;          // cudaStream_t; the CPU library ignores it
 };
 
 // Bytes of workspace that a call needs; the same for equal shapes.
