@@ -89,8 +89,9 @@ class DropConfig:
     """SBLD: keep probability of the Allow list's layers."""
     residual_scale: Literal["none", "inverse_keep_prob"] | None = None
     """Scale of a kept layer's branches; None takes the policy's own: pld inverse_keep_prob, the others none."""
-    residual: Literal["stock"] = "stock"
-    """Who adds a branch to the residual stream; this version offers Megatron's own."""
+    residual: Literal["stock", "fused"] = "stock"
+    """Who adds a branch to the residual stream in training, with any policy: Megatron, or one kernel that computes
+    residual + scale * dropout(branch + bias) with random numbers of its own (MEGATRON_SBLD_RESIDUAL says on what)."""
     recovery_fraction: float = 0.0
     """Last share of the iterations in which nothing is dropped, in [0, 1]."""
     decision_scope: Literal["iteration", "microbatch"] = "iteration"

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import is_checkpointing
-from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.branches import fuse_branches, scale_branches
 from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
 from megatron_sbld.mcore.refusals import refuse_unsupported_switches
 from megatron_sbld.mcore.versions import check_megatron_core
-
-BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
 class _SkippedLayer(torch.autograd.Function):
@@ -111,28 +110,6 @@ class SwitchableLayer(TransformerLayer):
         return microbatch
 
 
-class _ScaledBiasDropoutAdd:
-    """Stands for a layer's self_attn_bda or mlp_bda: residual + scale * dropout(x + bias); scale 1 is the stock one."""
-
-    def __init__(self, layer: SwitchableLayer, stock: Callable[[bool, bool], BiasDropoutAdd]) -> None:
-        self._layer = layer
-        self.stock = stock
-
-    def __call__(self, training: bool, fused: bool) -> BiasDropoutAdd:
-        stock = self.stock(training, fused)
-        scale = self._layer._branch_scale
-        if not training or scale == 1.0:
-            return stock
-
-        def scaled(
-            x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float
-        ) -> torch.Tensor:
-            x, bias = x_with_bias  # [s, b, h], [h] or None; dropout is linear, so both can be scaled before it
-            return stock((x * scale, None if bias is None else bias * scale), residual, prob)
-
-        return scaled
-
-
 _classes: dict[type, type] = {}
 
 
@@ -172,6 +149,23 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
     return [layer.layer_number for layer in layers]
 
 
+def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
+    """Let the decoder layers of a built model add to the residual stream by `residual_skip_add` in training.
+
+    Before or after `make_switchable`, or without it. Calling it again changes nothing.
+
+    Args:
+        model: a model, or the list of its chunks on this rank, wrapped or not.
+
+    Raises:
+        ValueError: no decoder layers, or one that is no TransformerLayer.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    for layer in (layer for chunk in chunks for layer in decoder_layers(chunk)):
+        _check_kind(layer)
+        fuse_branches(layer)
+
+
 def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere."""
     for module in chunk.modules():
@@ -182,9 +176,13 @@ def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
 
 
-def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
+def _check_kind(layer: torch.nn.Module) -> None:
     if not isinstance(layer, TransformerLayer):
         raise ValueError(f"a decoder layer is a {type(layer).__name__}; only TransformerLayer can be made switchable")
+
+
+def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
+    _check_kind(layer)
     if layer.config.num_layers != controller.num_layers:
         raise ValueError(
             f"the policy is for {controller.num_layers} layers, the model has num_layers = {layer.config.num_layers}"
@@ -223,9 +221,4 @@ def _attach(layer: TransformerLayer, controller: DropController) -> None:
     layer._drop_buckets = None
     layer._drop_recompute_queue = deque()
     layer._branch_scale = 1.0
-    for name in ("self_attn_bda", "mlp_bda"):
-        stock = getattr(layer, name)
-        if isinstance(stock, _ScaledBiasDropoutAdd):
-            stock = stock.stock
-        if not isinstance(stock, IdentityFuncOp):
-            setattr(layer, name, _ScaledBiasDropoutAdd(layer, stock) if controller.scales_residual else stock)
+    scale_branches(layer, controller.scales_residual)

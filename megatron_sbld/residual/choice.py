@@ -55,7 +55,9 @@ def _library_for(setting: str, device_type: str, device_index: int, dtype: torch
         return None
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         if setting != "auto":
-            raise ValueError(f"{VARIABLE}={setting} computes in float32, float16 and bfloat16, not in {dtype}: use eager")
+            raise ValueError(
+                f"{VARIABLE}={setting} computes in float32, float16 and bfloat16, not in {dtype}: use eager"
+            )
         return None
     library, _ = _choose(setting, device_type, device_index)
     return library

@@ -33,7 +33,9 @@ def drop_threshold(dropout_prob: float) -> int:
         raise ValueError(f"dropout_prob must be in [0, 1), got {dropout_prob}")
     threshold = round(dropout_prob * THRESHOLDS)
     if threshold == THRESHOLDS:
-        raise ValueError(f"dropout_prob = {dropout_prob} would drop everything: it must be below {1 - 0.5 / THRESHOLDS}")
+        raise ValueError(
+            f"dropout_prob = {dropout_prob} would drop everything: it must be below {1 - 0.5 / THRESHOLDS}"
+        )
     return threshold
 
 

@@ -97,9 +97,7 @@ def _check(
     if residual.dtype != x.dtype and (residual.dtype != torch.float32 or x.dtype == torch.float64):
         raise ValueError(f"residual is {residual.dtype} and x {x.dtype}: must be of x's dtype or float32")
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias is {bias.dtype} {list(bias.shape)}: must be of x's dtype {x.dtype} and [{x.size(-1)}]"
-        )
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}: must be of x's dtype {x.dtype} and [{x.size(-1)}]")
     for name, tensor in (("residual", residual), ("bias", bias), ("index", index)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: must be on one device")

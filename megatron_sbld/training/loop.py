@@ -32,7 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy, updates_sensitivity
-from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
+from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
 from megatron_sbld.training.checkpoint_state import failures_name
@@ -148,6 +148,8 @@ class Run:
         self.chunks: list[DistributedDataParallel] = build_model(config, self.vocab_size)
         if config.drop.policy != "none":
             make_switchable(self.chunks, self.controller)
+        if config.drop.residual == "fused":
+            fuse_residual(self.chunks)
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         if config.drop.policy != "none" and config.drop.dropped_update == "freeze":
             freeze_dropped_layers(self.chunks, self.optimizer)

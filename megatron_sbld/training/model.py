@@ -22,8 +22,10 @@ from megatron.core.utils import get_model_config
 
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.mcore.optimizer_state import fuse_adam
+from megatron_sbld.residual.choice import library_for
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
+from megatron_sbld.training.step import this_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +45,11 @@ def check_model(config: Config) -> None:
             f"training.recompute_modules = {modules}: {', '.join(unusable)} can be recomputed with Transformer Engine "
             f"only, but model.transformer_impl is local ({reason}); core_attn is allowed"
         )
+    if config.drop.residual == "fused":
+        try:
+            library_for(this_device(), _DTYPES[config.training.precision])
+        except RuntimeError as error:
+            raise ValueError(f"drop.residual = 'fused': {error}") from error
 
 
 def transformer_config(config: Config) -> TransformerConfig:

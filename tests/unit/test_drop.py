@@ -238,7 +238,7 @@ OUT_OF_RANGE = {
     "allow_fraction": -0.1,
     "allow_keep_prob": 1.1,
     "residual_scale": "keep_prob",
-    "residual": "fused",
+    "residual": "own",
     "recovery_fraction": 1.1,
     "decision_scope": "step",
     "granularity": "sample",
