@@ -1,0 +1,1 @@
+"""The fused residual add: y = residual, y[index] += scale * dropout(x + bias)."""
