@@ -1,7 +1,7 @@
 """Who computes the residual add: the CUDA library, the same source compiled for the CPU, or plain torch.
 
-`MEGATRON_SBLD_RESIDUAL` says: `cuda`, `cpu` and `eager` are used or raise; `auto`, the default, takes the library of the
-tensors' device where it can be used, else eager torch, and says once in the log what it took and why.
+`MEGATRON_SBLD_RESIDUAL` says: `cuda`, `cpu` and `eager` are used or raise; `auto`, the default, takes the library of
+the tensors' device where it can be used, else eager torch, and says once in the log what it took and why.
 """
 
 from __future__ import annotations

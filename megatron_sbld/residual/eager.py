@@ -3,10 +3,10 @@
     y = residual, and for each row of x:  y[row] += scale * dropout(x[row] + bias)
 
 Sums and products are made in fp32 (fp64 for fp64), in the order of csrc/residual_core.h, and rounded once, so that the
-libraries equal this bit for bit. Dropout takes its random bits from Philox4x32-10 (Salmon et al. 2011), a block for each 8
-neighbouring elements, keyed on the seed and counted by the element's place in the residual stream: the mask does not
-depend on which rows are chosen, in which order, or how the work is split. A drop probability is rounded to a multiple of
-2^-16, and kept elements are divided by exactly what is then kept.
+libraries equal this bit for bit. Dropout takes its random bits from Philox4x32-10 (Salmon et al. 2011), a block for
+each 8 neighbouring elements, keyed on the seed and counted by the element's place in the residual stream: the mask does
+not depend on which rows are chosen, in which order, or how the work is split. A drop probability is rounded to a
+multiple of 2^-16, and kept elements are divided by exactly what is then kept.
 """
 
 from __future__ import annotations

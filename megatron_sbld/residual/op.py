@@ -38,9 +38,9 @@ def residual_skip_add(
         bias: [hidden], of x's dtype.
         dropout_prob: in [0, 1), rounded to a multiple of 2^-16.
         scale: of the branch.
-        index: int64, which positions of the residual along `dim` the positions of x are; they must differ. [k] for x [k, b,
-            hidden] (dim 0) or [s, k, hidden] (dim 1), the same positions everywhere. Or [b, k] for dim 0, positions of
-            each sample (random-LTD), and [s, k] for dim 1. None: x has all rows.
+        index: int64, which positions of the residual along `dim` the positions of x are; they must differ. [k] for
+            x [k, b, hidden] (dim 0) or [s, k, hidden] (dim 1), the same positions everywhere. Or [b, k] for dim 0,
+            positions of each sample (random-LTD), and [s, k] for dim 1. None: x has all rows.
         dim: 0 or 1, the dimension of rows that index chooses from.
         training: whether to drop.
 
@@ -48,8 +48,8 @@ def residual_skip_add(
         A new tensor of the residual's shape and dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a probability or an index is out of range. (On a GPU a wrong
-            index is an error of the device, as with torch's own indexing.)
+        ValueError: shapes, dtypes or devices do not fit, or a probability or an index is out of range. (On a GPU a
+            wrong index is an error of the device, as with torch's own indexing.)
         RuntimeError: MEGATRON_SBLD_RESIDUAL asks for what cannot be used.
     """
     _check(x, residual, bias, index, dim)
@@ -71,8 +71,8 @@ def residual_skip_add_(
 ) -> torch.Tensor:
     """`residual_skip_add` into the residual's own storage: rows that x does not have are not even read.
 
-    The residual must be contiguous and its values no longer needed: where another operator has saved it for backward (the
-    norm at the head of a branch does), torch raises at backward.
+    The residual must be contiguous and its values no longer needed: where another operator has saved it for backward
+    (the norm at the head of a branch does), torch raises at backward.
     """
     _check(x, residual, bias, index, dim)
     if not residual.is_contiguous():
@@ -111,8 +111,8 @@ def _check(
         raise ValueError(f"index is {index.dtype}: must be int64")
     if x.dim() != 3 or residual.dim() != 3 or dim not in (0, 1) or index.dim() not in (1, 2):
         raise ValueError(
-            f"x is {list(x.shape)}, residual {list(residual.shape)}, index {list(index.shape)}, dim {dim}: with an index x "
-            "and residual have 3 dimensions, dim is 0 or 1, and index has 1 or 2 dimensions"
+            f"x is {list(x.shape)}, residual {list(residual.shape)}, index {list(index.shape)}, dim {dim}: with an "
+            "index x and residual have 3 dimensions, dim is 0 or 1, and index has 1 or 2 dimensions"
         )
     others = residual.size(1 - dim)
     expected = [index.size(-1), others, residual.size(2)] if dim == 0 else [others, index.size(-1), residual.size(2)]
@@ -252,10 +252,11 @@ class _InPlace(torch.autograd.Function):
     """A custom operator that writes into its input can have no gradient; an autograd function can."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, *args: Any) -> torch.Tensor:
-        _save(ctx, (x, residual, *args), residual)
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        residual = inputs[1]
+        _save(ctx, inputs, residual)
         ctx.mark_dirty(residual)
-        return _forward(x, residual, *args, out=residual)
+        return _forward(*inputs, residual)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
