@@ -253,10 +253,10 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        residual = inputs[1]
+        x, residual, bias, index, seed, multiplier, threshold, dim = inputs
         _save(ctx, inputs, residual)
         ctx.mark_dirty(residual)
-        return _forward(*inputs, residual)
+        return _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
