@@ -150,6 +150,8 @@ def _forward(
 ) -> torch.Tensor:
     residual = residual.contiguous()
     _check_index(index, residual, dim)
+    if x.numel() == 0:  # an empty index has no address to tell a library
+        return residual.clone() if out is None else out
     library = library_for(x.device, x.dtype)
     if library is None:
         hidden = x.size(-1)
@@ -174,9 +176,10 @@ def _backward(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(d_x, d_bias), the latter empty if it is not asked for."""
-    d_y = d_y.contiguous()
+    d_y, hidden = d_y.contiguous(), x_shape[-1]
+    if 0 in x_shape:
+        return d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_zeros(hidden if with_bias else 0, dtype=x_dtype)
     library = library_for(d_y.device, x_dtype)
-    hidden = x_shape[-1]
     if library is None:
         rows = _rows(index, d_y.shape, dim)
         d_x, d_bias = eager.backward(d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_bias)
@@ -256,7 +259,8 @@ class _InPlace(torch.autograd.Function):
         x, residual, bias, index, seed, multiplier, threshold, dim = inputs
         _save(ctx, inputs, residual)
         ctx.mark_dirty(residual)
-        return _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
+        _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
+        return residual
 
     @staticmethod
     @torch.autograd.function.once_differentiable
