@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore import fuse_residual, make_switchable
 from megatron_sbld.mcore.moe_metrics import moe_loss_scale
 from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, Policy
 from megatron_sbld.schedule import Constant, Exponential
@@ -94,6 +94,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)  # TransformerConfig: sequence_parallel, recomputation, ...
     overflow_at: int | None = None  # fp16: this iteration's loss scale is far too large
     optimizer_switches: dict[str, Any] = field(default_factory=dict)
+    residual: str = "stock"
     evaluate: bool = False
     switch_before_wrapping: bool = False
     iterations: int = 10
@@ -146,6 +147,8 @@ def run_case(case: Case) -> Result:
         models = wrap_ddp(chunks, **case.ddp)
         if not case.switch_before_wrapping:
             make_switchable(models, controller)
+        if case.residual == "fused":
+            fuse_residual(models)
         optimizer = build_optimizer(models, **case.optimizer, **case.optimizer_switches)
         result = Result()
         for iteration in range(1, case.iterations + 1):

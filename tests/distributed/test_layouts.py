@@ -36,12 +36,15 @@ def _long(cases: dict[str, Case]) -> dict[str, Case]:
     }
 
 
+DROPOUT = {"hidden_dropout": 0.2}
 ONE_PROCESS = {
     f"{policy} {scope}": Case(policy=policy, scope=scope)
     for policy in ("half", "extreme", "pld")
     for scope in ("iteration", "microbatch")
-}
+} | {"half iteration, dropout": Case(model=DROPOUT, residual="fused")}
 ONE_PROCESS_VARIANTS = {
+    "PLD, fused residual": Case(policy="pld", residual="fused"),
+    "fused residual, dropout, full recomputation": Case(model=DROPOUT, residual="fused", config=FULL_RECOMPUTE),
     "full recomputation": Case(config=FULL_RECOMPUTE),
     "full recomputation, microbatch": Case(scope="microbatch", config=FULL_RECOMPUTE),
     "block recomputation, microbatch": Case(scope="microbatch", config=BLOCK_RECOMPUTE),
@@ -56,6 +59,8 @@ TWO_PROCESSES = {
     "TP 2, PLD": Case(tp=2, policy="pld"),
     "TP 2 with sequence parallelism": Case(tp=2, config={"sequence_parallel": True}),
     "TP 2, full recomputation, microbatch": Case(tp=2, scope="microbatch", config=FULL_RECOMPUTE),
+    "TP 2, PLD, fused residual": Case(tp=2, policy="pld", residual="fused"),
+    "TP 2, fused residual, dropout": Case(tp=2, model=DROPOUT, residual="fused"),
     "PP 2": Case(pp=2),
     "PP 2, extreme": Case(pp=2, policy="extreme"),
     "PP 2, microbatch": Case(pp=2, scope="microbatch"),
@@ -67,6 +72,10 @@ TWO_PROCESSES = {
     "PP 2 interleaved, microbatch": Case(pp=2, vpp=2, scope="microbatch"),
     "PP 2 interleaved, full recomputation, microbatch": Case(pp=2, vpp=2, scope="microbatch", config=FULL_RECOMPUTE),
     "PP 2 interleaved, both overlaps, extreme": Case(pp=2, vpp=2, policy="extreme", ddp=BOTH_OVERLAPS),
+    "PP 2 interleaved, PLD, full recomputation, fused residual": Case(
+        pp=2, vpp=2, policy="pld", config=FULL_RECOMPUTE, residual="fused"
+    ),
+    "DP 2, both overlaps, PLD, fused residual": Case(policy="pld", ddp=BOTH_OVERLAPS, residual="fused"),
     "DP 2": Case(),
     "DP 2, extreme": Case(policy="extreme"),
     "DP 2, overlapped reduction": Case(ddp=OVERLAP),
@@ -106,9 +115,17 @@ FOUR_PROCESSES = {
     "PP 4, extreme": Case(pp=4, policy="extreme"),
     "PP 4, full recomputation, microbatch": Case(pp=4, scope="microbatch", config=FULL_RECOMPUTE),
     "TP 2 x DP 2, both overlaps": Case(tp=2, ddp=BOTH_OVERLAPS),
+    "TP 2 x DP 2, sequence parallelism, both overlaps, PLD, fused residual": Case(
+        tp=2, policy="pld", ddp=BOTH_OVERLAPS, config={"sequence_parallel": True}, residual="fused"
+    ),
     "PP 2 x DP 2 interleaved, both overlaps": Case(pp=2, vpp=2, ddp=BOTH_OVERLAPS),
     "PP 2 x DP 2 interleaved, both overlaps, extreme": Case(pp=2, vpp=2, policy="extreme", ddp=BOTH_OVERLAPS),
 }
+
+
+def reference_of(case: Case) -> str:
+    """Name of the run in one process that computes the same; without dropout the fused residual add is the stock one."""
+    return f"{case.policy} {case.scope}" + (", dropout" if case.model else "")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +149,7 @@ def four_processes() -> list[dict[str, Result]]:
 @pytest.mark.parametrize("name", ONE_PROCESS_VARIANTS)
 def test_recomputation_and_overlap_change_nothing_in_one_process(one_process: dict[str, Result], name: str) -> None:
     case = ONE_PROCESS_VARIANTS[name]
-    reference = one_process[f"{case.policy} {case.scope}"]
+    reference = one_process[reference_of(case)]
     assert one_process[name].decisions == reference.decisions
     if case.config:  # recomputation repeats the same arithmetic
         assert one_process[name].losses == reference.losses
@@ -145,7 +162,7 @@ def test_two_processes_equal_one(
     one_process: dict[str, Result], two_processes: list[dict[str, Result]], name: str
 ) -> None:
     case = TWO_PROCESSES[name]
-    reference = one_process[f"{case.policy} {case.scope}"]
+    reference = one_process[reference_of(case)]
     for rank in two_processes:
         assert [rows[0] for rows in rank[name].decisions] == [rows[0] for rows in reference.decisions]
         assert_equal_runs(rank[name], reference)
@@ -174,7 +191,7 @@ def test_four_processes_equal_one(
     one_process: dict[str, Result], four_processes: list[dict[str, Result]], name: str
 ) -> None:
     case = FOUR_PROCESSES[name]
-    reference = one_process[f"{case.policy} {case.scope}"]
+    reference = one_process[reference_of(case)]
     for rank in four_processes:
         assert [rows[0] for rows in rank[name].decisions] == [rows[0] for rows in reference.decisions]
         assert_equal_runs(rank[name], reference)
