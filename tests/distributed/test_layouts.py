@@ -124,7 +124,7 @@ FOUR_PROCESSES = {
 
 
 def reference_of(case: Case) -> str:
-    """Name of the run in one process that computes the same; without dropout the fused residual add is the stock one."""
+    """Name of the run in one process that computes the same; without dropout the fused add is the stock one."""
     return f"{case.policy} {case.scope}" + (", dropout" if case.model else "")
 
 
