@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "optimizer": {"lr_warmup_iters": 0, "lr_warmup_samples": 8},
     },
     "bf16": {"training": {"precision": "bf16"}},
+    "fused residual": {"drop": {"residual": "fused"}, "training": {"precision": "bf16"}},
     "fp16": {"training": {"precision": "fp16", "initial_loss_scale": 2.0**20, "loss_scale_window": 2, "hysteresis": 1}},
     "full recomputation, scope microbatch": {
         "training": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -153,6 +154,28 @@ def test_every_kind_of_model_learns(config: Config, tmp_path: Path, name: str) -
     found = trained(config, tmp_path / "variant")
     assert all(math.isfinite(loss) for loss in found)
     assert found[-1] < found[0] - 0.5
+
+
+def test_the_fused_residual_is_for_every_policy_and_megatrons_without_dropout(config: Config, tmp_path: Path) -> None:
+    for name, drop in {"none": FULL_DEPTH, "sbld": {}}.items():
+        plain = change(config, model=NO_DROPOUT, drop=drop)
+        fused = change(plain, drop={"residual": "fused"})
+        assert trained(fused, tmp_path / f"{name} fused") == trained(plain, tmp_path / f"{name} stock")
+    with_dropout = change(config, drop=FULL_DEPTH)
+    fused = change(with_dropout, drop={"residual": "fused"})
+    found, expected = trained(fused, tmp_path / "fused"), trained(with_dropout, tmp_path / "stock")
+    assert found != expected, "the masks are others"
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+
+
+def test_a_residual_that_cannot_be_computed_as_asked_is_refused_before_the_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_SBLD_RESIDUAL", "cuda")
+    outcome = run_here(change(config, drop={"residual": "fused"}))
+    assert outcome.startswith("ValueError: MEGATRON_SBLD_RESIDUAL=cuda, but the tensors are on cpu")
+    assert not Path(config.logging.run_dir).exists()
+    assert run_here(config) == 0, "it is not asked for"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
