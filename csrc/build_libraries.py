@@ -102,12 +102,11 @@ def cuda_command(nvcc: Nvcc, switches: Switches) -> list[str]:
     targets = [(number, f"sm_{number}") for number in known]
     if switches.ptx:
         targets.append((known[-1], f"compute_{known[-1]}"))
-    built_for = f"cuda {nvcc.version}; {' '.join(code for _, code in targets)}"
     return [
         *(str(nvcc.path), "-std=c++17", "-O3", "--fmad=false", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"),
         # The static runtime's symbols are kept apart from those of the runtime that torch brings.
         *(*_STRIP, "-Xlinker", "--exclude-libs=ALL", f"--threads={min(len(targets), os.cpu_count() or 1)}"),
-        f'-DSBLD_RESIDUAL_BUILD="{built_for}"',
+        f"-DSBLD_ARCHITECTURES={' '.join(code for _, code in targets)}",
         *(f"-gencode=arch=compute_{number},code={code}" for number, code in targets),
     ]
 

@@ -1,7 +1,7 @@
 """The residual add's compiled libraries, called through their C interface (csrc/residual.h).
 
     library = load("cuda")
-    args = Args(ABI, dtype, dtype, 0, ...)    # the fields of struct sbld_residual_args, in their order
+    args = Args(ABI, dtype, dtype, 0, ...)    # the fields of struct sbld_residual_args, in their order or by name
     library.forward(args)
 
 Takes addresses, not tensors: no torch here, and no check of what the addresses point to.
@@ -60,20 +60,21 @@ class Library:
     """A loaded library.
 
     Args:
+        name: cuda or cpu.
         path: of the shared library.
 
     Raises:
         LibraryError: it is not there, the loader refuses it, or it was built for another interface.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, name: str, path: Path) -> None:
         if not path.is_file():
-            raise LibraryError(f"{path.name} is not built; {_mend(path)}")
+            raise LibraryError(f"{path.name} is not built; {_mend(name)}")
         try:
             functions = ctypes.CDLL(str(path))
             abi = functions.sbld_residual_abi()
             if abi != ABI:
-                raise LibraryError(f"{path} has interface {abi}, this megatron-sbld needs {ABI}; {_mend(path)}")
+                raise LibraryError(f"{path} has interface {abi}, this megatron-sbld needs {ABI}; {_mend(name)}")
             self._forward = _function(functions, "forward", ctypes.c_char_p)
             self._backward = _function(functions, "backward", ctypes.c_char_p)
             self._forward_workspace = _function(functions, "forward_workspace", ctypes.c_size_t)
@@ -82,7 +83,8 @@ class Library:
             self.build: str = functions.sbld_residual_build().decode()
             """What it was built for, such as "cuda 13.0; sm_80 sm_90 compute_90"."""
         except (OSError, AttributeError) as error:  # the loader's text; a function that is not there
-            raise LibraryError(f"{path} cannot be loaded: {error}; {_mend(path)}") from error
+            raise LibraryError(f"{path} cannot be loaded: {error}; {_mend(name)}") from error
+        self.name = name
         self.path = path
 
     def forward(self, args: Args) -> None:
@@ -120,7 +122,7 @@ def load(name: str) -> Library:
     """
     if name not in NAMES:
         raise ValueError(f"residual library {name!r}: must be one of {', '.join(NAMES)}")
-    return Library(Path(__file__).with_name(f"_residual_{name}.so"))
+    return Library(name, Path(__file__).with_name(f"_residual_{name}.so"))
 
 
 def _function(functions: ctypes.CDLL, name: str, restype: type) -> ctypes._NamedFuncPointer:
@@ -130,6 +132,6 @@ def _function(functions: ctypes.CDLL, name: str, restype: type) -> ctypes._Named
     return function
 
 
-def _mend(path: Path) -> str:
-    compiler = "nvcc (a CUDA toolkit)" if "cuda" in path.name else "a C++ compiler"
+def _mend(name: str) -> str:
+    compiler = "nvcc (a CUDA toolkit)" if name == "cuda" else "a C++ compiler"
     return f"with {compiler} at hand, in megatron-sbld's source: pip install -v --no-deps --force-reinstall ."
