@@ -122,7 +122,12 @@ def load(name: str) -> Library:
     """
     if name not in NAMES:
         raise ValueError(f"residual library {name!r}: must be one of {', '.join(NAMES)}")
-    return Library(name, Path(__file__).with_name(f"_residual_{name}.so"))
+    return Library(name, library_path(name))
+
+
+def library_path(name: str) -> Path:
+    """Where the library is, if it is built."""
+    return Path(__file__).with_name(f"_residual_{name}.so")
 
 
 def _function(functions: ctypes.CDLL, name: str, restype: type) -> ctypes._NamedFuncPointer:
