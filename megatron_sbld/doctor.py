@@ -61,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> int:
         description="Say which versions, GPUs and compiled libraries are here, what will be used, what is missing and "
         "what mends it. Exit status: 0, or 1 if something that is installed cannot be used: a package that does not "
         "import or has a version that does not work, a torch that cannot reach the GPU, a residual library that does "
-        "not load or does not fit the driver or GPU, a MEGATRON_SBLD_RESIDUAL that cannot be followed. What is not installed is no failure.",
+        "not load or does not fit driver or GPU, a MEGATRON_SBLD_RESIDUAL that cannot be followed. What is not "
+        "installed is no failure.",
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON: findings, each with its status")
     as_json = parser.parse_args(args).json
@@ -76,7 +78,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def table(findings: Sequence[Finding]) -> str:
     """The findings by section, and below them what to do."""
     width = max(len(finding.name) for finding in findings)
-    lines, section = [], ""
+    lines: list[str] = []
+    section = ""
     for finding in findings:
         if finding.section != section:
             section = finding.section
@@ -97,10 +100,12 @@ def examine() -> Iterator[Finding]:
     yield from _optional(usable=core is not None)
     yield _nccl(torch)
     gpus, findings = _gpus(torch)
+    if torch is not None:  # the residual add's package needs it
+        findings += _libraries(gpus, _driver_cuda(torch))
     yield from findings
-    yield from _libraries(gpus, _driver_cuda(torch))
     yield from _choices(torch, core)
-    yield _nvcc()
+    built = any(finding.name == "cuda library" and finding.status == "ok" for finding in findings)
+    yield _nvcc(needed=not built)
 
 
 def _module(name: str) -> Any:
@@ -137,39 +142,38 @@ def _found(name: str) -> bool:
 def _required(torch: Any) -> Iterator[Finding]:
     """The packages that megatron-sbld requires: the main ones, and of the others those that are not as required."""
     modules = {"torch": "torch", "megatron-core": "megatron.core", "numpy": "numpy"}
-    requirements = dict.fromkeys(modules, "") | _requirements()
-    for package, allowed in requirements.items():
-        version, mend = _version(package), f"pip install '{package}{allowed}'"
+    requirements = {package: (package, "") for package in modules} | _requirements()
+    for package, (requirement, allowed) in requirements.items():
+        row: dict[str, Any] = {"section": "packages", "name": package}
+        version, mend = _version(package), f"pip install '{requirement}'"
         if version is None:
-            yield Finding(section="packages", name=package, value="not installed", status="missing", mend=mend)
+            yield Finding(**row, value="not installed", status="missing", mend=mend)
+        elif not _allows(allowed, version):
+            yield Finding(**row, value=f"{version}, but needed is {requirement}", status="broken", mend=mend)
+        elif package not in modules:
             continue
-        error = _import_error(modules[package]) if package in modules else ""
-        if not error and not _allows(allowed, version):
-            error = f"megatron-sbld needs {package}{allowed}"
-        elif error:
-            mend = f"pip install --force-reinstall '{package}{allowed}'"
-        if error:
-            value = f"{version}: {error}"
-            yield Finding(section="packages", name=package, value=value, status="broken", mend=mend)
+        elif error := _import_error(modules[package]):
+            mend = f"pip install --force-reinstall --no-deps '{package}=={version}'"
+            yield Finding(**row, value=f"{version} cannot be imported: {error}", status="broken", mend=mend)
         elif package == "torch":
-            build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-            yield Finding(section="packages", name=package, value=f"{torch.__version__}, {build}")
-        elif package in modules:
-            yield Finding(section="packages", name=package, value=version)
+            build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            yield Finding(**row, value=f"{torch.__version__}, {build}")
+        else:
+            yield Finding(**row, value=version)
 
 
-def _requirements() -> dict[str, str]:
-    """Package to allowed versions, as the installed megatron-sbld requires them without extras."""
+def _requirements() -> dict[str, tuple[str, str]]:
+    """What the installed megatron-sbld requires without extras: package to (as pip takes it, allowed versions)."""
     try:
         lines = importlib.metadata.requires("megatron-sbld") or []
     except importlib.metadata.PackageNotFoundError:  # the source tree, not installed
         lines = []
-    matches = [re.match(r"([\w.-]+)(\[[^\]]*\])?\s*\(?([^;)]*)", line) for line in lines if "extra ==" not in line]
-    return {match[1]: match[3].strip() for match in matches if match}
+    matches = [re.match(r"(([\w.-]+)(?:\[[^\]]*\])?([^;]*))", line) for line in lines if "extra ==" not in line]
+    return {match[2]: (match[1].strip(), match[3].strip()) for match in matches if match}
 
 
 def _allows(allowed: str, version: str) -> bool:
-    """Whether a version is within e.g. `>=2.6`; true where `packaging`, which megatron-core brings, is not installed."""
+    """Whether a version is within e.g. `>=2.6`; true where `packaging`, which megatron-core brings, is missing."""
     if _module("packaging.specifiers") is None:
         return True
     from packaging.specifiers import SpecifierSet
@@ -356,17 +360,18 @@ def _residual_choice(torch: Any) -> Finding:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return Finding(section="in use", name="residual: fused", value=describe_choice(device))
+        return Finding(section="in use", name="residual add", value=describe_choice(device))
     except (ValueError, RuntimeError) as error:
         mend = "unset MEGATRON_SBLD_RESIDUAL, or what the message says"
-        return Finding(section="in use", name="residual: fused", value=str(error), status="broken", mend=mend)
+        return Finding(section="in use", name="residual add", value=str(error), status="broken", mend=mend)
 
 
-def _nvcc() -> Finding:
+def _nvcc(needed: bool) -> Finding:
+    """The compiler; `needed` if a CUDA library is still to be built."""
     try:
         nvcc = find_nvcc()
     except NvccError as error:
-        mend = f"only to build the CUDA library here: load a CUDA module, or {_NVCC_PACKAGES}"
+        mend = f"to build the CUDA library here, load a CUDA module, or {_NVCC_PACKAGES}" if needed else ""
         return Finding(section="to build with", name="nvcc", value=str(error), status="absent", mend=mend)
     return Finding(section="to build with", name="nvcc", value=f"{nvcc.version}, {nvcc.path} (from {nvcc.origin})")
 
