@@ -283,40 +283,34 @@ def _libraries(gpus: Sequence[Gpu], driver_cuda: int | None) -> Iterator[Finding
 
     for name in native.NAMES:
         row: dict[str, Any] = {"section": "residual add", "name": f"{name} library"}
-        if not native.library_path(name).is_file():
-            mend = (
-                _REINSTALL
-                if name == "cuda"
-                else "install a C++ compiler, then " + _REINSTALL.replace("force", "auto", 1)
-            )
-            needed = name == "cpu" or gpus
-            yield Finding(
-                **row, value="not built", status="missing" if needed else "absent", mend=mend if needed else ""
-            )
-            continue
         try:
             library = native.load(name)
         except native.LibraryError as error:
-            yield Finding(**row, value=str(error), status="broken", mend=_REINSTALL)
+            if native.library_path(name).is_file():
+                yield Finding(**row, value=error.reason, status="broken", mend=error.mend)
+            elif name == "cuda" and not gpus:
+                yield Finding(**row, value="not built", status="absent")
+            else:
+                yield Finding(**row, value="not built", status="missing", mend=error.mend)
             continue
-        obstacle = _obstacle(library.build, gpus, driver_cuda) if name == "cuda" else ""
+        obstacle = _obstacle(library.build, gpus, driver_cuda) if name == "cuda" else None
         if obstacle:
-            yield Finding(**row, value=f"{library.build}; {obstacle}", status="broken", mend=_REINSTALL)
+            value, mend = f"{library.build}; {obstacle[0]}", obstacle[1]
+            yield Finding(**row, value=value, status="broken", mend=mend)
         else:
             yield Finding(**row, value=f"{library.build}; loads")
 
 
-def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> str:
-    """Why a library that was built for `cuda 13.0; sm_90 compute_90` does not run here; empty if it does."""
+def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple[str, str] | None:
+    """Why a library that was built for `cuda 13.0; sm_90 compute_90` does not run here, and what mends it."""
     cuda = re.match(r"cuda (\d+)", build)
     if cuda and driver_cuda and int(cuda[1]) > driver_cuda:
-        return (
-            f"the driver knows CUDA up to {driver_cuda} only: build with an nvcc of CUDA {driver_cuda} (set CUDA_HOME)"
-        )
+        reason = f"the driver knows CUDA up to {driver_cuda} only"
+        return reason, f"with CUDA_HOME set to a toolkit of CUDA {driver_cuda}, {_REINSTALL}"
     for gpu in gpus:
         if not runs_on(build, gpu.capability):
-            return f"no code for {gpu.name}: build with MEGATRON_SBLD_CUDA_ARCHS={gpu.capability}"
-    return ""
+            return f"no code for {gpu.name}", f"with MEGATRON_SBLD_CUDA_ARCHS={gpu.capability}, {_REINSTALL}"
+    return None
 
 
 def runs_on(build: str, capability: int) -> bool:
