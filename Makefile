@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml scripts/setup_venv.sh
+$(VENV)/.ready: pyproject.toml setup.py scripts/setup_venv.sh $(wildcard csrc/*.*)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash scripts/setup_venv.sh
 	touch $@
 

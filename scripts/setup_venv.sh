@@ -23,5 +23,16 @@ fi
 "$VENV/bin/python" -m pip install --quiet --upgrade pip
 # shellcheck disable=SC2086  # TORCH may carry options
 "$VENV/bin/python" -m pip install --quiet $TORCH
+if [ "${MEGATRON_SBLD_CUDA:-auto}" = force ]; then
+  # A compiler where the machine has none, and what the tests read machine code with.
+  [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || "$VENV/bin/python" -m pip install --quiet --group nvcc
+  "$VENV/bin/python" -m pip install --quiet --group disassembler
+fi
 "$VENV/bin/python" -m pip install --quiet --editable ".[dev]"
-"$VENV/bin/python" -c 'import megatron.core, torch; print(f"ready: torch {torch.__version__}, megatron-core {megatron.core.__version__}")' 2>/dev/null
+"$VENV/bin/python" 2>/dev/null - <<'EOF'
+import megatron.core, torch
+from megatron_sbld.residual.native import NAMES, library_path
+
+built = ", ".join(name for name in NAMES if library_path(name).is_file()) or "none"
+print(f"ready: torch {torch.__version__}, megatron-core {megatron.core.__version__}, residual libraries: {built}")
+EOF

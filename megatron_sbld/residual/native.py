@@ -53,7 +53,18 @@ class Args(ctypes.Structure):
 
 
 class LibraryError(RuntimeError):
-    """A library cannot be used; the message says why, and what mends it."""
+    """A library cannot be used; the message says why, and what mends it.
+
+    Args:
+        reason: why.
+        name: cuda or cpu.
+    """
+
+    def __init__(self, reason: str, name: str) -> None:
+        compiler = "nvcc (a CUDA toolkit)" if name == "cuda" else "a C++ compiler"
+        self.reason = reason
+        self.mend = f"with {compiler} at hand, in megatron-sbld's source: pip install -v --no-deps --force-reinstall ."
+        super().__init__(f"{reason}; {self.mend}")
 
 
 class Library:
@@ -69,12 +80,12 @@ class Library:
 
     def __init__(self, name: str, path: Path) -> None:
         if not path.is_file():
-            raise LibraryError(f"{path.name} is not built; {_mend(name)}")
+            raise LibraryError(f"{path.name} is not built", name)
         try:
             functions = ctypes.CDLL(str(path))
             abi = functions.sbld_residual_abi()
             if abi != ABI:
-                raise LibraryError(f"{path} has interface {abi}, this megatron-sbld needs {ABI}; {_mend(name)}")
+                raise LibraryError(f"{path} has interface {abi}, this megatron-sbld needs {ABI}", name)
             self._forward = _function(functions, "forward", ctypes.c_char_p)
             self._backward = _function(functions, "backward", ctypes.c_char_p)
             self._forward_workspace = _function(functions, "forward_workspace", ctypes.c_size_t)
@@ -83,7 +94,7 @@ class Library:
             self.build: str = functions.sbld_residual_build().decode()
             """What it was built for, such as "cuda 13.0; sm_80 sm_90 compute_90"."""
         except (OSError, AttributeError) as error:  # the loader's text; a function that is not there
-            raise LibraryError(f"{path} cannot be loaded: {error}; {_mend(name)}") from error
+            raise LibraryError(f"{path} cannot be loaded: {error}", name) from error
         self.name = name
         self.path = path
 
@@ -122,7 +133,12 @@ def load(name: str) -> Library:
     """
     if name not in NAMES:
         raise ValueError(f"residual library {name!r}: must be one of {', '.join(NAMES)}")
-    return Library(name, Path(__file__).with_name(f"_residual_{name}.so"))
+    return Library(name, library_path(name))
+
+
+def library_path(name: str) -> Path:
+    """Where the library is, if it is built."""
+    return Path(__file__).with_name(f"_residual_{name}.so")
 
 
 def _function(functions: ctypes.CDLL, name: str, restype: type) -> ctypes._NamedFuncPointer:
@@ -130,8 +146,3 @@ def _function(functions: ctypes.CDLL, name: str, restype: type) -> ctypes._Named
     function.argtypes = [ctypes.POINTER(Args)]
     function.restype = restype
     return function
-
-
-def _mend(name: str) -> str:
-    compiler = "nvcc (a CUDA toolkit)" if name == "cuda" else "a C++ compiler"
-    return f"with {compiler} at hand, in megatron-sbld's source: pip install -v --no-deps --force-reinstall ."
