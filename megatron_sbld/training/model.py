@@ -38,12 +38,14 @@ def check_model(config: Config) -> None:
     """
     impl, reason = choose_transformer_impl(config.model.transformer_impl)
     modules = config.training.recompute_modules or []
-    unusable = sorted(set(modules) - {"core_attn"})
+    usable = ["core_attn"]
+    if not torch.cuda.is_available():  # on a GPU the MLP hands its bias to a fused function (mcore/linear.py)
+        usable.append("mlp")
+    unusable = sorted(set(modules) - set(usable))
     if impl == "local" and unusable:
-        # layernorm asserts; mlp allocates memory without end, in stock megatron-core 0.16.1 on a CPU as well.
         raise ValueError(
             f"training.recompute_modules = {modules}: {', '.join(unusable)} can be recomputed with Transformer Engine "
-            f"only, but model.transformer_impl is local ({reason}); core_attn is allowed"
+            f"only, but model.transformer_impl is local ({reason}); allowed are {', '.join(usable)}"
         )
     if config.drop.residual == "fused":
         try:

@@ -70,7 +70,6 @@ HETEROGENEOUS = {
     },
     "build": {"spec": heterogeneous_block_spec},
 }
-NO_BIAS = {"model": {"add_bias_linear": False}}
 MLP_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
 SEQUENCE_PARALLEL = {"sequence_parallel": True}
 BF16_REDUCTION = {"grad_reduce_in_fp32": False, "reduce_scatter_with_fp32_accumulation": True}
@@ -115,7 +114,10 @@ MORE_ON_TWO_PROCESSES = {
     "selective recomputation, TP 2 with sequence parallelism": case(
         tp=2, config={**SELECTIVE_RECOMPUTE, **SEQUENCE_PARALLEL}
     ),
-    "recomputation of the MLP, PP 2, microbatch": case(NO_BIAS, pp=2, scope="microbatch", config=MLP_RECOMPUTE),
+    "recomputation of the MLP, PP 2, microbatch": case(pp=2, scope="microbatch", config=MLP_RECOMPUTE),
+    "recomputation of the MLP, TP 2 with sequence parallelism, microbatch": case(
+        tp=2, scope="microbatch", config={**MLP_RECOMPUTE, **SEQUENCE_PARALLEL}
+    ),
     "full recomputation, distributed activations, TP 2, microbatch": case(
         tp=2,
         scope="microbatch",
@@ -252,7 +254,7 @@ def test_zeros_are_counted_with_the_dropped_layers_and_equal_on_every_layout(
 def test_recomputation_of_parts_is_bitwise_the_same_in_one_process() -> None:
     with single_process():
         cases = {
-            str(config): case(NO_BIAS, scope="microbatch", config=config, iterations=3)
+            str(config): case(scope="microbatch", config=config, iterations=3)
             for config in (
                 {},
                 SELECTIVE_RECOMPUTE,
@@ -265,15 +267,18 @@ def test_recomputation_of_parts_is_bitwise_the_same_in_one_process() -> None:
         assert result.gradients == plain.gradients
 
 
-def test_recomputing_an_mlp_with_biases_is_wrong_in_megatron_itself() -> None:
+@pytest.mark.parametrize("skip_bias_add", [True, False], ids=["Megatron's linear layers", "ours"])
+def test_recomputing_an_mlp_with_biases_is_wrong_in_megatron_itself_alone(skip_bias_add: bool) -> None:
     """Its checkpoint returns the bias as an output, so that autograd takes the parameter for one of its results."""
     with single_process(), model_parallel():
         (chunk,) = tiny_gpt(tiny_config(**MLP_RECOMPUTE))
-        bias = chunk.decoder.layers[0].mlp.linear_fc2.bias
-        assert bias.is_leaf
+        linear = chunk.decoder.layers[0].mlp.linear_fc2
+        assert not linear.skip_bias_add
+        linear.skip_bias_add = skip_bias_add
+        assert linear.bias.is_leaf
         tokens = torch.zeros(1, 8, dtype=torch.long)
         chunk.train()(tokens, torch.arange(8)[None], None)
-        assert not bias.is_leaf
+        assert linear.bias.is_leaf == (not skip_bias_add)
 
 
 def test_dropout_is_repeated_by_recomputation() -> None:

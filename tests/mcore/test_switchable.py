@@ -179,7 +179,7 @@ def test_kept_branches_are_scaled_by_one_over_their_own_keep_prob(bias_is_apart:
         hidden = torch.randn(SEQUENCE, 2, 32)
         for layer, keep_prob in zip(chunk.decoder.layers, keep_probs, strict=True):
             for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
-                linear._returns_bias = bias_is_apart  # as Transformer Engine's, and on several tensor-parallel ranks
+                linear.skip_bias_add = bias_is_apart  # as Transformer Engine's are
                 torch.nn.init.normal_(linear.bias)
             attention, bias = layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)
             after_attention = hidden + (attention + bias if bias_is_apart else attention) / keep_prob

@@ -75,6 +75,7 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
     "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "selective, MLP": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
 }
 
 
