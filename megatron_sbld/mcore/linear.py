@@ -61,7 +61,49 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 def _linear(
     input_: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, skip_bias_add: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return (F.linear(input_, weight), bias) if skip_bias_add else (F.linear(input_, weight, bias), None)
+    added, returned = (None, bias) if skip_bias_add else (bias, None)
+    if torch.is_grad_enabled() and _adds_to_main_grad(weight):
+        return _AccumulatingLinear.apply(input_, weight, added), returned
+    return F.linear(input_, weight, added), returned
+
+
+def _adds_to_main_grad(weight: torch.Tensor) -> bool:
+    """Whether Megatron's DistributedDataParallel gave the weight a gradient buffer that a product can be added to."""
+    main_grad = getattr(weight, "main_grad", None)
+    return (
+        main_grad is not None
+        and main_grad.dtype == weight.dtype
+        and weight.requires_grad
+        and hasattr(weight, "grad_added_to_main_grad")
+    )
+
+
+class _AccumulatingLinear(torch.autograd.Function):
+    """x W^T + b, whose product for the weight's gradient is added to `main_grad` as it is made.
+
+    Megatron's gradient_accumulation_fusion, for which it has a CUDA extension of Apex's. Else the gradient would be
+    written to memory, read again and added, for each microbatch.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input_: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input_)
+        ctx.weight, ctx.has_bias = weight, bias is not None
+        return F.linear(input_, weight, bias)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        (input_,) = ctx.saved_tensors
+        weight, rows = ctx.weight, grad_output.flatten(0, -2)
+        grad_input = grad_output.matmul(weight) if ctx.needs_input_grad[0] else None
+        weight.main_grad.addmm_(rows.t(), input_.flatten(0, -2))
+        weight.grad_added_to_main_grad = True
+        # Its hook wants to see a gradient, and then throws it away: one that nobody writes costs no memory traffic.
+        return grad_input, torch.empty_like(weight), rows.sum(dim=0) if ctx.has_bias else None
 
 
 def _is_plain(layer: Any) -> bool:

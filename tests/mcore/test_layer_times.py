@@ -75,8 +75,8 @@ def test_a_recomputed_forward_pass_counts_as_backward(monkeypatch):
     plain, _ = times_of_an_iteration(monkeypatch)
     recomputed, _ = times_of_an_iteration(monkeypatch, **RECOMPUTE)
     for (forward, backward), (forward_again, backward_again) in zip(plain[:-1], recomputed[:-1], strict=True):
-        assert forward_again == pytest.approx(forward, rel=0.05)  # autograd adds a few operations of its own
-        assert backward_again == pytest.approx(forward + backward, rel=0.05)
+        assert forward_again == pytest.approx(forward, rel=0.1)  # autograd adds a few operations of its own
+        assert backward_again == pytest.approx(forward + backward, rel=0.1)
 
 
 @pytest.mark.usefixtures("one_rank")

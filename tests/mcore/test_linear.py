@@ -64,3 +64,35 @@ def test_a_weight_given_in_the_call_is_used() -> None:
     layer, other = build(ColumnParallelLinear, bias=False, skip_bias_add=False), torch.randn(48, 32)
     hidden = torch.randn(6, 2, 32)
     torch.testing.assert_close(layer(hidden, other)[0], hidden @ other.T)
+
+
+@pytest.mark.parametrize(("own", "kwargs"), [(COLUMN[0], COLUMN[2]), (ROW[0], ROW[2])], ids=["column", "row"])
+def test_the_weights_gradient_is_added_to_megatrons_buffer(own: type, kwargs: dict[str, object]) -> None:
+    layer = build(own, bias=True, skip_bias_add=False, **kwargs)
+    expected = outputs_and_gradients(layer)
+    for param in layer.parameters():  # as Megatron's DistributedDataParallel does
+        param.main_grad, param.grad_added_to_main_grad = torch.ones_like(param), False
+    for passes in (1, 2):
+        output, d_hidden, _, d_bias = outputs_and_gradients(layer)
+        torch.testing.assert_close(output, expected[0])
+        torch.testing.assert_close(d_hidden, expected[1])
+        torch.testing.assert_close(d_bias, expected[3])
+        torch.testing.assert_close(layer.weight.main_grad, 1 + passes * expected[2], rtol=1e-5, atol=1e-4)
+        assert layer.weight.grad_added_to_main_grad
+    assert not layer.bias.grad_added_to_main_grad
+
+
+def test_a_buffer_of_another_type_is_left_to_megatron() -> None:
+    layer = build(ColumnParallelLinear, bias=True, skip_bias_add=False)
+    layer.weight.main_grad, layer.weight.grad_added_to_main_grad = torch.zeros(48, 32, dtype=torch.float64), False
+    expected = outputs_and_gradients(build_like(layer))
+    for actual, wanted in zip(outputs_and_gradients(layer), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    assert not layer.weight.main_grad.any()
+    assert not layer.weight.grad_added_to_main_grad
+
+
+def build_like(layer: torch.nn.Module) -> torch.nn.Module:
+    copy = build(type(layer), bias=True, skip_bias_add=False)
+    copy.load_state_dict(layer.state_dict())
+    return copy
