@@ -140,7 +140,7 @@ def compile_library(name: str, command: list[str], target: Path) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         written.unlink(missing_ok=True)
-        raise BuildError(f"{shlex.join(command)} failed\n{result.stdout}{result.stderr}".rstrip())
+        raise BuildError(f"{command[0]} failed\n{shlex.join(command)}\n{result.stdout}{result.stderr}".rstrip())
     written.replace(target)
     return result.stdout + result.stderr
 
