@@ -166,9 +166,7 @@ def test_cuda_computes_the_bits_of_eager_torch(dtypes: tuple[torch.dtype, torch.
 
 @pytest.mark.parametrize("kind", ["none", "per sample"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_storage_offsets_that_are_not_aligned_change_no_bit(
-    dtypes: tuple[torch.dtype, torch.dtype], kind: str
-) -> None:
+def test_storage_offsets_that_are_not_aligned_change_no_bit(dtypes: tuple[torch.dtype, torch.dtype], kind: str) -> None:
     problem = make_problem(dtypes, 1024, kind, dropout_prob=0.3)
     expected = computed(problem, "eager")
     for name, offset in itertools.product(("x", "residual", "bias", "d_y"), (1, 2, 3)):
@@ -245,9 +243,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     free = torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
-    x, residual, d_y = (
-        torch.empty(rows, 1, hidden, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(3)
-    )
+    x, residual, d_y = (torch.empty(rows, 1, hidden, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(3))
     seed = torch.tensor([SEED], device=DEVICE)
     multiplier = eager.multiplier(1.0, threshold)
     operators = torch.ops.megatron_sbld
