@@ -132,6 +132,10 @@ class Implementation:
     own: bool = False
     with_bias: bool = True
 
+    def needed(self, case: Case) -> Traffic:
+        """What its function cannot do without: in place the rows that x does not have are left alone."""
+        return _in_place_traffic(case) if self.in_place else needed(case)
+
 
 def needed(case: Case) -> Traffic:
     """What the function cannot do without."""
@@ -276,7 +280,7 @@ def _with_gather(case: Case, forward: float, backward: float) -> Traffic:
 
 
 def _norm_traffic(case: Case) -> Traffic:
-    """The add with the layer norm that follows it: also writes the normalised rows, and reads y again for their gradient.
+    """The add with the layer norm that follows it: also writes the normalised rows and reads y for their gradient.
 
     The mask is drawn again (Triton) or a byte an element (CUDA, counted for both).
     """

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from _gain import Interval, interval
-from _residual_cases import Case, Implementation, Operands, needed
+from _residual_cases import Case, Implementation, Operands
 from activation_memory import measure_peak
 
 from megatron_sbld.pipeline import Floats
@@ -147,13 +147,13 @@ class Measurement:
         """Bytes a second of the clone."""
         return 2 * self.case.residual_bytes * self.case.elements / float(np.mean(self.clone))
 
-    def share_of_clone(self, name: str, pass_: str, seed: int) -> Interval | None:
+    def share_of_clone(self, one: Implementation, pass_: str, seed: int) -> Interval | None:
         """Needed bytes over time, by the clone's; None where nothing has to be moved."""
-        necessary = getattr(needed(self.case), pass_)
+        necessary = getattr(one.needed(self.case), pass_)
         if necessary == 0:
             return None
         ratio = necessary / (2 * self.case.residual_bytes)
-        found = time_ratio(np.array(self.clone), np.array(getattr(self.times[name], pass_)), seed)
+        found = time_ratio(np.array(self.clone), np.array(getattr(self.times[one.name], pass_)), seed)
         return Interval(*(ratio * value for value in (found.value, found.low, found.high)))
 
 

@@ -33,7 +33,7 @@ import torch
 from _gain import Interval
 from _gain_report import environment_lines, number_text, publish
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, warn_of_load
-from _residual_cases import ROWS, Case, Implementation, implementations, needed, versions
+from _residual_cases import ROWS, Case, Implementation, implementations, versions
 from _residual_step import measure_step, step_config
 from _residual_timing import Measurement, Timer, time_ratio
 from rich.console import Console
@@ -169,7 +169,7 @@ def report(
         "",
         f"Aim on a GPU: at least {AIM['forward']:.0%} of clone's bandwidth forward and {AIM['backward']:.0%} backward, "
         "ahead of every peer. Share of clone's bandwidth = needed bytes / time, by the clone's bytes / time, needed "
-        "being what the function cannot do without. In brackets: 95 % confidence intervals by bootstrap over the rounds. "
+        "being what the function cannot do without. In brackets: 95 % confidence intervals by bootstrap over rounds. "
         "The method: docstring of `benchmarks/residual.py`; the model of bytes: `benchmarks/_residual_cases.py`.",
         "",
         f"- Command: `{shlex.join(['python', 'benchmarks/residual.py', *sys.argv[1:]])}`",
@@ -194,9 +194,9 @@ def report(
 
 def not_a_gpu() -> list[str]:
     return [
-        "**These are not GPU figures, and the GPU's are not measured yet.** They show that the program runs from end to "
-        "end, with the kernels' source compiled for one CPU core (plain loops, not made for speed) at toy sizes; nothing "
-        "about the aim follows from them. On a machine with a GPU, "
+        "**These are not GPU figures, and the GPU's are not measured yet.** They show that the program runs from end "
+        "to end, at toy sizes and on one CPU core, where the library is plain loops that were not made for speed; "
+        "nothing about the aim follows from them. On a machine with a GPU, "
         "`python benchmarks/residual.py --out benchmarks/results/residual_gpu.md` measures what counts. What the model "
         "of bytes predicts for it is the last table.",
     ]
@@ -206,12 +206,13 @@ def verdict(measurements: Sequence[Measurement]) -> list[str]:
     """Whether the aim is met, and where not."""
     failed = []
     for one in measurements:
+        fused = one.implementations[0]
         where = case_text(one.case) + f", hidden {one.case.hidden}"
         for pass_, aim in AIM.items():
-            share = one.share_of_clone("fused", pass_, seed=0)
+            share = one.share_of_clone(fused, pass_, seed=0)
             if share is not None and share.value < aim:
                 failed.append(f"{pass_} of {where}: {share.value:.1%} of clone's bandwidth")
-            own = np.mean(getattr(one.times["fused"], pass_))
+            own = np.mean(getattr(one.times[fused.name], pass_))
             peers = [p.name for p in one.implementations if not p.own]
             failed += [
                 f"{pass_} of {where}: behind {name}" for name in peers if np.mean(getattr(one.times[name], pass_)) < own
@@ -235,7 +236,8 @@ def add_table(args: argparse.Namespace, hidden: int, measurements: Sequence[Meas
         f"## [{args.seq_length}, {args.micro_batch_size}, {hidden}]",
         "",
         f"Clone: {min(clones, key=_number)} to {max(clones, key=_number)} GB/s. Bytes are per element of the residual, "
-        "times in us; predicted = bytes at the clone's bandwidth of the case. Peak: MiB allocated at one time in both passes. "
+        "times in us; predicted = bytes at the clone's bandwidth of the case. Peak: MiB allocated at one time in both "
+        "passes, for which the residual that is overwritten in place was there before. "
         "Without dropout some implementations return d_y itself as d_x; Megatron's y is bf16 even if the residual is "
         "fp32; flash-attention's has no bias and includes the layer norm that follows.",
         "",
@@ -259,7 +261,7 @@ def add_row(args: argparse.Namespace, one: Measurement, implementation: Implemen
         size = getattr(traffic, pass_)
         predicted = size * case.elements / one.bandwidth()
         cells += [f"{size:.1f}", f"{1e6 * predicted:,.1f}", f"{1e6 * np.mean(getattr(times, pass_)):,.1f}"]
-        share = one.share_of_clone(implementation.name, pass_, args.seed)
+        share = one.share_of_clone(implementation, pass_, args.seed)
         cells.append("-" if share is None else percent(share))
     return "| " + " | ".join([*cells, f"{times.peak / 2**20:,.2f}"]) + " |"
 
@@ -300,8 +302,8 @@ def forecast() -> list[str]:
         "",
         "## Predicted for an H100, before any measurement",
         "",
-        f"[{s}, {b}, hidden], bf16 residual: the bytes that each has to move, at a clone's {FORECAST_BANDWIDTH / 1e12:g} "
-        "TB/s (assumed: 90 % of the peak). Share: needed bytes by moved ones, for any hidden size. Microseconds: hidden "
+        f"[{s}, {b}, hidden], bf16 residual: the bytes that each has to move, at {FORECAST_BANDWIDTH / 1e12:g} TB/s "
+        "for a clone (assumed: 90 % of the peak). Share: needed bytes by moved ones, for any hidden size. us: hidden "
         + ", ".join(map(str, FORECAST_HIDDEN_SIZES))
         + ". No launch, no index and no bias is counted.",
         "",
@@ -316,7 +318,7 @@ def forecast() -> list[str]:
 
 
 def forecast_row(case: Case, one: Implementation) -> str:
-    traffic, necessary = one.traffic(case), needed(case)
+    traffic, necessary = one.traffic(case), one.needed(case)
     cells = [case.rows, f"{case.dropout_prob:g}", one.name]
     for pass_ in ("forward", "backward"):
         size, least = getattr(traffic, pass_), getattr(necessary, pass_)

@@ -272,7 +272,7 @@ def mask_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_mask_follows_the_current_generator_as_megatrons_do() -> None:
-    """Equal states, as on tensor-parallel ranks, give equal masks; a forked state, as under sequence parallelism, another."""
+    """Equal states, as on tensor-parallel ranks, give equal masks; a fork, as under sequence parallelism, another."""
     x, residual = torch.ones(64, 2, 256, device=DEVICE), torch.zeros(64, 2, 256, device=DEVICE)
 
     def draw() -> torch.Tensor:
@@ -521,8 +521,10 @@ import itertools
 import torch
 from megatron_sbld.residual import residual_skip_add, residual_skip_add_
 s, b = 40, 3
-indices = [(None, 0), (torch.tensor([7, 0, 39]), 0), (torch.tensor([2, 0]), 1), (torch.empty(0, dtype=torch.int64), 0),
-           (torch.rand(b, s).argsort(dim=1)[:, :17].contiguous(), 0), (torch.rand(s, b).argsort(dim=1)[:, :2].contiguous(), 1)]
+indices = [
+    (None, 0), (torch.tensor([7, 0, 39]), 0), (torch.tensor([2, 0]), 1), (torch.empty(0, dtype=torch.int64), 0),
+    (torch.rand(b, s).argsort(dim=1)[:, :17], 0), (torch.rand(s, b).argsort(dim=1)[:, :2], 1),
+]
 dtypes = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)]
 for (index, dim), hidden, (dtype, wide), prob in itertools.product(indices, (1, 1000, 1001), dtypes, (0.0, 0.3)):
     index = None if index is None else index.cuda()
