@@ -85,6 +85,8 @@ class Operands:
         if case.wide:
             self.residual = self.residual.float()
         self.residual.requires_grad_()
+        self.norm = torch.ones_like(self.bias), torch.zeros_like(self.bias)
+        """Weight and bias of the layer norm that some peers do with it."""
         self.positions = self.index
         """The index as torch's gather and scatter want it: [k, b, hidden] for tokens."""
         if self.index is not None and dim == 0:
@@ -160,7 +162,7 @@ def implementations() -> tuple[list[Implementation], list[str]]:
     if find_spec("transformer_engine") is None:
         missing.append("Transformer Engine: not measured, it is not installed")
     else:
-        found.append(Implementation("Transformer Engine", _transformer_engine, _compiled_traffic, ["all"]))
+        found.append(Implementation("Transformer Engine", _transformer_engine, _te_traffic, ["all"]))
     if find_spec("flash_attn") is None:
         missing.append("flash-attention (Triton): not measured, it is not installed")
     else:
@@ -217,23 +219,17 @@ def _transformer_engine(operands: Operands, residual: torch.Tensor, prob: float)
     return (bias_dropout_add_fused_train(operands.x, operands.bias, residual, prob),)
 
 
-def _norm_parameters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
-
-
 def _flash_triton(operands: Operands, residual: torch.Tensor, prob: float) -> tuple[torch.Tensor, ...]:
     from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
-    weight, bias = _norm_parameters(operands.x)
-    normalised, y = layer_norm_fn(operands.x, weight, bias, residual=residual, dropout_p=prob, prenorm=True)
+    normalised, y = layer_norm_fn(operands.x, *operands.norm, residual=residual, dropout_p=prob, prenorm=True)
     return y, normalised
 
 
 def _flash_cuda(operands: Operands, residual: torch.Tensor, prob: float) -> tuple[torch.Tensor, ...]:
     from flash_attn.ops.layer_norm import dropout_add_layer_norm
 
-    weight, bias = _norm_parameters(operands.x)
-    normalised, y = dropout_add_layer_norm(operands.x, residual, weight, bias, prob, 1e-5, prenorm=True)
+    normalised, y = dropout_add_layer_norm(operands.x, residual, *operands.norm, prob, 1e-5, prenorm=True)
     return y, normalised
 
 
@@ -255,6 +251,13 @@ def _compiled_traffic(case: Case) -> Traffic:
     forward = 2 * X_BYTES + case.residual_bytes + mask
     backward = (2 * X_BYTES + mask if mask else 0) + (X_BYTES + mask) + (cast and X_BYTES + cast)
     return _with_gather(case, forward, backward)
+
+
+def _te_traffic(case: Case) -> Traffic:
+    """As Megatron's compiled one, but y has the residual's dtype."""
+    x, r, mask = X_BYTES, case.residual_bytes, 1 if case.dropout_prob else 0
+    d_x = r + mask + x if mask or case.wide else 0
+    return Traffic(x + 2 * r + mask, d_x + r + mask)
 
 
 def _unfused_traffic(case: Case) -> Traffic:

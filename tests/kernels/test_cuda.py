@@ -195,6 +195,32 @@ def test_bias_gradients_have_one_order_at_the_edges_of_chunks_and_sections(rows:
     assert_same_bits(computed(problem), computed(problem, "eager"), rows)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [64, 63])
+def test_extreme_values_change_no_bit(dtypes: tuple[torch.dtype, torch.dtype], hidden: int) -> None:
+    """Zeros of either sign, subnormals, what overflows in sum or product, infinities; no NaN: its bits are free."""
+    problem = make_problem(dtypes, hidden, dropout_prob=0.3, with_bias=False)
+    rng = torch.Generator().manual_seed(SEED)
+
+    def choice_of(values: list[float], like: torch.Tensor) -> torch.Tensor:
+        numbers = torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), like.shape, generator=rng)]
+        return numbers.to(DEVICE, like.dtype)
+
+    finite = []
+    for dtype in {*dtypes}:
+        info = torch.finfo(dtype)
+        finite += [0.0, -0.0, info.smallest_normal, -info.smallest_normal / 2, info.max, -info.max, info.max / 1.25]
+    small = torch.finfo(dtypes[1])
+    moderate = [0.0, -0.0, 1.0, small.smallest_normal / 4, small.max / 2, -small.max / 2]
+    problem.residual = choice_of(moderate, problem.residual)
+    problem.x = choice_of([*finite, float("inf"), -float("inf")], problem.x)
+    problem.d_y = choice_of([*finite, float("inf")], problem.d_y)
+    expected = computed(problem, "eager")
+    assert not any(bool(tensor.isnan().any()) for tensor in expected.values())
+    assert bool(expected["y"].isinf().any())
+    assert_same_bits(computed(problem), expected, hidden)
+
+
 def reference(problem: Problem, kept: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The formula with torch's own operations at one precision; kept: [rows of x, hidden], of the dropout."""
     rows, hidden = problem.rows(), problem.x.size(-1)
@@ -471,7 +497,7 @@ def test_in_place_takes_no_memory_for_the_residual() -> None:
 
 
 WRONG_INDEX = """
-import sys
+import os
 import torch
 from megatron_sbld.residual import residual_skip_add, residual_skip_add_
 x, residual = torch.ones(2, 3, 64, device="cuda"), torch.zeros(5, 3, 64, device="cuda")
@@ -489,8 +515,8 @@ try:
     calls["{call}"]()
     torch.cuda.synchronize()
 except RuntimeError as error:
-    print("device error:", error)
-    sys.exit(7)
+    print("device error:", error, flush=True)
+    os._exit(7)  # the context is lost, so nothing is tidied up
 """
 
 

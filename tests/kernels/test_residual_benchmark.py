@@ -93,7 +93,7 @@ def test_needed_bytes_are_those_of_the_operands(changes: dict[str, object], forw
 
 
 def test_the_specifications_bytes_are_those_of_each_operation_in_turn() -> None:
-    # x in fp32, + bias, * multiplier, the residual in fp32, their sum, y in bf16; bias and multiplier weigh next to nothing
+    # x in fp32, + bias, * multiplier, the residual in fp32, their sum, y in bf16; the bias itself weighs nothing
     forward = (2 + 4) + (4 + 4) + (4 + 4) + (2 + 4) + (4 + 4 + 4) + (4 + 2)
     found = ALL["eager specification"].traffic(replace(CASE, s=512))
     assert found.forward == pytest.approx(forward, rel=0.01)
