@@ -70,14 +70,15 @@ class Operands:
     """Tensors of a case, random from a seed."""
 
     def __init__(self, case: Case, device: torch.device, seed: int) -> None:
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator(device).manual_seed(seed)
         dim, share = ROWS[case.rows]
         shape, self.index, self.dim = [case.s, case.b], None, dim or 0
         if dim is not None:
             size = shape[dim]
-            positions = torch.rand((case.b, size) if dim == 0 else (size,), generator=rng).argsort(dim=-1)
+            numbers = torch.rand((case.b, size) if dim == 0 else (size,), generator=rng, device=device)
             shape[dim] = round(share * size)
-            self.index = positions[..., : shape[dim]].sort(dim=-1).values.to(device)  # random-LTD keeps the order
+            chosen = numbers.argsort(dim=-1)[..., : shape[dim]]
+            self.index = chosen.sort(dim=-1).values  # random-LTD keeps the order
         self._device, self._rng, self._gradients = device, rng, {}  # type: ignore[var-annotated]
         self.x = self._random(*shape, case.hidden).requires_grad_()
         self.bias = self._random(case.hidden).requires_grad_()
@@ -93,7 +94,7 @@ class Operands:
             self.positions = self.index.t()[..., None].expand(self.x.shape)
 
     def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self._rng).to(self._device, torch.bfloat16)
+        return torch.randn(*shape, generator=self._rng, device=self._device).bfloat16()
 
     def gradient(self, output: torch.Tensor) -> torch.Tensor:
         """What comes back to an output; the same values each time."""
@@ -123,6 +124,8 @@ class Implementation:
     setting: of MEGATRON_SBLD_RESIDUAL while it runs; None leaves it.
     in_place: overwrites the residual that it is given.
     own: this project's, not a peer.
+    with_bias: whether x's bias is added.
+    narrows: y is bf16 even if the residual is fp32.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Implementation:
     in_place: bool = False
     own: bool = False
     with_bias: bool = True
+    narrows: bool = False
 
     def needed(self, case: Case) -> Traffic:
         """What its function cannot do without: in place the rows that x does not have are left alone."""
@@ -152,8 +156,10 @@ def implementations() -> tuple[list[Implementation], list[str]]:
         Implementation("fused", _functional, needed, own=True),
         Implementation("fused, in place", _in_place, _in_place_traffic, in_place=True, own=True),
         Implementation("eager specification", _functional, _eager_traffic, setting="eager", own=True),
-        Implementation("Megatron compiled", partial(_megatron, compiled=True), _compiled_traffic, chosen),
-        Implementation("Megatron not compiled", partial(_megatron, compiled=False), _unfused_traffic, chosen),
+        Implementation("Megatron compiled", partial(_megatron, compiled=True), _compiled_traffic, chosen, narrows=True),
+        Implementation(
+            "Megatron not compiled", partial(_megatron, compiled=False), _unfused_traffic, chosen, narrows=True
+        ),
     ]
     missing = []
     if not torch.cuda.is_available():

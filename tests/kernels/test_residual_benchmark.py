@@ -135,12 +135,15 @@ def test_the_share_is_of_needed_bytes_at_the_clones_bandwidth() -> None:
 
 
 def test_the_verdict_names_what_misses_the_aim_and_who_is_ahead() -> None:
-    assert benchmark.verdict([measured(1.5, 1.0, 1.6)]) == ["**The aim is met in all 1 cases.**"]
-    slow = "\n".join(benchmark.verdict([measured(1.602, 1.0, 1.7), measured(1.5, 1.0, 1.2)]))
+    choice = "residual add on cuda: the library (built for cuda 13.0)"
+    assert benchmark.verdict(choice, [measured(1.5, 1.0, 1.6)]) == ["**The aim is met in all 1 cases.**"]
+    slow = "\n".join(benchmark.verdict(choice, [measured(1.602, 1.0, 1.7), measured(1.5, 1.0, 1.2)]))
     assert "not met everywhere" in slow
     assert "forward of all, bf16 residual, dropout 0, hidden 64: 93.6% of clone's bandwidth" in slow
     assert slow.count("behind Megatron not compiled") == 1
     assert "backward" not in slow
+    fallback = benchmark.verdict("residual add on cuda: eager torch (not built)", [measured(1.5, 1.0, 1.6)])
+    assert fallback == ["**The kernel was not measured**: residual add on cuda: eager torch (not built)."]
 
 
 def test_an_implementation_that_computes_something_else_is_not_timed() -> None:
