@@ -454,8 +454,10 @@ def test_a_compiled_function_has_one_graph_and_the_same_numbers(kind: str) -> No
     compiled = torch.compile(function, fullgraph=True)
     assert_same_bits(run(compiled, 0.0), run(function, 0.0), kind)
     # The compiler draws random numbers of its own; the mask of both passes must still be one.
-    problem.x.fill_(1.0), problem.residual.zero_(), problem.d_y.fill_(1.0)
-    problem.bias = torch.zeros_like(problem.bias)
+    problem.x.fill_(1.0)
+    problem.residual.zero_()
+    problem.d_y.fill_(1.0)
+    problem.bias = None
     torch._dynamo.reset()
     dropped = run(torch.compile(function, fullgraph=True), 0.5)
     of_forward = mask_of(dropped["y"]).view(-1, 1000)[problem.rows()]
