@@ -241,7 +241,7 @@ OUT_OF_RANGE = {
     "residual": "fused",
     "recovery_fraction": 1.1,
     "decision_scope": "step",
-    "granularity": "sample",
+    "granularity": "token",
     "sampler": "uniform",
     "balance_stages": 0,
     "replicas": "own",
