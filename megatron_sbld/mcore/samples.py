@@ -118,9 +118,8 @@ def _selected(name: str, value: Any, index: torch.Tensor, num_samples: int) -> A
 class SampledRouter(TopKRouter):
     """Goes in front of a built router's own class: auxiliary losses of n of b samples count n / b.
 
-    Megatron takes them as means over the tokens that a router sees, whatever their number. Full weight for a part of
-    the samples would set them b / n too high against the language-model loss. With calculate_per_token_loss Megatron
-    itself multiplies by the number of tokens.
+    Megatron takes them as means over what a router sees, however much that is. Full weight for a part of the samples
+    would set them b / n too high against the language-model loss.
     """
 
     config: TransformerConfig
@@ -128,7 +127,7 @@ class SampledRouter(TopKRouter):
 
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """logits [s, n, experts] -> the stock routing."""
-        if self._drop_num_samples in (None, logits.size(1)) or not self.training or self.calculate_per_token_loss:
+        if self._drop_num_samples in (None, logits.size(1)) or not self.training:
             return super().routing(logits, *args, **kwargs)
         stock = self.config
         self.config = _with_scaled_losses(stock, logits.size(1) / self._drop_num_samples)
@@ -138,17 +137,24 @@ class SampledRouter(TopKRouter):
             self.config = stock
 
 
-def _with_scaled_losses(config: TransformerConfig, factor: float) -> TransformerConfig:
-    """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again."""
+def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerConfig:
+    """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
+
+    With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
+    of sequences (seq_aux_loss) by the tokens of one sequence.
+    """
+    by_tokens = config.calculate_per_token_loss
     scaled = copy.copy(config)
-    coefficients = config.moe_aux_loss_coeff
-    scaled.moe_aux_loss_coeff = (
-        [factor * coefficient for coefficient in coefficients]
-        if isinstance(coefficients, list)
-        else factor * coefficients
-    )
-    if config.moe_z_loss_coeff is not None:
-        scaled.moe_z_loss_coeff = factor * config.moe_z_loss_coeff
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, list) and isinstance(coefficients, list):
+        scaled.moe_aux_loss_coeff = [
+            coefficient * (1.0 if by_tokens and kind != "seq_aux_loss" else share)
+            for kind, coefficient in zip(kinds, coefficients, strict=True)
+        ]
+    elif isinstance(coefficients, float | int):
+        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_tokens and kinds != "seq_aux_loss" else share)
+    if config.moe_z_loss_coeff is not None and not by_tokens:
+        scaled.moe_z_loss_coeff = config.moe_z_loss_coeff * share
     return scaled
 
 

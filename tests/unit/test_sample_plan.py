@@ -92,7 +92,7 @@ def test_each_sample_of_each_layer_is_kept_with_the_layers_probability(sampler):
 def test_every_subset_of_a_size_is_equally_likely(size):
     counts = np.full((60_000, 1), size)
     samples = draw_samples(counts, 5, 11, 1, "microbatch")[:, 0]
-    subsets = {subset: 0 for subset in combinations(range(5), size)}
+    subsets = dict.fromkeys(combinations(range(5), size), 0)
     for row in samples:
         subsets[tuple(np.flatnonzero(row).tolist())] += 1
     assert chisquare(list(subsets.values())).pvalue > 1e-4
