@@ -91,6 +91,7 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=dict)
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     vpp: int | None = None
     ep: int = 1
     etp: int | None = None
@@ -111,7 +112,7 @@ class Case:
             self,
             **{
                 name: getattr(plain, name)
-                for name in ("tp", "pp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
+                for name in ("tp", "pp", "cp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
             },
             switch_before_wrapping=False,
         )
@@ -141,7 +142,7 @@ def run_case(case: Case) -> Result:
     # What another case's model left in the process.
     get_moe_layer_wise_logging_tracker().clear()
     param_and_grad_buffer.dist_reduce_scatter_func = _stock_reduce_scatter
-    with model_parallel(tp=case.tp, pp=case.pp, vpp=case.vpp, ep=case.ep, etp=case.etp):
+    with model_parallel(tp=case.tp, pp=case.pp, cp=case.cp, vpp=case.vpp, ep=case.ep, etp=case.etp):
         config = tiny_config(**{"num_layers": case.layers, **case.model, **case.config})
         controller = DropController(
             POLICIES[case.policy](case.layers),

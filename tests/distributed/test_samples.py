@@ -42,6 +42,7 @@ TWO_PROCESSES = {
         pp=2, scope="microbatch", config={**FULL_RECOMPUTE, "recompute_num_layers": 1}
     ),
     "PP 2, low": case(pp=2, policy="low"),
+    "CP 2, microbatch": case(cp=2, scope="microbatch"),
     "EP 2, both overlaps": case(ep=2, model=MOE, ddp=BOTH_OVERLAPS),
 }
 MORE_ON_TWO_PROCESSES = {

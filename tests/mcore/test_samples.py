@@ -13,11 +13,21 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_mo
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
 from megatron_sbld.mcore.samples import SampledRouter
 from megatron_sbld.policy import Policy
 from tests.distributed.harness import model_parallel, single_process
-from tests.helpers import SEQUENCE, VOCAB, Listed, tiny_config, tiny_gpt
+from tests.helpers import (
+    MICRO_BATCH,
+    SEQUENCE,
+    VOCAB,
+    Listed,
+    build_optimizer,
+    tiny_config,
+    tiny_gpt,
+    train_step,
+    wrap_ddp,
+)
 
 SAMPLES, LAYERS, WIDTH = 4, 4, 32
 MOE = {
@@ -359,3 +369,23 @@ def test_switches_that_need_whole_microbatches_are_refused_by_name(config: dict,
     with pytest.raises(ValueError, match=message):
         make_switchable(chunk, DropController(Listed(1, 1, 1, 1), granularity="sample", num_samples=2))
     make_switchable(chunk, DropController(Listed(1, 1, 1, 1)))
+
+
+def test_a_layer_is_frozen_only_when_no_sample_ran_it() -> None:
+    models = wrap_ddp(tiny_gpt(tiny_config()))
+    optimizer = build_optimizer(models)
+    controller = DropController(
+        Listed(0.2, 0.2, 0.2, 0.2), seed=3, granularity="sample", num_samples=MICRO_BATCH, replicas="distinct"
+    )
+    make_switchable(models, controller)
+    freeze_dropped_layers(models, optimizer)
+    layers = models[0].module.decoder.layers
+    outcomes = set()
+    for iteration in range(1, 7):
+        before = [layer.mlp.linear_fc2.weight.detach().clone() for layer in layers]
+        train_step(models, optimizer, iteration, controller.begin_iteration)
+        for layer, weight in zip(layers, before, strict=True):
+            frozen = torch.equal(layer.mlp.linear_fc2.weight, weight)
+            assert frozen == controller.dropped_throughout(layer.layer_number)
+            outcomes.add(frozen)
+    assert outcomes == {True, False}
