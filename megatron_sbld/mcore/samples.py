@@ -83,7 +83,7 @@ def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any,
         _refuse_positional(args)
     hidden_states = kwargs.pop("hidden_states")
     num_samples = hidden_states.size(1)
-    selected = {name: _selected(name, value, index, num_samples) for name, value in kwargs.items() if value is not None}
+    selected = {name: _selected(name, value, index, num_samples) for name, value in kwargs.items()}
     output, context = forward(hidden_states=hidden_states.index_select(1, index), **selected)  # [s, n, h]
     return hidden_states.index_copy(1, index, output), context
 
@@ -98,7 +98,9 @@ def _refuse_positional(args: tuple[Any, ...]) -> None:
 
 
 def _selected(name: str, value: Any, index: torch.Tensor, num_samples: int) -> Any:
-    """The kept samples of one of a layer's other inputs; an input that all samples share as it is."""
+    """The kept samples of one of a layer's other inputs; one that all samples share, or that is None, as it is."""
+    if value is None:
+        return None
     dim = _BATCH_DIMENSION.get(name)
     if dim is None or not isinstance(value, torch.Tensor) or value.dim() <= dim:
         raise ValueError(

@@ -189,6 +189,8 @@ def test_a_file_of_the_models_own_depth_is_used_as_it_is_with_interpolate(sensit
         ),
         ({"dropped_update": "freeze"}, {}, "dropped_update freeze, but drop.dropped_update is apply"),
         ({"dropped_update": "apply"}, {"dropped_update": "freeze"}, "drop.dropped_update is freeze"),
+        ({"granularity": "sample"}, {}, "granularity sample, but drop.granularity is layer"),
+        ({"granularity": "layer"}, {"granularity": "sample"}, "drop.granularity is sample"),
         ({"decision_scope": "iteration", "residual_scale": "none", "theta": 0.1, "seed": 7}, {}, None),
         ({"residual_scale": "none"}, {"residual_scale": None}, None),
         ({"residual_scale": None}, {"residual_scale": "none"}, None),
