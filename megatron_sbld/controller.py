@@ -1,5 +1,7 @@
 """The drop controller: draws the decisions of an iteration, proves that all ranks drew the same, answers "kept?".
 
+A decision is about a layer in a microbatch, or with granularity `sample` about each of the microbatch's samples.
+
 Every rank draws from (seed, iteration, keep probabilities) alone (plan.py), so a decision needs no communication. What
 can go wrong is that ranks were given different settings; then tensor-parallel collectives would pair wrongly and others
 hang. So the ranks exchange one small record for each window of iterations, and a rank that differs from rank 0 is named
@@ -10,16 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-from megatron_sbld.plan import Sampler, Scope, draw_plan
+from megatron_sbld.checks import check_choice, check_integer
+from megatron_sbld.plan import MAX_SAMPLES, Granularity, Sampler, Scope, draw_plan, draw_sample_counts, draw_samples
 from megatron_sbld.policy import Policy
 
-_RECORD_INTEGERS = ("iteration", "num_microbatches", "num_layers", "seed")
+_RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers", "seed")
 _DIGEST_BYTES = 16
 
 
@@ -28,7 +32,7 @@ class DropDisagreementError(RuntimeError):
 
 
 class DropController:
-    """Decides, for each iteration and microbatch, which layers run.
+    """Decides, for each iteration and microbatch, which layers run, or on which of its samples.
 
     Args:
         policy: gives the keep probability of each layer at each iteration.
@@ -36,14 +40,20 @@ class DropController:
         scope: one draw an `iteration`, or one for each `microbatch`.
         sampler: `bernoulli` or `balanced` (equations.md, section 6).
         stages: what the balanced sampler balances: a number of equal stages, or lists of 1-based layer numbers.
-        replicas: `shared`, or `distinct`: data-parallel replicas drop different layers, as many on each stage.
+        granularity: `layer`: a layer runs a microbatch or not; `sample`: it runs some of the microbatch's samples, as
+            many on every rank.
+        num_samples: samples of a microbatch (Megatron's micro_batch_size), the same in the whole run; of granularity
+            `sample`, and None otherwise.
+        replicas: `shared`, or `distinct`: data-parallel replicas drop different layers, as many on each stage; with
+            granularity `sample` the same layers on different samples.
         replica: this process's data-parallel rank; used with `distinct` only.
         residual_scale: `none` or `inverse_keep_prob`; None takes the policy's.
         window: iterations that one check covers.
         group: process group whose ranks must agree; None is the default group.
 
     Raises:
-        ValueError: `distinct` without the balanced sampler, or an argument out of range.
+        ValueError: `distinct` without the balanced sampler and without samples to tell apart, num_samples with
+            granularity `layer`, or an argument out of range.
     """
 
     def __init__(
@@ -54,13 +64,16 @@ class DropController:
         scope: Scope = "iteration",
         sampler: Sampler = "bernoulli",
         stages: int | Sequence[Sequence[int]] | None = None,
+        granularity: Granularity = "layer",
+        num_samples: int | None = None,
         replicas: Literal["shared", "distinct"] = "shared",
         replica: int = 0,
         residual_scale: Literal["none", "inverse_keep_prob"] | None = None,
         window: int = 64,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if replicas == "distinct" and sampler != "balanced":
+        _check_granularity(granularity, num_samples, replicas)
+        if replicas == "distinct" and sampler != "balanced" and granularity == "layer":
             raise ValueError(f"replicas 'distinct' needs sampler 'balanced', got sampler {sampler!r}")
         if sampler == "bernoulli" and stages is not None:
             raise ValueError(f"stages = {stages!r} is used by sampler 'balanced' only, got sampler 'bernoulli'")
@@ -71,6 +84,8 @@ class DropController:
         self.scope: Scope = scope
         self.sampler: Sampler = sampler
         self.stages = stages
+        self.granularity: Granularity = granularity
+        self.num_samples = num_samples
         self.replicas = replicas
         self.replica = replica
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
@@ -79,8 +94,11 @@ class DropController:
         self.iteration = 0
         self.num_microbatches = 0
         self.keep_probs = np.ones(policy.num_layers)
-        self.plan = np.ones((0, policy.num_layers), dtype=bool)
-        self._rows: list[list[bool]] = []
+        self.plan: NDArray[np.bool_] = np.ones((0, policy.num_layers), dtype=bool)
+        """Whether each layer runs in each microbatch, on one sample at least: [num_microbatches, L]."""
+        self.sample_plan: NDArray[np.bool_] | None = None
+        """With granularity `sample`: whether each sample runs each layer, [num_microbatches, L, num_samples]."""
+        self._rows: list[list[int]] = []  # how many samples, or 1 and 0
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
 
@@ -95,9 +113,21 @@ class DropController:
         return self.policy.theta(self.iteration)
 
     @property
+    def kept_shares(self) -> NDArray[np.float64]:
+        """Share of each microbatch that each layer runs, [num_microbatches, L]: 0 or 1, or of its samples."""
+        if self.sample_plan is None:
+            return self.plan.astype(np.float64)
+        return self.sample_plan.mean(axis=-1)
+
+    @property
     def kept_fraction(self) -> float:
-        """Share of (microbatch, layer) pairs that this iteration runs."""
-        return float(self.plan.mean())
+        """Share of (microbatch, layer) pairs, or of (sample, layer) pairs, that this iteration runs."""
+        return float(self.kept_shares.mean())
+
+    @property
+    def replicas_run_alike(self) -> bool:
+        """Whether all data-parallel replicas run the same layers, each on as many samples."""
+        return self.replicas == "shared" or self.granularity == "sample"
 
     def begin_iteration(self, iteration: int, num_microbatches: int) -> None:
         """Draw the decisions of `iteration` (1..T); call on every rank before each forward-backward pass.
@@ -115,8 +145,12 @@ class DropController:
         self.iteration = iteration
         self.num_microbatches = num_microbatches
         self.keep_probs = self.policy.keep_probs(iteration)
-        self.plan = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
-        self._rows = self.plan.tolist()
+        counts = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
+        self._rows = counts.tolist()
+        self.plan = counts > 0
+        if self.num_samples is not None:
+            replica = self.replica if self.replicas == "distinct" else 0
+            self.sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
 
@@ -135,20 +169,38 @@ class DropController:
         self._verified = None
 
     def kept(self, layer_number: int, microbatch: int) -> bool:
-        """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration."""
+        """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration, on any sample."""
+        return self._rows[self._row(layer_number, microbatch)][layer_number - 1] > 0
+
+    def runs_some_samples(self, layer_number: int, microbatch: int) -> bool:
+        """Whether a layer that is kept leaves samples of the microbatch out."""
+        if self.num_samples is None:
+            return False
+        return 0 < self._rows[self._row(layer_number, microbatch)][layer_number - 1] < self.num_samples
+
+    def kept_samples(self, layer_number: int, microbatch: int) -> NDArray[np.int64] | None:
+        """Which samples (0-based, sorted) of the microbatch run the layer; None is all of them."""
+        row = self._row(layer_number, microbatch)
+        if not self.runs_some_samples(layer_number, microbatch):
+            return None if self._rows[row][layer_number - 1] else np.zeros(0, dtype=np.int64)
+        assert self.sample_plan is not None, "granularity layer runs all samples or none"
+        return np.flatnonzero(self.sample_plan[row, layer_number - 1])
+
+    def _row(self, layer_number: int, microbatch: int) -> int:
+        """The row of the plan that holds for a microbatch."""
         if not self._rows:
             raise RuntimeError(
                 "DropController.begin_iteration(iteration, num_microbatches) must be called before each "
                 "forward-backward pass in training mode"
             )
         if self.scope == "iteration":
-            return self._rows[0][layer_number - 1]
+            return 0
         if not 0 <= microbatch < self.num_microbatches:
             raise RuntimeError(
                 f"microbatch {microbatch} of layer {layer_number} is outside of the {self.num_microbatches} that "
                 "begin_iteration was told of; with scope 'microbatch' Megatron's schedules must number them"
             )
-        return self._rows[microbatch][layer_number - 1]
+        return microbatch
 
     def dropped_throughout(self, layer_number: int) -> bool:
         """Whether no microbatch of the present iteration runs the layer (1-based), on any replica.
@@ -156,9 +208,9 @@ class DropController:
         False before the first iteration.
 
         Raises:
-            ValueError: replicas are distinct: each draws its own decisions and does not know the others'.
+            ValueError: distinct replicas drop different layers, and none knows the others' decisions.
         """
-        if self.replicas == "distinct":
+        if not self.replicas_run_alike:
             raise ValueError(
                 "replicas 'distinct' does not work with dropped_update 'freeze': whether every replica dropped a layer "
                 "is known to none of them; use replicas 'shared' or dropped_update 'apply'"
@@ -176,6 +228,8 @@ class DropController:
             "scope": self.scope,
             "sampler": self.sampler,
             "stages": self.stages,
+            "granularity": self.granularity,
+            "num_samples": self.num_samples,
             "replicas": self.replicas,
             "num_layers": self.num_layers,
             "iteration": self.iteration,
@@ -196,15 +250,28 @@ class DropController:
         if self.sampler == "balanced" and state["sampler"] == "balanced":
             self.stages = state["stages"]
         self._verified = None
+        state = {"granularity": "layer", "num_samples": None, **state}  # older states have neither
         present = self.state_dict()
         return [
             f"drop {name}: {state[name]!r} when saved, {present[name]!r} now"
-            for name in ("seed", "scope", "sampler", "replicas")
+            for name in ("seed", "scope", "sampler", "granularity", "num_samples", "replicas")
             if state[name] != present[name]
         ]
 
-    def _draw(self, iteration: int, num_microbatches: int, keep_probs: np.ndarray, replica: int) -> np.ndarray:
-        return draw_plan(
+    def _draw(self, iteration: int, num_microbatches: int, keep_probs: np.ndarray, replica: int) -> NDArray[np.int64]:
+        """How many samples of each microbatch run each layer, or 1 and 0 for granularity `layer`, [microbatches, L]."""
+        if self.num_samples is not None:
+            return draw_sample_counts(
+                keep_probs,
+                num_samples=self.num_samples,
+                seed=self.seed,
+                iteration=iteration,
+                num_microbatches=num_microbatches,
+                scope=self.scope,
+                sampler=self.sampler,
+                stages=self.stages,
+            )
+        kept = draw_plan(
             keep_probs,
             seed=self.seed,
             iteration=iteration,
@@ -214,6 +281,7 @@ class DropController:
             stages=self.stages,
             replica=replica if self.replicas == "distinct" else 0,
         )
+        return kept.astype(np.int64)
 
     def _is_verified(self, iteration: int, num_microbatches: int) -> bool:
         if self._verified is None:
@@ -232,17 +300,21 @@ class DropController:
         """This rank's view of the window as bytes: _RECORD_INTEGERS, mean keep probability, digest of all decisions.
 
         The digest is of the decisions themselves, so it covers every setting without a list of them; for `distinct`
-        replicas it is of replica 0's. Keep probabilities stay out of it, because their last bit may differ between
-        machines: their mean is compared with a tolerance.
+        replicas it is of replica 0's. Which samples run a layer follows from how many do and the integers. Keep
+        probabilities stay out of it, because their last bit may differ between machines: their mean is compared with a
+        tolerance.
         """
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        digest.update(repr((self.scope, self.sampler, self.replicas, self.scales_residual)).encode())
+        digest.update(repr((self.scope, self.sampler, self.granularity, self.replicas, self.scales_residual)).encode())
         mean_keep_prob = 0.0
         for t in range(iteration, iteration + self.window):
             keep_probs = self.policy.keep_probs(t)
             mean_keep_prob += float(keep_probs.mean()) / self.window
-            digest.update(np.packbits(self._draw(t, num_microbatches, keep_probs, replica=0)).tobytes())
-        integers = np.array([iteration, num_microbatches, self.num_layers, self.seed], dtype="<i8")
+            counts = self._draw(t, num_microbatches, keep_probs, replica=0)
+            digest.update((np.packbits(counts > 0) if self.num_samples is None else counts.astype("<u4")).tobytes())
+        integers = np.array(
+            [iteration, num_microbatches, self.num_samples or 0, self.num_layers, self.seed], dtype="<i8"
+        )
         mean = np.array([mean_keep_prob], dtype="<f8")
         return np.frombuffer(integers.tobytes() + mean.tobytes() + digest.digest(), dtype=np.uint8)
 
@@ -254,6 +326,22 @@ class DropController:
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, mine, group=self.group)
         return torch.stack(everyone).cpu().numpy()
+
+
+def _check_granularity(granularity: str, num_samples: int | None, replicas: str) -> None:
+    check_choice("granularity", granularity, get_args(Granularity))
+    if granularity == "layer":
+        if num_samples is not None:
+            raise ValueError(
+                f"num_samples = {num_samples} is used by granularity 'sample' only, got granularity 'layer'"
+            )
+        return
+    check_integer("num_samples", num_samples, 1, MAX_SAMPLES)
+    if replicas == "distinct" and num_samples == 1:
+        raise ValueError(
+            "replicas 'distinct' with granularity 'sample' needs num_samples of 2 at least: with one sample (the "
+            "micro_batch_size) there is nothing that replicas could choose differently"
+        )
 
 
 def _raise_on_disagreement(records: np.ndarray) -> None:

@@ -99,12 +99,17 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
     build_schedule(config, train_iters)
     if config.policy == "sbld":
         _check_sbld(config, num_layers)
+    if updates_sensitivity(config) and config.granularity == "sample":
+        raise ValueError(
+            "drop.granularity = 'sample' does not work with drop.sensitivity_update dynamic: a layer runs nearly the "
+            "same share of every microbatch, so that losses say nothing about it; use layer"
+        )
     if updates_sensitivity(config) and config.replicas == "distinct":
         raise ValueError(
             "drop.replicas = 'distinct' does not work with drop.sensitivity_update dynamic: the loss is a mean over "
             "replicas, which took different decisions; use shared"
         )
-    if config.dropped_update == "freeze" and config.replicas == "distinct":
+    if config.dropped_update == "freeze" and not replicas_run_alike(config):
         raise ValueError(
             "drop.replicas = 'distinct' does not work with drop.dropped_update freeze: whether every replica dropped a "
             "layer is known to none of them; use shared or apply"
@@ -121,6 +126,11 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
 def updates_sensitivity(config: DropConfig) -> bool:
     """Whether the section asks for an estimate of the sensitivity while the model trains."""
     return config.policy == "sbld" and config.sensitivity_update == "dynamic"
+
+
+def replicas_run_alike(config: DropConfig) -> bool:
+    """Whether all data-parallel replicas run the same layers: then they can wait for each other inside of them."""
+    return config.replicas == "shared" or config.granularity == "sample"
 
 
 def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
@@ -194,7 +204,7 @@ def _check_sampler(config: DropConfig, num_layers: int, num_stages: int | None) 
         return
     if config.balance_stages is not None:
         raise ValueError(f"drop.balance_stages = {config.balance_stages} needs drop.sampler balanced")
-    if config.replicas == "distinct":
+    if not replicas_run_alike(config):
         raise ValueError(
             "drop.replicas = 'distinct' needs drop.sampler balanced, or replicas would wait for each other"
         )

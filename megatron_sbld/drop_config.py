@@ -96,20 +96,27 @@ class DropConfig:
     """Last share of the iterations in which nothing is dropped, in [0, 1]."""
     decision_scope: Literal["iteration", "microbatch"] = "iteration"
     """One draw for an iteration, or one for each microbatch."""
-    granularity: Literal["layer"] = "layer"
-    """What a decision is about; this version offers whole layers."""
+    granularity: Literal["layer", "sample"] = "layer"
+    """What a decision is about: a layer in a whole microbatch, or in each of its samples. sample: a layer runs
+    keep_prob * micro_batch_size samples of a microbatch in expectation, rounded down or up, as many on every rank; the
+    others pass it by. With micro_batch_size 1 it takes the very decisions of layer. Take layer where whole dropped
+    layers should cost nothing, their communication included; take sample where iterations should be equally long, or
+    each gradient come from most layers."""
     sampler: Literal["bernoulli", "balanced"] = "bernoulli"
-    """Independent draws, or as many kept layers on each stage as expected, give or take one."""
+    """Independent draws, or as many kept layers on each stage as expected, give or take one; with granularity sample as
+    many samples, summed over the stage's layers."""
     balance_stages: int | None = None
     """Stages that the balanced sampler balances; None is the pipeline's (virtual stages of a rank counted as one)."""
     replicas: Literal["shared", "distinct"] = "shared"
-    """Whether data-parallel replicas take the same decisions; distinct needs the balanced sampler."""
+    """Whether data-parallel replicas take the same decisions; distinct needs the balanced sampler, or granularity
+    sample: then they run the same layers on as many samples, but on different ones."""
     dropped_update: Literal["apply", "freeze"] = "apply"
     """What the optimizer does to a layer that every microbatch of an iteration dropped. apply: Megatron's own step,
     with a zero gradient, so momentum and weight decay still move its weights, and its moments shrink. freeze: weights
     and moments stay as they are, bit for bit, until an iteration runs it. Take apply to stay with Megatron's
     optimizer; take freeze where layers are dropped so often that decay and old momentum would move them more than
-    their gradients do, or where a dropped layer must not move at all. freeze does not work with replicas distinct."""
+    their gradients do, or where a dropped layer must not move at all. freeze does not work with replicas distinct,
+    unless granularity is sample."""
     seed: int = 1234
     """Seed of the decisions, independent of the seed of the weights and the data."""
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megatron_sbld.checks import check_integer
 from megatron_sbld.pipeline import Floats, critical_path
@@ -137,9 +137,10 @@ def imbalance(loads: Floats) -> float:
     return float(loads.max() / loads.mean() - 1.0) if loads.any() else 0.0
 
 
-def iteration_times(kept: NDArray[np.bool_], stages: Sequence[Sequence[int]], output_layers: float = 0.0) -> Floats:
-    """How long iterations take in the 1F1B schedule, in layers' worth of time: decisions [..., m, L] -> [...].
+def iteration_times(kept: ArrayLike, stages: Sequence[Sequence[int]], output_layers: float = 0.0) -> Floats:
+    """How long iterations take in the 1F1B schedule, in layers' worth of time: [..., m, L] -> [...].
 
+    kept: whether each layer runs each microbatch, or the share of its samples that it runs.
     stages, output_layers: as in `stage_loads`. Dropped layers, transfers and the optimizer cost nothing here.
     """
     loads = stage_loads(kept, stages, output_layers)

@@ -4,6 +4,9 @@ Random numbers come from Philox4x32-10, a counter-based generator (Salmon et al.
 1, 2, 3", 2011): its output is a fixed function of a key and a counter, written out here in integer arithmetic, so a
 decision is the same on every machine, rank, NumPy version and resume. The key is the seed; the counter is (iteration,
 microbatch, layer, stream). Microbatches count from 0, as in Megatron's schedules; layers count from 1.
+
+With `granularity: sample` a decision is about a sample of a microbatch: how many of the b samples run a layer
+(`draw_sample_counts`, the same on every rank), and which (`draw_samples`). With one sample that is `draw_plan`.
 """
 
 from __future__ import annotations
@@ -18,13 +21,18 @@ from megatron_sbld.checks import check_choice, check_integer, check_layers
 
 Scope = Literal["iteration", "microbatch"]
 Sampler = Literal["bernoulli", "balanced"]
+Granularity = Literal["layer", "sample"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed: what fits the signed 64 bits of checkpoints and messages."""
 
-# Streams: what a number is drawn for. The permutation's is shared with the replica's number, in the upper bits.
-_KEPT, _OFFSET, _PERMUTATION = 0, 1, 2
+MAX_SAMPLES = 2**16
+"""The most samples of a microbatch whose decisions can be told apart."""
+
+# Streams: what a number is drawn for. Those of permutations are shared with the replica's number, in the upper bits.
+_KEPT, _OFFSET, _PERMUTATION, _SAMPLES = 0, 1, 2, 3
 _REPLICA_SHIFT = 8
+_SAMPLE_SHIFT = 16  # of the sample's number, in the layer's word
 _MAX_REPLICA = 2 ** (32 - _REPLICA_SHIFT) - 1
 
 _ONE = 2**48
@@ -74,6 +82,56 @@ def draw_plan(
     else:
         rows = _uniforms(seed, iteration, microbatches, np.arange(1, len(probs) + 1), _KEPT) < probs
     return np.repeat(rows, num_microbatches, axis=0) if scope == "iteration" else rows
+
+
+def draw_sample_counts(
+    keep_probs: ArrayLike,
+    num_samples: int,
+    seed: int,
+    iteration: int,
+    num_microbatches: int,
+    scope: Scope = "iteration",
+    sampler: Sampler = "bernoulli",
+    stages: int | Sequence[Sequence[int]] | None = None,
+) -> NDArray[np.int64]:
+    """Draw how many samples of each microbatch run each layer: int64 [num_microbatches, L], from 0 to num_samples.
+
+    floor(keep_prob * num_samples), and one more with the probability of the rest, which is `draw_plan`'s decision: the
+    expectation is keep_prob * num_samples exactly. So `balanced` keeps as many samples on each stage as it expects,
+    give or take less than one, summed over the stage's layers; and one sample is `draw_plan` itself, bit for bit.
+
+    num_samples: of a microbatch, 1 to MAX_SAMPLES.  The others: as in `draw_plan`.
+    Raises ValueError for an argument out of range, or one that the sampler would ignore.
+    """
+    probs = _checked_keep_probs(keep_probs)
+    _check_samples(num_samples, len(probs))
+    expected = probs * num_samples
+    whole = np.floor(expected)  # keep_prob 1 leaves no rest: all samples, always
+    one_more = draw_plan(expected - whole, seed, iteration, num_microbatches, scope, sampler, stages)
+    return whole.astype(np.int64) + one_more
+
+
+def draw_samples(
+    counts: NDArray[np.int64], num_samples: int, seed: int, iteration: int, scope: Scope = "iteration", replica: int = 0
+) -> NDArray[np.bool_]:
+    """Draw which samples run each layer: bool [num_microbatches, L, num_samples], True where one does.
+
+    Each subset of its size is equally likely. A sample that runs a layer still does so with a larger count.
+
+    counts: of `draw_sample_counts`, [num_microbatches, L].
+    scope: with `iteration` the first microbatch's samples (by their position) are those of all.
+    replica: replicas of other numbers take other samples.
+    The others: as in `draw_sample_counts`. Raises ValueError for an argument out of range.
+    """
+    num_microbatches, num_layers = counts.shape
+    _check_samples(num_samples, num_layers)
+    check_integer("replica", replica, 0, _MAX_REPLICA)
+    microbatches = np.arange(num_microbatches if scope == "microbatch" else 1)
+    layers, samples = np.arange(1, num_layers + 1), np.arange(num_samples)
+    words = (layers[:, None] | samples << _SAMPLE_SHIFT).reshape(-1)
+    bits = _random_bits(seed, iteration, microbatches, words, _SAMPLES | replica << _REPLICA_SHIFT)
+    ranks = bits.reshape(len(microbatches), num_layers, num_samples).argsort(axis=-1, kind="stable").argsort(axis=-1)
+    return ranks < counts[:, :, None]
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
@@ -178,3 +236,11 @@ def _checked_keep_probs(keep_probs: ArrayLike) -> NDArray[np.float64]:
         layer = int(outside[0]) + 1
         raise ValueError(f"keep_prob of layer {layer} = {probs[outside[0]]!r} is not allowed: it must be in [0, 1]")
     return probs
+
+
+def _check_samples(num_samples: int, num_layers: int) -> None:
+    check_integer("num_samples", num_samples, 1, MAX_SAMPLES)
+    if num_layers >= 2**_SAMPLE_SHIFT:
+        raise ValueError(
+            f"{num_layers} layers are not allowed with decisions about samples: at most {2**_SAMPLE_SHIFT - 1}"
+        )

@@ -7,7 +7,8 @@ sum, so that mean is too small by the share of dropped layers. Here it is divide
     track_moe_metrics(loss_scale=moe_loss_scale(controller, config), ...)     # instead of 1 / num_microbatches
 
 The gradients need no correction: a kept layer's router gets those of its own auxiliary loss, as at full depth, and a
-dropped one gets none, so a layer sees its auxiliary loss as often as its part of the language-model loss.
+dropped one gets none, so a layer sees its auxiliary loss as often as its part of the language-model loss. With
+granularity `sample` their weights are corrected in samples.py; here a layer that ran some samples of a microbatch ran.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def moe_loss_scale(controller: DropController, config: TransformerConfig) -> flo
 
     Take it after the iteration's forward-backward pass. Multi-token prediction layers count as run. NaN where nothing
     ran. With `per_layer_logging` a layer's value is its sum times this factor: compare layers, not iterations, by it.
-    With `distinct` replicas it is a collective over the data-parallel group.
+    With `distinct` replicas that run different layers it is a collective over the data-parallel group.
 
     Raises:
         ValueError: the model has no experts.
@@ -54,7 +55,7 @@ def moe_loss_scale(controller: DropController, config: TransformerConfig) -> flo
 
 
 def _mean_over_replicas(ran: float, controller: DropController) -> float:
-    if controller.replicas == "shared":
+    if controller.replicas_run_alike:
         return ran
     count = torch.tensor([ran], device=torch.cuda.current_device())
     dist.all_reduce(count, op=dist.ReduceOp.AVG, group=parallel_state.get_data_parallel_group())

@@ -29,8 +29,12 @@ REASONS = {
 """Why each switch of TransformerConfig is refused when it is on."""
 
 
-def refuse_unsupported_switches(config: TransformerConfig, *, microbatch_scope: bool, distinct_replicas: bool) -> None:
+def refuse_unsupported_switches(
+    config: TransformerConfig, *, microbatch_scope: bool, sample_granularity: bool, distinct_replicas: bool
+) -> None:
     """Check a built model's config.
+
+    distinct_replicas: whether data-parallel replicas may run different layers.
 
     Raises:
         ValueError: naming the switch, its value, what is allowed and why.
@@ -44,6 +48,8 @@ def refuse_unsupported_switches(config: TransformerConfig, *, microbatch_scope: 
             "decisions per microbatch do not work with fp8 and recompute_granularity = 'full': Transformer Engine's "
             "recomputation does not tell its passes apart; use decision scope 'iteration'"
         )
+    if sample_granularity:
+        _refuse_fixed_number_of_samples(config)
     if distinct_replicas:
         _refuse_experts_of_distinct_replicas(config)
 
@@ -55,6 +61,20 @@ def _is_on(config: TransformerConfig, name: str) -> bool:
     if name == "fp8_recipe":
         return bool(config.fp8) and value == "delayed"
     return bool(value)
+
+
+def _refuse_fixed_number_of_samples(config: TransformerConfig) -> None:
+    """What takes each pass of a layer to have as many samples as the one before."""
+    if config.tp_comm_overlap:
+        raise ValueError(
+            "granularity 'sample' does not work with tp_comm_overlap = True: its buffers have room for whole "
+            "microbatches alone; use granularity 'layer'"
+        )
+    if config.num_moe_experts is not None and "global_aux_loss" in config.moe_router_load_balancing_type:
+        raise ValueError(
+            "granularity 'sample' does not work with moe_router_load_balancing_type = 'global_aux_loss': it averages "
+            "counts of tokens over passes as if all had as many; use granularity 'layer'"
+        )
 
 
 def _refuse_experts_of_distinct_replicas(config: TransformerConfig) -> None:

@@ -2,14 +2,15 @@
 
 A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so
 parameter names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one
-hands its input on. Evaluation never asks and never drops. What a skip must take care of is listed at `_SkippedLayer`
-and in ddp.py.
+hands its input on; one that only some samples of a microbatch run is samples.py's. Evaluation never asks and never
+drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
 from megatron_sbld.mcore.refusals import refuse_unsupported_switches
+from megatron_sbld.mcore.samples import SampleIndices, run_on_samples, weigh_router_losses
 from megatron_sbld.mcore.versions import check_megatron_core
 
 
@@ -57,6 +59,7 @@ class SwitchableLayer(TransformerLayer):
     _drop_controller: DropController
     _drop_buckets: LayerBuckets | None
     _drop_record: LayerRecord
+    _drop_samples: SampleIndices | None  # None: granularity layer
     _drop_recompute_queue: deque[tuple[int, int]]  # iteration, microbatch
     _branch_scale: float
 
@@ -65,17 +68,23 @@ class SwitchableLayer(TransformerLayer):
         if not self.training:
             return super().forward(*args, **kwargs)
         controller = self._drop_controller
-        if controller.kept(self.layer_number, self._microbatch()):
-            self._drop_record.ran = True
-            if not controller.scales_residual:
-                return super().forward(*args, **kwargs)
-            self._branch_scale = controller.branch_scale(self.layer_number)
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                self._branch_scale = 1.0
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        return self._skip(hidden_states), kwargs.get("context")
+        microbatch = self._microbatch()
+        if not controller.kept(self.layer_number, microbatch):
+            return self._skip(hidden_states), kwargs.get("context")
+        self._drop_record.ran = True
+        run = super().forward
+        if self._drop_samples is not None:
+            samples = self._drop_samples.of(self.layer_number, microbatch, hidden_states)
+            if samples is not None:
+                run = partial(run_on_samples, run, samples)
+        if not controller.scales_residual:
+            return run(*args, **kwargs)
+        self._branch_scale = controller.branch_scale(self.layer_number)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self._branch_scale = 1.0
 
     def _skip(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
@@ -85,7 +94,7 @@ class SwitchableLayer(TransformerLayer):
             _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
             _let_buckets_be_skipped(self._drop_buckets.wrapper)
         buckets = self._drop_buckets
-        self._drop_record.skipped = self._drop_controller.replicas == "shared"  # others may run what this one skips
+        self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
         buckets.wait_for_params()
         return _SkippedLayer.apply(hidden_states, buckets.report_gradients if buckets.reports_gradients else None)
 
@@ -143,8 +152,9 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
     for layer in layers:
         _check_layer(layer, controller)
+    samples = SampleIndices(controller) if controller.granularity == "sample" else None
     for layer in layers:
-        _attach(layer, controller)
+        _attach(layer, controller, samples)
     announce_moe_losses(layers)
     return [layer.layer_number for layer in layers]
 
@@ -194,12 +204,13 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
     refuse_unsupported_switches(
         layer.config,
         microbatch_scope=controller.scope == "microbatch",
-        distinct_replicas=controller.replicas == "distinct",
+        sample_granularity=controller.granularity == "sample",
+        distinct_replicas=not controller.replicas_run_alike,
     )
 
 
 def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:
-    if buckets.reports_gradients and controller.replicas == "distinct":
+    if buckets.reports_gradients and not controller.replicas_run_alike:
         raise ValueError(
             "replicas 'distinct' does not work with overlap_grad_reduce: a replica that skips a layer would start its "
             "reductions in another order than one that runs it; use replicas 'shared' or switch the overlap off"
@@ -212,12 +223,14 @@ def _let_buckets_be_skipped(wrapper: DistributedDataParallel | None) -> None:
         make_skippable(wrapper, {param: layer._drop_record for layer in layers for param in layer.parameters()})
 
 
-def _attach(layer: TransformerLayer, controller: DropController) -> None:
+def _attach(layer: TransformerLayer, controller: DropController, samples: SampleIndices | None) -> None:
     if not isinstance(layer, SwitchableLayer):
         layer.__class__ = _switchable_class(type(layer))
     if "_drop_record" not in layer.__dict__:  # bucket groups hold it
         layer._drop_record = LayerRecord()
     layer._drop_controller = controller
+    layer._drop_samples = samples
+    weigh_router_losses(layer, controller.num_samples)
     layer._drop_buckets = None
     layer._drop_recompute_queue = deque()
     layer._branch_scale = 1.0

@@ -253,7 +253,7 @@ class Run:
             "consumed_samples": self.consumed_samples,
             "global_batch_size": batch_size,
             "keep_probs": [round(keep_prob, 6) for keep_prob in controller.keep_probs.tolist()],
-            "kept": [round(share, 6) for share in controller.plan.mean(axis=0).tolist()],
+            "kept": [round(share, 6) for share in controller.kept_shares.mean(axis=0).tolist()],
             "update_skipped": not result.update_successful,
         }
         if result.num_zeros is not None:
@@ -368,7 +368,9 @@ def build_controller(config: Config, policy: Policy) -> DropController:
         scope=drop.decision_scope,
         sampler=drop.sampler,
         stages=stages,
-        replicas=drop.replicas,
+        granularity=drop.granularity,
+        num_samples=config.training.micro_batch_size if drop.granularity == "sample" else None,
+        replicas="shared" if drop.policy == "none" else drop.replicas,  # nothing of it is checked with policy none
         replica=parallel_state.get_data_parallel_rank(),
         window=window,
     )

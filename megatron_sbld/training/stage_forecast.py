@@ -1,6 +1,7 @@
 """What layer dropping will leave each pipeline stage to do, and a placement of the layers that evens it.
 
-Times are counted in layers' worth: a kept layer is 1, a dropped one 0, and the output layer with its loss, on the last
+Times are counted in layers' worth: a kept layer is 1, a dropped one 0, one that some samples of a microbatch run their
+share, and the output layer with its loss, on the last
 stage, as many as its FLOPs are (equations.md section 7). What a placement is worth is not read off expectations: the
 decisions that the run will take are drawn for some of its iterations, and each of these takes as long as the 1F1B
 schedule does with them (pipeline.py), the bubble included. With independent draws (sampler bernoulli) some stage is
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from megatron_sbld.placement import (
     iteration_times,
     stage_loads,
 )
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.plan import draw_plan, draw_sample_counts
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.forecast import Forecast, Phase, spread_iterations
@@ -96,6 +98,7 @@ def stage_forecast(
         policy=policy,
         train_iters=outlook.total.last,
         num_microbatches=max(1, training.global_batch_size // (training.micro_batch_size * replicas)),
+        num_samples=training.micro_batch_size if config.drop.granularity == "sample" else None,
         # As many as have the output layer's FLOPs (equations.md section 7).
         output_layers=None if phi is None else policy.num_layers * (1.0 - phi) / phi,
         balanced=_fixed_stages(config.drop, placement, balanced),
@@ -152,6 +155,8 @@ class _Run:
     policy: Policy
     train_iters: int
     num_microbatches: int
+    num_samples: int | None
+    """Of a microbatch, with granularity sample."""
     output_layers: float | None
     balanced: list[list[int]] | None
     """Stages that the balanced sampler evens whatever the placement; None where it follows the placement."""
@@ -188,21 +193,24 @@ def _propose(run: _Run, placement: Placement, keep_probs: Floats) -> tuple[str |
 
 def _iteration_times(run: _Run, iterations: list[int], placement: Placement) -> Floats:
     """Times of the iterations with the decisions that the run will take, in layers' worth, [iterations]."""
-    drop = run.drop
-    stages = (run.balanced or placement.stages) if drop.sampler == "balanced" else None
-    kept = [
-        draw_plan(
-            run.policy.keep_probs(iteration),
-            seed=drop.seed,
-            iteration=iteration,
-            num_microbatches=run.num_microbatches,
-            scope=drop.decision_scope,
-            sampler=drop.sampler,
-            stages=stages,
-        )
-        for iteration in iterations
-    ]
+    kept = [_drawn(run, iteration, placement) for iteration in iterations]
     return iteration_times(np.array(kept), placement.stages, run.output_layers or 0.0)
+
+
+def _drawn(run: _Run, iteration: int, placement: Placement) -> Floats:
+    """What share of each microbatch each layer will run, [m, L]."""
+    drop, keep_probs = run.drop, run.policy.keep_probs(iteration)
+    arguments: dict[str, Any] = {
+        "seed": drop.seed,
+        "iteration": iteration,
+        "num_microbatches": run.num_microbatches,
+        "scope": drop.decision_scope,
+        "sampler": drop.sampler,
+        "stages": (run.balanced or placement.stages) if drop.sampler == "balanced" else None,
+    }
+    if run.num_samples is None:
+        return draw_plan(keep_probs, **arguments).astype(np.float64)
+    return draw_sample_counts(keep_probs, run.num_samples, **arguments) / run.num_samples
 
 
 def _numbers(layers: list[int]) -> str:

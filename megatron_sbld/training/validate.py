@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, get_args, get_type_hints
 
-from megatron_sbld.drop import validate_drop
+from megatron_sbld.drop import replicas_run_alike, validate_drop
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
 from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
@@ -243,7 +243,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
         problems.append(
             "parallel.overlap_param_gather = true: needs use_distributed_optimizer and overlap_grad_reduce as well"
         )
-    if config.drop.replicas == "distinct" and parallel.overlap_grad_reduce:
+    if not replicas_run_alike(config.drop) and parallel.overlap_grad_reduce:
         problems.append(
             "drop.replicas = 'distinct': does not work with parallel.overlap_grad_reduce, because replicas would start "
             "their reductions in different orders; use 'shared' or switch the overlap off"
@@ -289,6 +289,13 @@ def _batch(config: Config, replicas: int) -> list[str]:
     for name, size in sizes.items():
         if size % unit:
             problems.append(f"{name} = {size}: must be divisible by {described}")
+    drop = config.drop
+    no_choice = (drop.granularity, drop.replicas, training.micro_batch_size) == ("sample", "distinct", 1)
+    if no_choice and drop.policy != "none":
+        problems.append(
+            "drop.replicas = 'distinct': with granularity sample it needs training.micro_batch_size > 1, because with "
+            "one sample there is nothing that replicas could choose differently"
+        )
     if not problems and train_iterations(config) < 1:
         problems.append(f"training.train_samples = {training.train_samples}: is less than one global batch")
     return problems

@@ -30,6 +30,7 @@ from megatron_sbld.schedule import Constant, Exponential
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import (
     GLOBAL_MICROBATCHES,
+    MICRO_BATCH,
     build_optimizer,
     forward_backward,
     full_and_own_slice,
@@ -71,6 +72,7 @@ POLICIES = {
     "half": lambda num_layers: LayerDropPolicy(Constant(0.5), num_layers),
     "extreme": ExtremePolicy,
     "pld": lambda num_layers: PLDPolicy(Exponential(theta=0.4, gamma=0.5), num_layers),
+    "low": lambda num_layers: LayerDropPolicy(Constant(0.2), num_layers),
     "full": FullDepthPolicy,
 }
 
@@ -81,12 +83,15 @@ class Case:
 
     policy: str = "half"
     scope: str = "iteration"
+    granularity: str = "layer"
+    replicas: str = "shared"
     layers: int = 8
     model: dict[str, Any] = field(default_factory=dict)  # TransformerConfig: MoE, MTP, precision, ...
     build: dict[str, Any] = field(default_factory=dict)  # tiny_gpt: tied, position_embedding_type
     optimizer: dict[str, Any] = field(default_factory=dict)
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     vpp: int | None = None
     ep: int = 1
     etp: int | None = None
@@ -108,7 +113,7 @@ class Case:
             self,
             **{
                 name: getattr(plain, name)
-                for name in ("tp", "pp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
+                for name in ("tp", "pp", "cp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
             },
             switch_before_wrapping=False,
         )
@@ -131,16 +136,24 @@ class Result:
     num_zeros: list[float | None] = field(default_factory=list)
     gradients: dict[str, float] = field(default_factory=dict)
     buffers: dict[str, list[float]] = field(default_factory=dict)
-    decisions: list[list[list[bool]]] = field(default_factory=list)
+    decisions: list[list[list[Any]]] = field(default_factory=list)  # bool, or a list of them for each sample
 
 
 def run_case(case: Case) -> Result:
     # What another case's model left in the process.
     get_moe_layer_wise_logging_tracker().clear()
     param_and_grad_buffer.dist_reduce_scatter_func = _stock_reduce_scatter
-    with model_parallel(tp=case.tp, pp=case.pp, vpp=case.vpp, ep=case.ep, etp=case.etp):
+    with model_parallel(tp=case.tp, pp=case.pp, cp=case.cp, vpp=case.vpp, ep=case.ep, etp=case.etp):
         config = tiny_config(**{"num_layers": case.layers, **case.model, **case.config})
-        controller = DropController(POLICIES[case.policy](case.layers), seed=7, scope=case.scope)
+        controller = DropController(
+            POLICIES[case.policy](case.layers),
+            seed=7,
+            scope=case.scope,
+            granularity=case.granularity,
+            num_samples=MICRO_BATCH if case.granularity == "sample" else None,
+            replicas=case.replicas,
+            replica=parallel_state.get_data_parallel_rank(),
+        )
         chunks = tiny_gpt(config, **case.build)
         if case.switch_before_wrapping:
             make_switchable(chunks, controller)
@@ -176,7 +189,8 @@ def _run_iteration(
     elif case.overflow_at is not None and iteration == case.overflow_at + 1:
         _multiply_loss_scale(optimizer, 2.0**-30)
     result.losses.append(mean_loss(forward_backward(models, iteration, num_microbatches)))
-    result.decisions.append(controller.plan.tolist())
+    plan = controller.plan if controller.sample_plan is None else controller.sample_plan
+    result.decisions.append(plan.tolist())
     if case.model.get("num_moe_experts"):
         result.moe_losses.append(logged_moe_losses(models[0].config, controller))
     result.loss_scales.append(float(optimizer.get_loss_scale()))

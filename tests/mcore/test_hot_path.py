@@ -14,9 +14,11 @@ import torch
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.switchable import _SkippedLayer
+from megatron_sbld.plan import Granularity
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import (
     GLOBAL_MICROBATCHES,
+    MICRO_BATCH,
     SEQUENCE,
     Listed,
     build_optimizer,
@@ -38,13 +40,16 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def training_operations(keep_probs: Sequence[float] | None, ddp: dict[str, Any]) -> Counter[str]:
+def training_operations(
+    keep_probs: Sequence[float] | None, ddp: dict[str, Any], granularity: Granularity = "layer"
+) -> Counter[str]:
     """What the third of an optimizer's iterations runs; None leaves the layers stock."""
     with model_parallel():
         chunks = tiny_gpt(tiny_config(num_layers=4))
         begin = None
         if keep_probs is not None:
-            controller = DropController(Listed(*keep_probs))
+            num_samples = MICRO_BATCH if granularity == "sample" else None
+            controller = DropController(Listed(*keep_probs), granularity=granularity, num_samples=num_samples)
             make_switchable(chunks, controller)
             begin = controller.begin_iteration
         models = wrap_ddp(chunks, **ddp)
@@ -72,9 +77,12 @@ def pass_operations(num_layers: int, kept: Sequence[int]) -> Counter[str]:
         return host_operations(record(run))
 
 
+@pytest.mark.parametrize("granularity", ["layer", "sample"])
 @pytest.mark.parametrize("ddp", [{}, OVERLAPPED], ids=["plain", "overlapped"])
-def test_an_iteration_that_drops_nothing_runs_what_stock_layers_run(ddp: dict[str, Any]) -> None:
-    stock, switchable = training_operations(None, ddp), training_operations((1, 1, 1, 1), ddp)
+def test_an_iteration_that_drops_nothing_runs_what_stock_layers_run(
+    ddp: dict[str, Any], granularity: Granularity
+) -> None:
+    stock, switchable = training_operations(None, ddp), training_operations((1, 1, 1, 1), ddp, granularity)
     assert stock["aten::addmm"] + stock["aten::linear"] + stock["aten::matmul"] > 0
     assert difference(switchable, stock) == {}
 
@@ -121,3 +129,19 @@ def test_an_iteration_with_dropped_layers_runs_nothing_new_but_identities(ddp: d
     assert new == expected
     more = {name for name, count in difference(dropped, stock).items() if count > 0}
     assert more <= identity_operations().keys()
+
+
+@pytest.mark.parametrize("ddp", [{}, OVERLAPPED], ids=["plain", "overlapped"])
+def test_leaving_samples_out_adds_a_gather_and_a_scatter_and_never_waits_for_the_device(ddp: dict[str, Any]) -> None:
+    """One of the two samples in two layers, in every microbatch."""
+    stock, some = training_operations(None, ddp), training_operations((1, 0.5, 0.5, 1), ddp, "sample")
+    for name in SYNCHRONISATIONS:
+        assert some[name] <= stock[name], name
+    more = difference(some, stock)
+    passes = 2 * GLOBAL_MICROBATCHES
+    # Forward: the samples of the input, the output back into them. Backward: the gradients of both.
+    expected = {"aten::index_select": 2, "aten::index_copy": 1, "IndexSelectBackward0": 1, "IndexCopyBackward0": 1}
+    assert {name: more[name] / passes for name in expected} == expected
+    assert more["aten::lift_fresh"] == 1  # the indices of all layers and microbatches become a tensor at once
+    for name in ("aten::nonzero", "aten::_to_copy", "aten::index"):
+        assert more.get(name, 0) <= 0, name

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from megatron_sbld.drop import build_policy
+from megatron_sbld.plan import draw_sample_counts
 from megatron_sbld.training import checkpoint_files as files
 from megatron_sbld.training.config import Config
 from tests.training.trainer_helpers import (
@@ -41,6 +43,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "scope microbatch": {"drop": {"decision_scope": "microbatch"}},
     "balanced": {"drop": {"sampler": "balanced", "balance_stages": 2}},
+    "samples": {
+        "drop": {"granularity": "sample", "decision_scope": "microbatch"},
+        "training": {"micro_batch_size": 4, "global_batch_size": 16},
+    },
     "ramp of the batch size": {"training": RAMP},
     "ramp by samples": {
         "training": {**RAMP, "train_iters": None, "train_samples": 60},
@@ -219,6 +225,31 @@ def test_dropping_is_switched_on_and_off_within_a_run(config: Config, tmp_path: 
     assert all(row == [1.0] * LAYERS for row in kept[:4] + kept[8:])
     assert any(0.0 in row for row in kept[4:8])
     assert found[8:] != expected[8:]
+
+
+def test_metrics_count_the_samples_that_each_layer_ran(config: Config, tmp_path: Path) -> None:
+    """The share of 8 samples: of 2 microbatches of 4, each with its own draw."""
+    drop = {"granularity": "sample", "decision_scope": "microbatch"}
+    assert run_here(change(config, drop=drop, training={"micro_batch_size": 4})) == 0
+    policy = build_policy(config.drop, LAYERS, ITERATIONS)
+    partial = 0
+    for row in train_rows(config.logging.run_dir):
+        counts = draw_sample_counts(
+            policy.keep_probs(row["iteration"]), 4, config.drop.seed, row["iteration"], 2, scope="microbatch"
+        )
+        assert row["kept"] == pytest.approx((counts.sum(axis=0) / 8).tolist())
+        assert row["kept_fraction"] == pytest.approx(counts.mean() / 4)
+        partial += int(((counts > 0) & (counts < 4)).sum())
+    assert partial > ITERATIONS
+
+
+def test_with_microbatches_of_one_sample_decisions_about_samples_are_those_about_layers(
+    config: Config, tmp_path: Path
+) -> None:
+    assert config.training.micro_batch_size == 1
+    by_layer = trained(config, tmp_path / "layer")
+    assert trained(change(config, drop={"granularity": "sample"}), tmp_path / "sample") == by_layer
+    assert decisions(tmp_path / "sample") == decisions(tmp_path / "layer")
 
 
 def test_recovery_ends_a_run_at_full_depth(config: Config, tmp_path: Path) -> None:

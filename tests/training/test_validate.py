@@ -135,6 +135,13 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         },
         r"drop.replicas = 'distinct': does not work with parallel.overlap_grad_reduce",
     ),
+    (
+        {
+            "drop": {"policy": "pld", "granularity": "sample", "replicas": "distinct"},
+            "training": {"micro_batch_size": 1},
+        },
+        r"drop.replicas = 'distinct': with granularity sample it needs training.micro_batch_size > 1",
+    ),
     # Length and batch.
     (
         {"training": {"train_iters": None}},

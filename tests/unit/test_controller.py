@@ -70,6 +70,14 @@ def test_the_window_changes_nothing_but_how_often_ranks_are_compared(window: int
         ({"replicas": "distinct"}, "needs sampler 'balanced'"),
         ({"window": 0}, "window must be at least 1"),
         ({"stages": 2}, "stages = 2 is used by sampler 'balanced' only"),
+        ({"granularity": "token"}, "granularity = 'token' .* one of layer, sample"),
+        ({"granularity": "sample"}, "num_samples = None .* an integer"),
+        ({"granularity": "sample", "num_samples": 0}, "num_samples = 0 .* an integer"),
+        ({"num_samples": 2}, "num_samples = 2 is used by granularity 'sample' only"),
+        (
+            {"granularity": "sample", "num_samples": 1, "replicas": "distinct"},
+            "replicas 'distinct' with granularity 'sample' needs num_samples of 2 at least",
+        ),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments: dict, message: str) -> None:
@@ -133,6 +141,19 @@ def test_restoring_says_which_settings_have_changed() -> None:
     ]
 
 
+def test_restoring_says_that_samples_are_decided_about_otherwise() -> None:
+    state = DropController(HALF, granularity="sample", num_samples=2).state_dict()
+    assert DropController(HALF, granularity="sample", num_samples=4).load_state_dict(state) == [
+        "drop num_samples: 2 when saved, 4 now"
+    ]
+    before_there_were_samples = {k: v for k, v in state.items() if k not in ("granularity", "num_samples")}
+    assert DropController(HALF).load_state_dict(before_there_were_samples) == []
+    assert DropController(HALF, granularity="sample", num_samples=2).load_state_dict(before_there_were_samples) == [
+        "drop granularity: 'layer' when saved, 'sample' now",
+        "drop num_samples: None when saved, 2 now",
+    ]
+
+
 def test_the_state_of_another_depth_is_refused() -> None:
     state = DropController(HALF).state_dict()
     with pytest.raises(ValueError, match="6 layers, this one has 4"):
@@ -168,6 +189,7 @@ def record(**changes: object) -> np.ndarray:
         ({"policy": LayerDropPolicy(Constant(0.6), LAYERS)}, "rank 2: mean keep probability 0.6.* instead of 0.5"),
         ({"scope": "microbatch"}, "rank 2: other decisions from the same mean keep probability"),
         ({"sampler": "balanced"}, "rank 2: other decisions from the same mean keep probability"),
+        ({"granularity": "sample", "num_samples": 4}, "rank 2: num_samples 4 instead of 0$"),
     ],
 )
 def test_a_rank_with_another_configuration_is_named_with_what_differs(changes: dict, message: str) -> None:

@@ -189,6 +189,8 @@ def test_a_file_of_the_models_own_depth_is_used_as_it_is_with_interpolate(sensit
         ),
         ({"dropped_update": "freeze"}, {}, "dropped_update freeze, but drop.dropped_update is apply"),
         ({"dropped_update": "apply"}, {"dropped_update": "freeze"}, "drop.dropped_update is freeze"),
+        ({"granularity": "sample"}, {}, "granularity sample, but drop.granularity is layer"),
+        ({"granularity": "layer"}, {"granularity": "sample"}, "drop.granularity is sample"),
         ({"decision_scope": "iteration", "residual_scale": "none", "theta": 0.1, "seed": 7}, {}, None),
         ({"residual_scale": "none"}, {"residual_scale": None}, None),
         ({"residual_scale": None}, {"residual_scale": "none"}, None),
@@ -241,7 +243,7 @@ OUT_OF_RANGE = {
     "residual": "own",
     "recovery_fraction": 1.1,
     "decision_scope": "step",
-    "granularity": "sample",
+    "granularity": "token",
     "sampler": "uniform",
     "balance_stages": 0,
     "replicas": "own",
@@ -308,6 +310,10 @@ def test_a_value_out_of_range_is_refused_by_name_even_when_nothing_is_dropped(na
             r"drop\.replicas = 'distinct' does not work with drop\.dropped_update freeze",
         ),
         ({"replicas": "distinct"}, r"drop\.replicas = 'distinct' needs drop\.sampler balanced"),
+        (
+            {"granularity": "sample", "sensitivity_update": "dynamic"},
+            r"drop\.granularity = 'sample' does not work with drop\.sensitivity_update dynamic",
+        ),
         ({"balance_stages": 2}, r"drop\.balance_stages = 2 needs drop\.sampler balanced"),
         ({"sampler": "balanced", "balance_stages": 5}, r"drop\.balance_stages = 5 .*divide the 12 layers"),
         ({"sampler": "balanced", "balance_stages": 24}, r"drop\.balance_stages = 24 .*divide the 12 layers"),
@@ -348,6 +354,12 @@ def test_the_balanced_sampler_balances_the_pipelines_stages_unless_told_otherwis
     validate_drop(balanced, NUM_LAYERS, TRAIN_ITERS, num_stages=None)
     with pytest.raises(ValueError, match=r"drop\.balance_stages = 5 .*12 layers"):
         validate_drop(dataclasses.replace(balanced, balance_stages=5), NUM_LAYERS, TRAIN_ITERS, num_stages=None)
+
+
+def test_distinct_replicas_that_run_the_same_layers_need_no_balance_and_can_freeze():
+    fields = {"policy": "pld", "granularity": "sample", "replicas": "distinct", "dropped_update": "freeze"}
+    validate_drop(DropConfig(**fields), NUM_LAYERS, TRAIN_ITERS)
+    validate_drop(DropConfig(**fields, sampler="balanced", balance_stages=3), NUM_LAYERS, TRAIN_ITERS)
 
 
 def test_a_run_or_model_of_no_length_is_refused():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_sbld.drop import build_policy, validate_drop
 from megatron_sbld.drop_config import DropConfig, drop_field_names
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.plan import draw_plan, draw_sample_counts
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 SHARES = st.floats(0, 1)
@@ -47,6 +47,7 @@ IN_RANGE = {
     "release_block": st.booleans(),
     "residual_scale": st.sampled_from(["none", "inverse_keep_prob"]),
     "decision_scope": st.sampled_from(["iteration", "microbatch"]),
+    "granularity": st.sampled_from(["layer", "sample"]),
     "sampler": st.sampled_from(["bernoulli", "balanced"]),
     "balance_stages": st.integers(1, 8),
     "replicas": st.sampled_from(["shared", "distinct"]),
@@ -103,16 +104,20 @@ def assert_draws_valid_plans(config, policy, num_layers, train_iters, num_stages
         assert keep_probs.shape == (num_layers,)
         assert np.all((keep_probs >= 0) & (keep_probs <= 1))
         assert np.isfinite(policy.theta(iteration))
-        kept = draw_plan(
-            keep_probs,
-            seed=config.seed,
-            iteration=iteration,
-            num_microbatches=3,
-            scope=config.decision_scope,
-            sampler=config.sampler,
-            stages=(config.balance_stages or num_stages) if balanced else None,
-            replica=2 if config.replicas == "distinct" else 0,
-        )
+        arguments = {
+            "seed": config.seed,
+            "iteration": iteration,
+            "num_microbatches": 3,
+            "scope": config.decision_scope,
+            "sampler": config.sampler,
+            "stages": (config.balance_stages or num_stages) if balanced else None,
+        }
+        if config.granularity == "sample":
+            counts = draw_sample_counts(keep_probs, 4, **arguments)
+            assert counts.shape == (3, num_layers)
+            assert np.all(np.abs(counts - 4 * keep_probs) < 1)
+            continue
+        kept = draw_plan(keep_probs, **arguments, replica=2 if config.replicas == "distinct" else 0)
         assert kept.shape == (3, num_layers)
         assert kept.dtype == np.bool_
         assert kept[:, keep_probs == 1].all()

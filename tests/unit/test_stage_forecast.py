@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sbld.drop import build_policy
 from megatron_sbld.placement import iteration_times, read_layout
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.plan import draw_plan, draw_sample_counts
 from megatron_sbld.policy import Policy, SBLDPolicy
 from megatron_sbld.schedule import Constant
 from megatron_sbld.training.config import Config, ModelConfig
@@ -93,6 +93,24 @@ def test_the_saving_is_that_of_the_runs_own_decisions(sampler: str, scope: str) 
 
     exact = 1 - mean_time(found.proposal) / mean_time("Et*6|t*6|t*6|t*6L")
     assert found.saved == pytest.approx(exact, abs=0.02)
+
+
+def test_the_saving_with_decisions_about_samples_is_that_of_the_shares_that_layers_run() -> None:
+    training = {"global_batch_size": 32, "micro_batch_size": 4}
+    found = of(LISTED, drop={"sampler": "bernoulli", "granularity": "sample"}, training=training)
+    by_layer = of(LISTED, drop={"sampler": "bernoulli"}, training=training)
+    assert found is not None
+    assert by_layer is not None
+    assert found.proposal is not None
+
+    def mean_time(layout: str) -> float:
+        stages, seed = read_layout(layout, LAYERS, 4).stages, CONFIG.drop.seed
+        counts = [draw_sample_counts(LISTED.keep_probs(t), 4, seed, t, 8) for t in range(1, ITERATIONS + 1)]
+        return float(iteration_times(np.array(counts) / 4, stages).mean())
+
+    exact = 1 - mean_time(found.proposal) / mean_time("Et*6|t*6|t*6|t*6L")
+    assert found.saved == pytest.approx(exact, abs=0.01)
+    assert found.saved > by_layer.saved + 0.02  # stages are less often late by chance
 
 
 def test_independent_draws_leave_less_to_gain_than_the_means_say() -> None:

@@ -1,0 +1,178 @@
+"""A layer on some samples of a microbatch: `drop.granularity: sample`.
+
+The kept samples are gathered out of the residual stream [s, b, h], the stock layer runs on them as on a smaller
+microbatch [s, n, h], and its output takes their places in the stream; the other samples pass by unchanged. Which ones
+they are the controller says, as many on every rank, so that collectives inside the layer pair. Their indices reach the
+device in one copy an iteration that the host does not wait for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sbld.controller import DropController
+
+_BATCH_DIMENSION = {"attention_mask": 0, "attention_bias": 0, "padding_mask": 0, "rotary_pos_emb": 1}
+"""Where a layer's other inputs have the microbatch's samples: [b or 1, ...], or rotary embeddings [s, b or 1, ...]."""
+_POSITIONAL = ("attention_mask",)
+"""Arguments of a layer after hidden_states that Megatron may give by position."""
+
+
+class SampleIndices:
+    """The kept samples of each layer and microbatch, on the device. Shared by the layers of one model."""
+
+    def __init__(self, controller: DropController) -> None:
+        self._controller = controller
+        self._plan: np.ndarray | None = None
+        """The plan whose indices are on the device."""
+        self._indices = torch.empty(0, dtype=torch.int64)
+        self._offsets: list[list[int]] = []
+
+    def of(self, layer_number: int, microbatch: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Sorted indices of the samples that run a kept layer, int64 [n]; None where all of [s, b, h] do.
+
+        Raises:
+            RuntimeError: the microbatch has another number of samples than the controller was told of.
+        """
+        controller = self._controller
+        if hidden_states.size(1) != controller.num_samples:
+            raise RuntimeError(
+                f"a microbatch has {hidden_states.size(1)} samples, and the controller was given num_samples = "
+                f"{controller.num_samples}: it must be the micro_batch_size"
+            )
+        if not controller.runs_some_samples(layer_number, microbatch):
+            return None
+        if self._plan is not controller.sample_plan:
+            self._upload(hidden_states.device)
+        row = self._offsets[0 if controller.scope == "iteration" else microbatch]
+        return self._indices[row[layer_number - 1] : row[layer_number]]
+
+    def _upload(self, device: torch.device) -> None:
+        plan = self._controller.sample_plan
+        assert plan is not None, "granularity sample has a plan as soon as an iteration has begun"
+        rows = plan[:1] if self._controller.scope == "iteration" else plan
+        indices = torch.from_numpy(np.nonzero(rows)[2])
+        if device.type == "cuda":
+            indices = indices.pin_memory()  # from pageable memory the host would wait for the copy
+        self._indices = indices.to(device, non_blocking=True)
+        counts = rows.sum(axis=-1)  # [microbatches, L]
+        ends = np.cumsum(counts).reshape(counts.shape)
+        self._offsets = np.concatenate([ends[:, :1] - counts[:, :1], ends], axis=1).tolist()
+        self._plan = plan
+
+
+def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """A stock layer's (hidden_states [s, b, h], context), of which it computed the samples of `index` alone.
+
+    Args:
+        forward: the layer's, with the arguments that follow.
+        index: sorted samples, int64 [n].
+
+    Raises:
+        ValueError: an input that has the microbatch's samples in a way that is not known here.
+    """
+    if args:
+        kwargs = dict(zip(("hidden_states", *_POSITIONAL), args, strict=False)) | kwargs
+        _refuse_positional(args)
+    hidden_states = kwargs.pop("hidden_states")
+    num_samples = hidden_states.size(1)
+    selected = {name: _selected(name, value, index, num_samples) for name, value in kwargs.items()}
+    output, context = forward(hidden_states=hidden_states.index_select(1, index), **selected)  # [s, n, h]
+    return hidden_states.index_copy(1, index, output), context
+
+
+def _refuse_positional(args: tuple[Any, ...]) -> None:
+    allowed = 1 + len(_POSITIONAL)
+    if len(args) > allowed:
+        raise ValueError(
+            f"granularity 'sample' needs a layer's inputs by name, got {len(args)} by position: at most {allowed}, "
+            f"hidden_states and {', '.join(_POSITIONAL)}"
+        )
+
+
+def _selected(name: str, value: Any, index: torch.Tensor, num_samples: int) -> Any:
+    """The kept samples of one of a layer's other inputs; one that all samples share, or that is None, as it is."""
+    if value is None:
+        return None
+    dim = _BATCH_DIMENSION.get(name)
+    if dim is None or not isinstance(value, torch.Tensor) or value.dim() <= dim:
+        raise ValueError(
+            f"granularity 'sample' does not work with {name} in training: only {', '.join(_BATCH_DIMENSION)} can be "
+            "given for some samples of a microbatch; use granularity 'layer'"
+        )
+    if value.size(dim) == 1:
+        return value
+    if value.size(dim) != num_samples:
+        raise ValueError(
+            f"granularity 'sample' does not work with {name} of shape {list(value.shape)}: dimension {dim} must be 1 "
+            f"or the {num_samples} samples of a microbatch; use granularity 'layer'"
+        )
+    return value.index_select(dim, index)
+
+
+class SampledRouter(TopKRouter):
+    """Goes in front of a built router's own class: auxiliary losses of n of b samples count n / b.
+
+    Megatron takes them as means over what a router sees, however much that is. Full weight for a part of the samples
+    would set them b / n too high against the language-model loss.
+    """
+
+    config: TransformerConfig
+    _drop_num_samples: int | None
+
+    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """logits [s, n, experts] -> the stock routing."""
+        if self._drop_num_samples in (None, logits.size(1)) or not self.training:
+            return super().routing(logits, *args, **kwargs)
+        stock = self.config
+        self.config = _with_scaled_losses(stock, logits.size(1) / self._drop_num_samples)
+        try:
+            return super().routing(logits, *args, **kwargs)
+        finally:
+            self.config = stock
+
+
+def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerConfig:
+    """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
+
+    With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
+    of sequences (seq_aux_loss) by the tokens of one sequence.
+    """
+    by_tokens = config.calculate_per_token_loss
+    scaled = copy.copy(config)
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, list) and isinstance(coefficients, list):
+        scaled.moe_aux_loss_coeff = [
+            coefficient * (1.0 if by_tokens and kind != "seq_aux_loss" else share)
+            for kind, coefficient in zip(kinds, coefficients, strict=True)
+        ]
+    elif isinstance(coefficients, float | int):
+        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_tokens and kinds != "seq_aux_loss" else share)
+    if config.moe_z_loss_coeff is not None and not by_tokens:
+        scaled.moe_z_loss_coeff = config.moe_z_loss_coeff * share
+    return scaled
+
+
+_classes: dict[type, type] = {}
+
+
+def weigh_router_losses(layer: torch.nn.Module, num_samples: int | None) -> None:
+    """Let a layer's routers weigh their auxiliary losses by the share of num_samples samples that they see.
+
+    None, of granularity `layer`, leaves them stock.
+    """
+    for router in [module for module in layer.modules() if isinstance(module, TopKRouter)]:
+        if num_samples is not None and not isinstance(router, SampledRouter):
+            cls = type(router)
+            if cls not in _classes:
+                _classes[cls] = type(f"Sampled{cls.__name__}", (SampledRouter, cls), {"__module__": cls.__module__})
+            router.__class__ = _classes[cls]
+        if isinstance(router, SampledRouter):
+            router._drop_num_samples = num_samples
