@@ -186,6 +186,29 @@ def test_left_out_samples_pass_a_layer_bit_for_bit_and_kept_ones_are_the_stock_l
         assert torch.equal(hidden, before)
 
 
+@pytest.mark.parametrize("scope", ["iteration", "microbatch"])
+def test_each_microbatch_leaves_out_the_samples_that_the_plan_says(scope: Any) -> None:
+    """Seen from outside: which samples a layer changed."""
+    (chunk,) = tiny_gpt(tiny_config())
+    controller = DropController(
+        Listed(0.6, 0.3, 1.0, 0.0), seed=3, scope=scope, granularity="sample", num_samples=SAMPLES
+    )
+    make_switchable(chunk, controller)
+    chunk.train()
+    plans = set()
+    for iteration in (1, 2):
+        controller.begin_iteration(iteration, 3)
+        for microbatch in range(3):
+            hidden = torch.randn(SEQUENCE, SAMPLES, WIDTH)
+            for layer in chunk.decoder.layers:
+                layer.current_microbatch = microbatch  # as Megatron's schedules do
+                output, _ = layer(hidden_states=hidden, attention_mask=None)
+                changed = (output != hidden).any(dim=2).any(dim=0)
+                assert changed.tolist() == controller.sample_plan[microbatch, layer.layer_number - 1].tolist()
+            plans.add(controller.sample_plan[microbatch].tobytes())
+    assert len(plans) == (2 if scope == "iteration" else 6)
+
+
 @pytest.mark.parametrize("kept", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0)])
 def test_whole_layers_are_those_of_granularity_layer_bit_for_bit(kept: tuple[int, ...]) -> None:
     results = []

@@ -57,6 +57,11 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
         "drop": {"decision_scope": "microbatch"},
     },
     "DP 2, distinct replicas": {"drop": {"sampler": "balanced", "replicas": "distinct"}},
+    "DP 2, both overlaps, samples of distinct replicas, frozen": {
+        "parallel": BOTH_OVERLAPS,
+        "training": {"micro_batch_size": 2},
+        "drop": {"granularity": "sample", "replicas": "distinct", "dropped_update": "freeze"},
+    },
     "PP 2 interleaved": {"parallel": INTERLEAVED},
     "TP 2": {"parallel": TENSOR},
     "DP 2, both overlaps, dynamic": {"parallel": BOTH_OVERLAPS, **LAYERS_THAT_MATTER},
