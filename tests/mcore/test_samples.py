@@ -283,14 +283,14 @@ def test_a_routers_losses_count_by_the_share_of_samples_that_it_sees(per_token: 
         controller.begin_iteration(iteration, 1)
         get_moe_layer_wise_logging_tracker().clear()
         # As Megatron's schedules and finalize_model_grads do, on one rank: per token, gradients are divided at the end.
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0]))
         found = losses(chunk, tokens())
         (found.sum() if per_token else found.mean()).backward()
         mine = gradients(chunk)
         if per_token:
             mine = {name: gradient / tokens_of_a_microbatch for name, gradient in mine.items()}
         logged = get_moe_layer_wise_logging_tracker()["seq_load_balancing_loss"]["values"].clone()
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / SAMPLES))  # a microbatch of each sample
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 / SAMPLES]))  # a microbatch of each sample
         get_moe_layer_wise_logging_tracker().clear()
         # Per token, Megatron multiplies the loss of sequences by the tokens of one of them, not of all.
         by_sequence = {"moe_aux_loss_coeff": MOE["moe_aux_loss_coeff"] / (SAMPLES if per_token else 1)}
@@ -300,7 +300,7 @@ def test_a_routers_losses_count_by_the_share_of_samples_that_it_sees(per_token: 
         summed = get_moe_layer_wise_logging_tracker()["seq_load_balancing_loss"]["values"]
         counts = torch.from_numpy(controller.sample_plan[0].sum(axis=1)).clamp(min=1)
         torch.testing.assert_close(logged, summed / counts, rtol=1e-4, atol=1e-6)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0]))
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -317,11 +317,11 @@ def test_a_loss_over_the_kept_samples_together_counts_by_their_share(kinds: Any,
     tokens_of_a_microbatch = SAMPLES * SEQUENCE
     found = []
     for model, text, loss_scale in ((chunk, tokens(), 1.0), (stock, tokens()[kept], len(kept) / SAMPLES)):
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 if per_token else loss_scale))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else loss_scale]))
         total = losses(model, text).sum()
         (total if per_token else total / tokens_of_a_microbatch).backward()
         found.append({name: grad for name, grad in gradients(model).items() if name.startswith("decoder.layers")})
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0]))
     assert_close(*found)
 
 
