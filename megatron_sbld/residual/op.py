@@ -53,10 +53,8 @@ def residual_skip_add(
         RuntimeError: MEGATRON_SBLD_RESIDUAL asks for what cannot be used.
     """
     _check(x, residual, bias, index, dim)
-    threshold = eager.drop_threshold(dropout_prob) if training else 0
-    multiplier = eager.multiplier(scale, threshold)
-    seed = _draw_seed(x.device) if threshold else None
-    return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, seed, multiplier, threshold, dim)
+    random = _draw(dropout_prob if training else 0.0, scale, x.device)
+    return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
 
 
 def residual_skip_add_(
@@ -77,16 +75,16 @@ def residual_skip_add_(
     _check(x, residual, bias, index, dim)
     if not residual.is_contiguous():
         raise ValueError("residual must be contiguous to be written in place")
-    threshold = eager.drop_threshold(dropout_prob) if training else 0
-    seed = _draw_seed(x.device) if threshold else None
-    result: torch.Tensor = _InPlace.apply(
-        x, residual, bias, index, seed, eager.multiplier(scale, threshold), threshold, dim
-    )
+    random = _draw(dropout_prob if training else 0.0, scale, x.device)
+    result: torch.Tensor = _InPlace.apply(x, residual, bias, index, *random, dim)
     return result
 
 
-def _draw_seed(device: torch.device) -> torch.Tensor:
-    return torch.randint(2**63 - 1, (1,), device=device)
+def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torch.Tensor | None, float, int]:
+    """(seed of the mask, multiplier of what it keeps, its threshold); without dropout no seed is drawn."""
+    threshold = eager.drop_threshold(dropout_prob)
+    seed = torch.randint(2**63 - 1, (1,), device=device) if threshold else None
+    return seed, eager.multiplier(scale, threshold), threshold
 
 
 def _check(
@@ -221,7 +219,7 @@ def _fake_backward(d_y: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.T
     return d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_empty(x_shape[-1] if with_bias else 0, dtype=x_dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     x, _, bias, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
     ctx.save_for_backward(index, seed)
     ctx.x_shape, ctx.x_dtype, ctx.with_bias = x.shape, x.dtype, bias is not None
@@ -245,7 +243,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             y: torch.Tensor = torch.ops.megatron_sbld.residual_skip_add(*inputs)
-        _save(ctx, inputs, y)
+        _save(ctx, inputs)
         return y
 
     @staticmethod
@@ -268,7 +266,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         x, residual, bias, index, seed, multiplier, threshold, dim = inputs
-        _save(ctx, inputs, residual)
+        _save(ctx, inputs)
         ctx.mark_dirty(residual)
         _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
         return residual

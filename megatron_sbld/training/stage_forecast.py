@@ -1,12 +1,11 @@
 """What layer dropping will leave each pipeline stage to do, and a placement of the layers that evens it.
 
 Times are counted in layers' worth: a kept layer is 1, a dropped one 0, one that some samples of a microbatch run their
-share, and the output layer with its loss, on the last
-stage, as many as its FLOPs are (equations.md section 7). What a placement is worth is not read off expectations: the
-decisions that the run will take are drawn for some of its iterations, and each of these takes as long as the 1F1B
-schedule does with them (pipeline.py), the bubble included. With independent draws (sampler bernoulli) some stage is
-late in most iterations on any placement, so that even expectations gain less. Transfers, the embedding, the optimizer
-and memory are not counted.
+share, and the output layer with its loss, on the last stage, as many as its FLOPs are (equations.md section 7). What a
+placement is worth is not read off expectations: the decisions that the run will take are drawn for some of its
+iterations, and each of these takes as long as the 1F1B schedule does with them (pipeline.py), the bubble included. With
+independent draws (sampler bernoulli) some stage is late in most iterations on any placement, so that even expectations
+gain less. Transfers, the embedding, the optimizer and memory are not counted.
 """
 
 from __future__ import annotations
