@@ -303,6 +303,8 @@ def _libraries(gpus: Sequence[Gpu], driver_cuda: int | None) -> Iterator[Finding
 
 def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple[str, str] | None:
     """Why a library that was built for `cuda 13.0; sm_90 compute_90` does not run here, and what mends it."""
+    from megatron_sbld.residual.native import runs_on
+
     cuda = re.match(r"cuda (\d+)", build)
     if cuda and driver_cuda and int(cuda[1]) > driver_cuda:
         reason = f"the driver knows CUDA up to {driver_cuda} only"
@@ -311,18 +313,6 @@ def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple
         if not runs_on(build, gpu.capability):
             return f"no code for {gpu.name}", f"with MEGATRON_SBLD_CUDA_ARCHS={gpu.capability}, {_REINSTALL}"
     return None
-
-
-def runs_on(build: str, capability: int) -> bool:
-    """Whether a library built for e.g. `cuda 13.0; sm_80 compute_80` runs on a compute capability (times ten).
-
-    Machine code runs on its major capability from its minor one up, PTX on everything newer.
-    """
-    machine = [int(number) for number in re.findall(r"\bsm_(\d+)", build)]
-    ptx = [int(number) for number in re.findall(r"\bcompute_(\d+)", build)]
-    return any(sm // 10 == capability // 10 and sm <= capability for sm in machine) or any(
-        sm <= capability for sm in ptx
-    )
 
 
 def _choices(torch: Any, core: Any) -> Iterator[Finding]:

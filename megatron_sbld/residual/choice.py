@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 
 import torch
 
-from megatron_sbld.residual.native import Library, load
+from megatron_sbld.residual.native import Library, load, runs_on
 
 VARIABLE = "MEGATRON_SBLD_RESIDUAL"
 SETTINGS = ("auto", "cuda", "cpu", "eager")
@@ -86,11 +85,9 @@ def _load(name: str, device_index: int) -> Library:
     """The library, if it runs on this device."""
     library = load(name)
     if name == "cuda":
-        capability = torch.cuda.get_device_capability(device_index)
-        oldest = min((int(number) for number in re.findall(r"sm_(\d+)", library.build)), default=0)
-        if capability[0] * 10 + capability[1] < oldest:
+        major, minor = torch.cuda.get_device_capability(device_index)
+        if not runs_on(library.build, major * 10 + minor):
             raise RuntimeError(
-                f"the CUDA library was built for {library.build}, but the GPU has compute capability "
-                f"{capability[0]}.{capability[1]}"
+                f"the CUDA library was built for {library.build}, but the GPU has compute capability {major}.{minor}"
             )
     return library

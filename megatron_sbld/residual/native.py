@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from pathlib import Path
 
 ABI = 1
@@ -134,6 +135,18 @@ def load(name: str) -> Library:
     if name not in NAMES:
         raise ValueError(f"residual library {name!r}: must be one of {', '.join(NAMES)}")
     return Library(name, library_path(name))
+
+
+def runs_on(build: str, capability: int) -> bool:
+    """Whether a library built for e.g. `cuda 13.0; sm_80 compute_80` runs on a compute capability (times ten).
+
+    Machine code runs on its major capability from its minor one up, PTX on everything newer.
+    """
+    machine = [int(number) for number in re.findall(r"\bsm_(\d+)", build)]
+    ptx = [int(number) for number in re.findall(r"\bcompute_(\d+)", build)]
+    return any(sm // 10 == capability // 10 and sm <= capability for sm in machine) or any(
+        sm <= capability for sm in ptx
+    )
 
 
 def library_path(name: str) -> Path:

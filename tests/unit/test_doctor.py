@@ -14,6 +14,7 @@ import torch
 
 from megatron_sbld import cli, doctor
 from megatron_sbld.doctor import Finding, Gpu
+from megatron_sbld.residual import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,7 +122,7 @@ def test_a_gpu_that_torch_cannot_use_is_shown_with_its_driver(tmp_path: Path, mo
 def test_machine_code_runs_on_its_major_capability_and_ptx_on_everything_newer(
     build: str, capability: int, runs: bool
 ) -> None:
-    assert doctor.runs_on(build, capability) is runs
+    assert native.runs_on(build, capability) is runs
 
 
 def test_a_library_that_does_not_fit_driver_or_gpu_is_told_how_to_be_built() -> None:
