@@ -107,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--data-parallel-size", type=int, default=1, help="replicas, a process each" + shown)
     parser.add_argument("--iters", type=int, default=500, help="iterations of a run" + shown)
+    parser.add_argument("--save-interval", type=int, default=0, help="iterations between checkpoints; 0: at the end")
     parser.add_argument(
         "--mean-keep-prob", type=float, help=f"of every method; default: what PLD has at theta {PLD_THETA}"
     )
@@ -164,7 +165,7 @@ def write_config(args: argparse.Namespace) -> Path:
             "eval_iters": 30,
             "precision": "fp32",
         },
-        "checkpoint": {"save_at_end": True},
+        "checkpoint": {"save_interval": args.save_interval, "save_at_end": True},
         "logging": {"log_interval": 50, "progress": "lines"},
     }
     path = args.out / "config.yaml"
