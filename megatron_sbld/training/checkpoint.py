@@ -301,7 +301,7 @@ def check_compatible(
     Raises:
         ValueError: names every field that differs, its value and the checkpoint's.
     """
-    present, saved = _fields_of_weights(config.model), _fields_of_weights(_saved_model(saved_config))
+    present, saved = _fields_of_weights(config.model), _fields_of_weights(saved_model_config(saved_config))
     problems = [
         f"model.{name} is {present[name]!r}, but the checkpoint has {saved[name]!r}"
         for name in present
@@ -313,8 +313,12 @@ def check_compatible(
         raise ValueError("the checkpoint is of another model: " + "; ".join(problems))
 
 
-def _saved_model(saved_config: Mapping[str, Any]) -> ModelConfig:
-    """The saved model section; fields that either version does not know take their defaults."""
+def saved_model_config(saved_config: Mapping[str, Any]) -> ModelConfig:
+    """The model section of a saved config; fields that either version does not know take their defaults.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     try:
         return ModelConfig(**{name: value for name, value in saved_config["model"].items() if name in names})

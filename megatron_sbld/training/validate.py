@@ -74,10 +74,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // _model_parallel_size(config)
 
 
-def validate(config: Config, world_size: int | None) -> None:
+def validate(config: Config, world_size: int | None, *, trains: bool = True) -> None:
     """Refuse a config that cannot work on `world_size` processes.
 
-    world_size: None where nothing is trained: it is then the fewest that hold the model, and data may be missing.
+    Args:
+        config: the run.
+        world_size: None is the fewest that hold the model.
+        trains: whether there must be data.
 
     Raises:
         ValueError: one line a problem, each with field, value and what is allowed.
@@ -91,7 +94,7 @@ def validate(config: Config, world_size: int | None) -> None:
             *_length(config),
             *_recomputation(config),
             *_optimizer(config),
-            *(_data(config) if world_size is not None else []),
+            *(_data(config) if trains else []),
         ]
         problems = problems or _batch(config, data_parallel_size(config, processes))
     if not problems:
