@@ -1,0 +1,1 @@
+"""How trained models are judged: LAMBADA, perplexity, and what a run folder keeps of them."""
