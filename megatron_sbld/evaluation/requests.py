@@ -14,7 +14,7 @@ class Request:
     """Tokens of which the last are scored, each given all before it."""
 
     tokens: tuple[int, ...]
-    """Context and, at its end, the targets. The last token is no input, so a model of n positions takes n + 1 tokens."""
+    """Context and, at its end, the targets. The last is no input, so that a model of n positions takes n + 1."""
     num_targets: int
 
     def __post_init__(self) -> None:
