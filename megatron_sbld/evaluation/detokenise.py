@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _BRACKETS = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
-_AFTER_NO_SPACE = frozenset(". , ? ! ; : ... ?! !? !! !!! ?? % ) ] } n't 's 'm 're 'd 'll 've".split())
-_BEFORE_NO_SPACE = frozenset("( [ { $ £ €".split())
+_ENDINGS = ("n't", "'s", "'m", "'re", "'d", "'ll", "'ve")
+_AFTER_NO_SPACE = (".", ",", "?", "!", ";", ":", "...", "?!", "!?", "!!", "!!!", "??", "%", ")", "]", "}", *_ENDINGS)
+_BEFORE_NO_SPACE = ("(", "[", "{", "$", "£", "€")
 _SPLIT_WORDS = {  # words that the Treebank's rules cut in two
     "can": "not",
     "gon": "na",

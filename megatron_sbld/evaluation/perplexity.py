@@ -64,7 +64,7 @@ def make_windows(documents: Sequence[Document], eod: int, max_length: int, strid
     """Requests whose targets are all tokens of all documents, once each and in order.
 
     The first window of a document scores its first max_length tokens; each of the others scores the `stride` tokens
-    that follow (the last one what is left), given as many as fit before them, which are max_length - stride + 1 or more.
+    that follow (the last one what is left), given as many as fit before them: max_length - stride + 1 or more.
 
     Args:
         eod: the end-of-document token, which is before each document and never a target.

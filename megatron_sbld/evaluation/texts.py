@@ -6,6 +6,7 @@ be read whole is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def _dataset_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[np.ndarray
         )
     dataset = IndexedDataset(prefix)
     boundaries = dataset.document_indices
-    for first, last in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for first, last in itertools.pairwise(boundaries):
         ids = np.concatenate([dataset[number] for number in range(first, last)]) if last > first else np.empty(0, int)
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
             raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 # In this order: some would no longer match after others.
 _SEPARATORS = {"s '": "s'", " @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
 _PUNCTUATION = ":;.!?,"
-_ENCLOSING = ("()", "[]", "{}", '""', "''")
+_ENCLOSING = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 _REST = {
     "= = = =": "====",
     "= = =": "===",
