@@ -38,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "pretrain": _pretrain,
         "profile": _profile,
         "schedule": _schedule,
+        "evaluate": _evaluate,
         "compare": _compare,
         "doctor": _doctor,
     }
@@ -66,6 +67,7 @@ commands:
   pretrain   train a GPT; under torchrun with many processes
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
+  evaluate   LAMBADA and perplexity of trained models
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
   doctor     what is installed here, what will be used, what is missing and what mends it
 
@@ -282,6 +284,12 @@ def _schedule_fit(args: list[str]) -> int:
 
     fit_schedule(given.baseline_run, given.dropped_run, given.peak_theta, given.theta, given.window, given.out)
     return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.evaluate(args)
 
 
 def _compare(args: list[str]) -> int:
