@@ -34,7 +34,7 @@ def _lambada(args: list[str]) -> int:
         "lambada --checkpoint DIR [DIR ...] --data FILE [--raw] [options]",
         "Score the last word of each passage, given the passage: right when each of its tokens is the most likely one. "
         "The target is what follows the last space.",
-        "passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {\"text\": passage}",
+        'passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {"text": passage}',
     )
     parser.add_argument("--format", type=Literal["auto", "text", "jsonl"], default="auto", help="of the data")
     parser.add_argument(
@@ -108,8 +108,8 @@ def _evaluate_parser(usage: str, description: str, data: str) -> ArgumentParser:
 
 def _run(given: Namespace, task: Task) -> int:
     from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
-    from megatron_sbld.evaluation.record import Record
     from megatron_sbld.evaluation.run import evaluate_checkpoints
+    from megatron_sbld.report.record import Record
     from megatron_sbld.training.config_file import field_names
 
     options = ModelOptions(**{name: given[name] for name in field_names(ModelOptions)})

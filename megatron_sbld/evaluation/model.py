@@ -74,14 +74,6 @@ class TrainedModel:
     seed: int | None
 
     @property
-    def context(self) -> int:
-        """Most tokens that it takes at once: its learned positions, or the length that it was trained with."""
-        model = self.model
-        if model.position_embedding_type == "learned_absolute":
-            return model.max_position_embeddings or model.seq_length
-        return model.seq_length
-
-    @property
     def run_dir(self) -> Path | None:
         """The run folder that the checkpoint lies in, RUN/checkpoints/iter_N; None where it lies elsewhere."""
         folder = self.checkpoint.path.absolute().parent

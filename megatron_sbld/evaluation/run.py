@@ -67,10 +67,10 @@ def evaluate_checkpoints(
     world_size = world_size_from_environment()
     configs = [evaluation_config(trained, parallel, world_size, precision) for trained in models]
     asked_of: dict[tuple[str, int], Asked] = {}  # one for all checkpoints of a run
-    keys = [(trained.tokenizer.fingerprint(), trained.context) for trained in models]
+    keys = [(trained.tokenizer.fingerprint(), trained.model.context) for trained in models]
     for trained, key in zip(models, keys, strict=True):
         if key not in asked_of:
-            asked_of[key] = task.ask(trained.tokenizer, trained.context)
+            asked_of[key] = task.ask(trained.tokenizer, trained.model.context)
     evaluated = []
     with distributed_run(configs[0]):
         for trained, config, key in zip(models, configs, keys, strict=True):

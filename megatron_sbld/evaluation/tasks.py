@@ -81,7 +81,7 @@ class LambadaTask(Task):
             requests=asked.requests,
             result=partial(lambada.summarise, asked),
             files=[self.data],
-            options=self._options,
+            options={**self._options, "context": context},
             write_examples=partial(lambada.write_examples, asked),
         )
 
@@ -119,5 +119,5 @@ class PerplexityTask(Task):
             requests=windows,
             result=partial(perplexity.summarise, texts.documents, windows),
             files=texts.files,
-            options={"format": texts.text_format, "stride": stride, "separator": self._separator},
+            options={"format": texts.text_format, "stride": stride, "separator": self._separator, "context": context},
         )

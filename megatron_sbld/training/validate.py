@@ -50,6 +50,7 @@ _NOT_NEGATIVE = (
     "optimizer.end_weight_decay",
     "optimizer.clip_grad",
     "training.eval_interval",
+    "training.task_interval",
     "checkpoint.save_interval",
 )
 _POSITIVE = (
@@ -362,6 +363,10 @@ def _data(config: Config) -> list[str]:
     data, problems = config.data, []
     if not data.train_data_path:
         problems.append("data.train_data_path: is empty; give the prefix of a data set (see `megatron-sbld prepare`)")
+    if config.training.task_interval and data.lambada_path is None and data.perplexity_path is None:
+        problems.append(
+            f"training.task_interval = {config.training.task_interval}: needs data.lambada_path or data.perplexity_path"
+        )
     if config.parallel.context_parallel_size > 1 and data.reset_attention_mask:
         problems.append("data.reset_attention_mask = true: does not work with parallel.context_parallel_size > 1")
     return problems

@@ -80,7 +80,7 @@ def expected(run_dir: Path) -> list[Score]:
     scores = []
     with distributed_run(config), torch.no_grad():
         (model,) = load_chunks(trained, config)
-        for request in Continuations().ask(trained.tokenizer, trained.context).requests:
+        for request in Continuations().ask(trained.tokenizer, trained.model.context).requests:
             tokens = torch.tensor([request.tokens])
             positions = torch.arange(tokens.shape[1] - 1)[None]
             logits = model(tokens[:, :-1], positions, None)[0, -request.num_targets :, : trained.tokenizer.vocab_size]

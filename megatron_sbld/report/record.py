@@ -10,9 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sbld.evaluation.model import TrainedModel
-from megatron_sbld.evaluation.results import EVALUATIONS_FILE, evaluation, identify, save_evaluations
+from megatron_sbld.evaluation.perplexity import PerplexityResult
+from megatron_sbld.evaluation.results import (
+    EVALUATIONS_FILE,
+    evaluation,
+    identify,
+    read_evaluations,
+    save_evaluations,
+)
 from megatron_sbld.evaluation.run import Evaluated
 from megatron_sbld.evaluation.tasks import Task
+from megatron_sbld.report.evaluation import Curve
+from megatron_sbld.report.evaluation_plots import plot_evaluations
+from megatron_sbld.report.table import print_wide
 
 _COLUMNS = {
     "lambada": {"accuracy": ("accuracy", 100, " %"), "perplexity": ("last-word perplexity", 1, "")},
@@ -40,6 +50,7 @@ class Record:
     def __init__(self, task: Task, models: Sequence[TrainedModel], out: str | None) -> None:
         self._task = task
         self._out = None if out is None else Path(out)
+        self._models = models
         self._evaluated: list[Evaluated] = []
         for trained in models:
             if self._folder(trained) is None:
@@ -93,9 +104,27 @@ class Record:
                 *figures,
                 f"{evaluated.tokens_per_s:,.0f}",
             )
-        console.print(table)
-        for note in dict.fromkeys(note for evaluated in self._evaluated for note in evaluated.notes()):
+        print_wide(table, console)
+        notes = [note for evaluated in self._evaluated for note in _notes(evaluated)]
+        notes += [f"kept in {folder / EVALUATIONS_FILE}" for folder in map(self._folder, self._models) if folder]
+        for note in dict.fromkeys(notes):
             console.print(f"  {note}", style="dim", highlight=False)
+        self._plot(console)
+
+    def _plot(self, console: Console) -> None:
+        """Figures against iterations, where some model was evaluated at several; from now or before."""
+        if len(self._models) == 1:
+            return
+        by_folder: dict[Path, str] = {}
+        for trained in self._models:
+            folder = self._folder(trained)
+            assert folder is not None, "checked before anything was evaluated"
+            by_folder[folder] = str(trained.run_dir or folder)
+        curves = [Curve(label, [read_evaluations(folder / EVALUATIONS_FILE)]) for folder, label in by_folder.items()]
+        file = next(iter(by_folder)) / "evaluations" / f"{self._task.name}.png"
+        file.parent.mkdir(exist_ok=True)
+        plot_evaluations(curves, file)
+        console.print(f"saved {file}", highlight=False)
 
     def _folder(self, trained: TrainedModel) -> Path | None:
         return self._out or trained.run_dir
@@ -106,3 +135,16 @@ def _figure(value: float | None, stderr: float | None, factor: float, unit: str)
         return "-"
     digits = f"{factor * value:.4g}"
     return f"{digits}{unit}" if stderr is None else f"{digits} +- {factor * stderr:.2g}{unit}"
+
+
+def _notes(evaluated: Evaluated) -> list[str]:
+    """What a reader of the figures should know."""
+    result = evaluated.result
+    if isinstance(result, PerplexityResult):
+        return [f"{result.tokens:,} tokens of {result.documents:,} documents in {result.windows:,} windows"]
+    notes = [f"{result.passages:,} passages"]
+    if result.truncated:
+        notes.append(f"{result.truncated:,} of them longer than the model's context: their beginnings are left out")
+    if result.glued:
+        notes.append(f"{result.glued:,} targets begin with a quote or bracket that stood apart in the file")
+    return notes
