@@ -44,7 +44,7 @@ def _lambada(args: list[str]) -> int:
 
     from megatron_sbld.evaluation.tasks import LambadaTask
 
-    return _run(given, LambadaTask(given.data, given.format, raw=given.raw))
+    return _run(given, LambadaTask(given.data, given.format, raw=given.raw, limit=given.limit))
 
 
 def _perplexity(args: list[str]) -> int:
@@ -73,7 +73,12 @@ def _perplexity(args: list[str]) -> int:
     from megatron_sbld.evaluation.tasks import PerplexityTask
 
     task = PerplexityTask(
-        given.data, given.format, stride=given.stride, separator=given.separator, text_key=given.text_key
+        given.data,
+        given.format,
+        stride=given.stride,
+        separator=given.separator,
+        text_key=given.text_key,
+        limit=given.limit,
     )
     return _run(given, task)
 
@@ -99,6 +104,9 @@ def _evaluate_parser(usage: str, description: str, data: str) -> ArgumentParser:
         "--every_checkpoint", action="store_true", help="take all complete checkpoints of each folder, and plot them"
     )
     parser.add_argument("--data", required=True, help=data)
+    parser.add_argument(
+        "--limit", type=int | None, help="passages or documents that are scored, from the first; default: all"
+    )
     parser.add_argument(
         "--out", type=str | None, help="folder for the results; default: the run folder of each checkpoint"
     )

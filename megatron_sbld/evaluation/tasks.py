@@ -63,6 +63,7 @@ class LambadaTask(Task):
         data: a file of passages, plain text or JSON lines.
         passage_format: which of them; auto goes by the file's name and content.
         raw: score plain text as it is, with spaces between tokens, instead of detokenised.
+        limit: passages that are scored, from the first; None is all.
 
     Raises:
         ValueError: the file is missing or broken.
@@ -70,10 +71,13 @@ class LambadaTask(Task):
 
     name = "lambada"
 
-    def __init__(self, data: str, passage_format: PassageFormat = "auto", *, raw: bool = False) -> None:
+    def __init__(
+        self, data: str, passage_format: PassageFormat = "auto", *, raw: bool = False, limit: int | None = None
+    ) -> None:
         self.data = data
-        self._passages, found = read_passages(data, passage_format, detokenise=False if raw else None)
-        self._options = {"format": found, "detokenised": found == "text" and not raw}
+        passages, found = read_passages(data, passage_format, detokenise=False if raw else None)
+        self._passages = passages[: _checked_limit(limit)]
+        self._options = {"format": found, "detokenised": found == "text" and not raw, "limit": limit}
 
     def ask(self, tokenizer: Tokenizer, context: int) -> Asked:
         asked = lambada.encode_passages(self._passages, tokenizer, context)
@@ -95,6 +99,7 @@ class PerplexityTask(Task):
         stride: tokens by which windows advance; None is half of the context, for WikiText all of it.
         separator: text: a line equal to this ends a document; None makes every file one.
         text_key: JSON lines: the key of the text.
+        limit: documents that are scored, from the first; None is all.
     """
 
     name = "perplexity"
@@ -107,17 +112,32 @@ class PerplexityTask(Task):
         stride: int | None = None,
         separator: str | None = None,
         text_key: str = "text",
+        limit: int | None = None,
     ) -> None:
         self.data = data
         self._format, self._stride, self._separator, self._text_key = text_format, stride, separator, text_key
+        self._limit = _checked_limit(limit)
 
     def ask(self, tokenizer: Tokenizer, context: int) -> Asked:
         texts = read_texts([self.data], tokenizer, self._format, separator=self._separator, text_key=self._text_key)
+        documents = texts.documents[: self._limit]
         stride = perplexity.resolve_stride(self._stride, context, texts.text_format)
-        windows = perplexity.make_windows(texts.documents, tokenizer.eod, context, stride)
+        windows = perplexity.make_windows(documents, tokenizer.eod, context, stride)
         return Asked(
             requests=windows,
-            result=partial(perplexity.summarise, texts.documents, windows),
+            result=partial(perplexity.summarise, documents, windows),
             files=texts.files,
-            options={"format": texts.text_format, "stride": stride, "separator": self._separator, "context": context},
+            options={
+                "format": texts.text_format,
+                "stride": stride,
+                "separator": self._separator,
+                "limit": self._limit,
+                "context": context,
+            },
         )
+
+
+def _checked_limit(limit: int | None) -> int | None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit = {limit}: must be at least 1")
+    return limit

@@ -34,7 +34,9 @@ def call(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]
     return exit_.value.code, captured.out, captured.err
 
 
-def test_lambada_of_every_checkpoint(run_dir: Path, passages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lambada_of_every_checkpoint(
+    run_dir: Path, passages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--checkpoint", run_dir, "--every_checkpoint", "--data", passages]
     status, out, err = call(capsys, "lambada", *options)
     assert status == 0, err
@@ -51,6 +53,8 @@ def test_lambada_of_every_checkpoint(run_dir: Path, passages: Path, capsys: pyte
     assert [json.loads(line)["target"] for line in examples][:2] == [" them.", " said"]
     assert call(capsys, "lambada", *options, "--raw")[0] == 0
     assert len(read_evaluations(run_dir / "evaluations.jsonl")) == 4, "the raw form is a series of its own"
+    assert call(capsys, "lambada", *options, "--limit", 3, "--out", tmp_path)[0] == 0
+    assert [row.metrics["passages"] for row in read_evaluations(tmp_path / "evaluations.jsonl")] == [3, 3]
     assert call(capsys, "lambada", *options)[0] == 0
     assert len(read_evaluations(run_dir / "evaluations.jsonl")) == 4, "the same again replaces"
 
@@ -98,6 +102,7 @@ def test_mistakes_are_named(run_dir: Path, passages: Path, tmp_path: Path, capsy
         (["lambada", "--checkpoint", run_dir, *data, "--batch_tokens", "0"], "batch_tokens = 0"),
         (["lambada", "--checkpoint", run_dir, *data, "--precision", "int8"], "precision"),
         (["perplexity", "--checkpoint", run_dir, *data, "--stride", "33"], "stride = 33"),
+        (["lambada", "--checkpoint", run_dir, *data, "--limit", "0"], "limit = 0"),
         (["lambda"], "unknown command 'evaluate lambda'"),
     ]
     for args, message in cases:

@@ -43,9 +43,7 @@ def corpus(folder: Path) -> Path:
     return prepare_corpus(folder)
 
 
-def test_figures_are_the_checkpoints_and_training_goes_on_as_without(
-    folder: Path, corpus: Path, passages: Path
-) -> None:
+def test_figures_are_the_checkpoints_and_training_goes_on(folder: Path, corpus: Path, passages: Path) -> None:
     data = {"lambada_path": str(passages), "perplexity_path": f"{corpus}_valid"}
     runs = {}
     for name, parallel in LAYOUTS.items():
