@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Trains the same small GPT three times, undropped, with PLD and with SBLD, and compares the runs.
 
-Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), its model is scored on
-held-out text, and a table and plots end it. Every call makes a folder of its own, so no run is ever continued or mixed with an older one.
+Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), its model is scored
+on held-out text, and a table and plots end it. Every call makes a folder of its own, so no run is ever continued or
+mixed with an older one.
 
 SBLD takes the sensitivity in configs/quickstart_sensitivity.json; with --profile (`make quickstart PROFILE=1`) that of
 this model on this text is measured first. The committed file is what `make quickstart PROFILE=1` measured on the
