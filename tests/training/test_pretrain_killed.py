@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sbld.exit_status import EXIT_RANK_LOST, EXIT_TO_BE_CONTINUED
 from megatron_sbld.training.checkpoint_files import latest_complete
-from megatron_sbld.training.liveness import EXIT_RANK_LOST
-from megatron_sbld.training.loop import EXIT_TO_BE_CONTINUED
 from tests.training.process_helpers import (
     TORCHRUN,
     ended_with_the_test,
