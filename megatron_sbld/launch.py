@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -60,18 +61,17 @@ def combined_status(exit_codes: Iterable[int], asked: bool) -> int:
         asked: whether they had been asked to stop.
 
     Returns:
-        EXIT_MISTAKE or another failure of a worker's own; else EXIT_TO_BE_CONTINUED if one has saved as asked, or was
-        asked before it could; else EXIT_RANK_LOST, also for workers that were killed.
+        EXIT_MISTAKE or another failure of a worker's own; else EXIT_TO_BE_CONTINUED if one has saved, or was asked to
+        before it could; else EXIT_RANK_LOST, also for workers that were killed.
 
     >>> combined_status([76, 2], asked=False), combined_status([-9, 76], asked=False), combined_status([-15], True)
     (2, 76, 75)
     """
-    killed_as_asked = {-number for number in _PASSED_ON} if asked else set()
-    codes = {EXIT_TO_BE_CONTINUED if code in killed_as_asked else code for code in exit_codes}
+    codes = set(exit_codes)
     for status in (EXIT_MISTAKE, *sorted(code for code in codes if 0 < code < EXIT_TO_BE_CONTINUED)):
         if status in codes:
             return status
-    return EXIT_TO_BE_CONTINUED if EXIT_TO_BE_CONTINUED in codes else EXIT_RANK_LOST
+    return EXIT_TO_BE_CONTINUED if asked or EXIT_TO_BE_CONTINUED in codes else EXIT_RANK_LOST
 
 
 def _torchrun(args: Sequence[str], asked: set[int]) -> int:
@@ -82,6 +82,9 @@ def _torchrun(args: Sequence[str], asked: set[int]) -> int:
         return combined_status((failure.exitcode for failure in error.failures.values()), bool(asked))
     except SystemExit as error:  # its own command line
         return error.code if isinstance(error.code, int) else EXIT_MISTAKE
+    except Exception:  # the rendezvous: the machine that holds its store has ended, perhaps only a moment earlier
+        traceback.print_exc()
+        return combined_status([], bool(asked))
     return 0
 
 

@@ -119,15 +119,12 @@ end_or_requeue() {
     echo "status $status: the job is $state, so it is left to end"
   elif [ "$status" -lt 75 ] && [ "$lasted" -lt "$SBLD_PROGRESS_SECONDS" ]; then
     echo "status $status after $lasted s: an error that would come again, see $attempt_logs; not requeued"
-  elif [ "$failures" -gt "$SBLD_MAX_FAILURES" ]; then
+  elif [ "$failures" -ge "$SBLD_MAX_FAILURES" ]; then
     echo "status $status: failed $failures times in a row without getting far; not requeued"
   else
     echo "status $status after $lasted s: requeued, to go on from the last checkpoint"
-    if scontrol requeue "$SLURM_JOB_ID"; then
-      sleep 60  # Slurm ends this shell; leaving before it does would look like the job's own end
-    else
-      echo "Slurm does not requeue this job (--no-requeue?); submit it again to go on"
-    fi
+    trap '' TERM  # from Slurm, at once, for this shell and for scontrol
+    scontrol requeue "$SLURM_JOB_ID" || echo "Slurm did not requeue the job (--no-requeue?); submit it again to go on"
   fi
   exit "$status"
 }
