@@ -10,6 +10,7 @@ workers ended.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -43,7 +44,8 @@ def main(args: Sequence[str]) -> int:
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     outcome: list[int] = []
-    # Outside of the main thread torchrun installs no signal handlers.
+    # Outside of the main thread torchrun installs no signal handlers, and warns of what is meant here.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_no_warning_of_the_thread)
     thread = threading.Thread(target=lambda: outcome.append(_torchrun(args, asked)))
     thread.start()
     thread.join()
@@ -86,6 +88,10 @@ def _torchrun(args: Sequence[str], asked: set[int]) -> int:
         traceback.print_exc()
         return combined_status([], bool(asked))
     return 0
+
+
+def _is_no_warning_of_the_thread(record: logging.LogRecord) -> bool:
+    return "running on a child thread" not in record.getMessage()
 
 
 def _children() -> list[int]:

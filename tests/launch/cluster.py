@@ -62,9 +62,7 @@ class Cluster:
             self._start("slurmctld", ["-c"])
             for node in NODES:
                 self.start_node(node)
-            self.wait_until(
-                lambda: self.call("sinfo", "--noheader", "--format=%T %D") == "idle 2\nidle 2", "both nodes are idle"
-            )
+            self.wait_until(self._is_idle, "both nodes are idle", seconds=60)
             yield
         finally:
             if "slurmctld" in self._daemons:
@@ -74,6 +72,10 @@ class Cluster:
                 daemon.terminate()
             for daemon in self._daemons.values():
                 daemon.wait(60)
+
+    def _is_idle(self) -> bool:
+        states = self.call("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").splitlines()
+        return states == [f"{node} idle" for node in NODES]
 
     def start_node(self, node: str) -> None:
         (self.folder / node).mkdir(exist_ok=True)
@@ -186,8 +188,6 @@ def _configuration(folder: Path) -> str:
         f"SlurmdPidFile={folder}/%n/slurmd.pid",
         f"SlurmdSpoolDir={folder}/%n",
         f"StateSaveLocation={folder}/state",
-        f"SlurmctldLogFile={folder}/slurmctld.out",
-        f"SlurmdLogFile={folder}/%n.out",
         "SwitchType=switch/none",
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",

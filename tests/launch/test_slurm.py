@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm of two nodes: the chain, and runs that are preempted, asked to stop, or lose a node."""
+"""The job scripts on a real Slurm of two nodes: the chain; runs that are preempted, asked to stop, or lose a node."""
 
 from __future__ import annotations
 
