@@ -53,8 +53,10 @@ in_container() {
 on_all_nodes() {
   local began=$SECONDS
   rm -f "$attempt_logs"/*.status
-  run_step --nodes="${SLURM_NNODES:?}" --ntasks-per-node=1 --output="$attempt_logs/node_%n.log" --error="$attempt_logs/node_%n.log" \
-    "${container_options[@]}" "${container[@]}" bash "$SBLD_HOME/scripts/slurm/node.sh" "$attempt_logs" "$@"
+  # One task a node has all of its cores, and may end later than others: to write its part of the last checkpoint.
+  run_step --nodes="${SLURM_NNODES:?}" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 \
+    --output="$attempt_logs/node_%n.log" --error="$attempt_logs/node_%n.log" "${container_options[@]}" \
+    "${container[@]}" bash "$SBLD_HOME/scripts/slurm/node.sh" "$attempt_logs" "$@"
   if [ "$step_status" = 0 ]; then
     rm -f "$job_logs/failures"
     return 0
@@ -99,10 +101,19 @@ status_of_nodes() {
   echo 76
 }
 
+# show_why STATUS: what the nodes' logs say of it, so that the job's own log suffices.
+show_why() {
+  local wanted='megatron-sbld: error\|^error:' why
+  if [ "$1" = 75 ]; then wanted='stopped as asked'; fi
+  why=$(grep --no-filename --no-messages -A 5 "$wanted" "$attempt_logs"/node_*.log | sed '/^--$/d; 20q') || true
+  if [ -z "$why" ] && [ "$1" != 75 ]; then why=$(tail -n 20 "$attempt_logs/node_0.log" 2>&1) || true; fi
+  echo "$why"
+}
+
 # end_or_requeue STATUS SECONDS: of an attempt that is not complete.
 end_or_requeue() {
   local status=$1 lasted=$2 failures=0 state
-  tail -n 5 "$attempt_logs"/node_*.log || true
+  show_why "$status"
   if [ "$status" != 75 ]; then
     if [ "$lasted" -lt "$SBLD_PROGRESS_SECONDS" ] && [ -f "$job_logs/failures" ]; then
       failures=$(<"$job_logs/failures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,14 @@ def test_shellcheck_has_nothing_to_say() -> None:
     assert len(scripts) >= 11
     result = run(REPOSITORY, "shellcheck", "--external-sources", *scripts)
     assert result.returncode == 0, result.stdout
+
+
+def test_every_variable_is_documented_and_used() -> None:
+    internal = {"SBLD_STATUS_FILE"}  # between job.sh and the launcher
+    text = "".join(path.read_text() for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")])
+    used = set(re.findall(r"SBLD_[A-Z_]+", text)) - internal
+    documented = set(re.findall(r"`(SBLD_[A-Z_]+)`", (SCRIPTS / "README.md").read_text()))
+    assert used == documented
 
 
 @pytest.mark.parametrize("script", [*COMMANDS, *JOBS, CHAIN], ids=lambda script: f"{script.parent.name}/{script.name}")
@@ -151,7 +160,7 @@ def start_launcher(folder: Path, script: str, processes: int = 2) -> subprocess.
         ("exit 0", 0),
         ("exit 75", 75),
         ("[ $RANK = 1 ] || sleep 60; exit 2", 2),
-        ("[ $RANK = 0 ] || sleep 60; kill -KILL $$", 76),
+        ("[ $RANK = 0 ] || sleep 60; kill -KILL $BASHPID", 76),
     ],
     ids=["complete", "to be continued", "a mistake", "killed"],
 )
@@ -163,7 +172,10 @@ def test_the_launcher_ends_with_its_workers_status(script: str, status: int, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_workers_which_may_take_their_time(number: signal.Signals, tmp_path: Path) -> None:
-    script = f'trap "sleep 5; touch saved_$RANK; exit 75" {number.name}; touch ready_$RANK; while :; do sleep 0.1; done'
+    save = (
+        "trap : TERM; sleep 5; touch saved_$RANK; exit 75"  # the first to end lets torchrun send SIGTERM to the others
+    )
+    script = f"trap '{save}' {number.name}; touch ready_$RANK; while :; do sleep 0.1; done"
     launcher = start_launcher(tmp_path, script)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("ready_*"))) < 2:
