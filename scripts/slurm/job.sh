@@ -103,11 +103,13 @@ status_of_nodes() {
 
 # show_why STATUS: what the nodes' logs say of it, so that the job's own log suffices.
 show_why() {
-  local wanted='megatron-sbld: error\|^error:' why
-  if [ "$1" = 75 ]; then wanted='stopped as asked'; fi
-  why=$(grep --no-filename --no-messages -A 5 "$wanted" "$attempt_logs"/node_*.log | sed '/^--$/d; 20q') || true
-  if [ -z "$why" ] && [ "$1" != 75 ]; then why=$(tail -n 20 "$attempt_logs/node_0.log" 2>&1) || true; fi
-  echo "$why"
+  if [ "$1" = 75 ]; then
+    grep -hs 'stopped as asked' "$attempt_logs"/node_*.log || true
+  elif grep -qs 'megatron-sbld: error\|^error:' "$attempt_logs"/node_*.log; then
+    grep -hs -A 5 'megatron-sbld: error\|^error:' "$attempt_logs"/node_*.log | sed -n '1,20p'
+  else
+    tail -n 20 "$attempt_logs/node_0.log" || true
+  fi
 }
 
 # end_or_requeue STATUS SECONDS: of an attempt that is not complete.

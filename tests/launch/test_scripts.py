@@ -47,7 +47,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
 def test_every_variable_is_documented_and_used() -> None:
     internal = {"SBLD_STATUS_FILE"}  # between job.sh and the launcher
     text = "".join(path.read_text() for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")])
-    used = set(re.findall(r"SBLD_[A-Z_]+", text)) - internal
+    used = set(re.findall(r"(?<![A-Z_])SBLD_[A-Z_]+", text)) - internal
     documented = set(re.findall(r"`(SBLD_[A-Z_]+)`", (SCRIPTS / "README.md").read_text()))
     assert used == documented
 
@@ -138,6 +138,40 @@ def test_the_chain_shows_its_commands_without_slurm(tmp_path: Path) -> None:
     reused = run(tmp_path, CHAIN, "--dry-run", "--sensitivity", CONFIG, CONFIG, "runs/x", passages)
     assert reused.stdout.count("+ sbatch") == 2
     assert "profile.sbatch" not in reused.stdout
+
+
+def container_of(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What job.sh would put before a node's command: a line of srun's options, then one of a command of its own."""
+    srun = folder / "srun"
+    srun.write_text(f'#!/bin/sh\necho "{environment.pop("srun_help", "")}"\n')
+    srun.chmod(0o755)
+    script = f"""set -euo pipefail
+        source {SCRIPTS}/common.sh; source {SCRIPTS}/slurm/job.sh
+        in_container; echo "${{container_options[@]}}"; echo "${{container[@]}}\""""
+    path = f"{folder}:{os.environ['PATH']}"
+    return run(folder, "bash", "-c", script, SBLD_HOME="/repository", PATH=path, **environment)
+
+
+def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
+    (tmp_path / "image.sif").touch()
+    mounts = f"/repository:/repository,{tmp_path}:{tmp_path}"
+    assert container_of(tmp_path).stdout == "\n\n"
+    apptainer = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data")
+    assert apptainer.stdout == f"\napptainer exec --nv --bind {mounts},/data:/data --pwd {tmp_path} image.sif\n"
+    pyxis = container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch", srun_help="--container-image")
+    assert pyxis.stdout == (
+        f"--container-image=nvcr.io#nvidia/pytorch --container-mounts={mounts} --container-workdir={tmp_path}\n\n"
+    )
+    for refused, message in (
+        (
+            container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch"),
+            "needs pyxis",
+        ),
+        (container_of(tmp_path, SBLD_CONTAINER="other.sif"), "SBLD_CONTAINER other.sif is not there"),
+        (container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_RUNTIME="docker"), "pyxis or apptainer"),
+    ):
+        assert refused.returncode == 2
+        assert message in refused.stderr
 
 
 # The launcher
