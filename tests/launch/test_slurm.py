@@ -172,6 +172,7 @@ def test_the_chain_measures_trains_and_evaluates(cluster: Cluster, folder: Path,
         corpus,
         training={"train_iters": 20},
         checkpoint={"save_at_end": True},
+        logging={"progress": "lines", "tensorboard": False},
     )
     (folder / "chain.yaml").write_text(yaml.safe_dump(sections))
     (folder / "passages.txt").write_text("the first word and the last\nimport this and import that\n")
