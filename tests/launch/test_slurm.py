@@ -74,7 +74,7 @@ def config(folder: Path, corpus: Path) -> Path:
 def undisturbed(folder: Path, corpus: Path) -> list[float]:
     """The losses of the same run without Slurm and without interruption."""
     whole = in_folder(tiny_run(folder / "whole", corpus, drop=sbld(folder), training=LONG), folder / "whole")
-    assert run_trainers(2, [change(whole, checkpoint={"save_interval": 0})]) == [[0, 0]]
+    assert run_trainers(2, [change(whole, checkpoint={"save_interval": 0})], timeout=900) == [[0, 0]]
     return losses(folder / "whole")
 
 
