@@ -25,8 +25,8 @@ def export(args: list[str]) -> int:
         _EXPORT_USAGE,
         "Write a checkpoint as a folder that Hugging Face's transformers loads without remote code: in the GPT-2 "
         "format (learned positions, LayerNorm, GeLU), the Llama format (rotary positions, RMSNorm, SwiGLU) or the "
-        "GPT-NeoX format (rotary positions, LayerNorm, GeLU). One process on the CPU, in memory for one layer and one shard, "
-        "from any parallel layout.",
+        "GPT-NeoX format (rotary positions, LayerNorm, GeLU). One process on the CPU, in memory for one layer and one "
+        "shard, from any parallel layout.",
     )
     parser.add_argument(
         "--checkpoint",
