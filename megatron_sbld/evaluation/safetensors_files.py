@@ -71,7 +71,11 @@ class ShardWriter:
         return names
 
     def _flush(self) -> None:
-        save_file(self._pending, self._unnamed(len(self._shards)), metadata={"format": "pt"})
+        file = self._unnamed(len(self._shards))
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(self._pending, file, metadata={"format": "pt"})
+        file.chmod(mode)  # the library's files are for their owner alone
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

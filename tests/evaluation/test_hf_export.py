@@ -361,6 +361,27 @@ def test_a_damaged_checkpoint_is_refused_with_the_name_of_the_file(gpt2: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_an_export_that_fails_or_was_killed_leaves_no_folder_that_looks_whole(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_sbld.evaluation.hf_export.write_tokenizer", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            export_hf(str(gpt2), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.incomplete").mkdir()
+    with pytest.raises(ValueError, match=r"out.incomplete: exists; remove it unless"):
+        export_hf(str(gpt2), str(tmp_path / "out"))
+    (tmp_path / "out.incomplete").rmdir()
+    (tmp_path / "out").mkdir()  # empty: taken
+    export_hf(str(gpt2), str(tmp_path / "out"))
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "all files can be read by the same people"
+
+
 def test_mistakes_on_the_command_line_end_with_one_message(
     gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,10 +425,10 @@ def test_queries_keys_and_values_are_cut_by_group() -> None:
     assert heads.join([query, key, value]).tolist() == rows.tolist()
 
 
-HIDDEN, DEPTH = 768, 12
+HIDDEN, DEPTH = 512, 18
 LAYER_BYTES = 12 * HIDDEN**2 * 4
-SHARD_BYTES = 40_000_000
-SMALL_BUFFERS_BYTES = 20_000_000
+SHARD_BYTES = 20_000_000
+SMALL_BUFFERS_BYTES = 15_000_000
 
 
 def export_measured(folder: str) -> None:
@@ -416,7 +437,7 @@ def export_measured(folder: str) -> None:
     for name in ("small", "big"):
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         before = memory_of_process("VmRSS")
-        export_hf(str(place / name), str(place / f"{name}_out"), config=f"{place / name}.yaml", max_shard_size="40MB")
+        export_hf(str(place / name), str(place / f"{name}_out"), config=f"{place / name}.yaml", max_shard_size="20MB")
         print(memory_of_process("VmHWM") - before)
 
 
@@ -454,7 +475,7 @@ def write_ones(folder: Path, model: ModelConfig) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_bounded_by_a_layer_and_a_shard(tmp_path: Path) -> None:
     write_ones(tmp_path / "small", ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4, seq_length=64))
-    big = ModelConfig(num_layers=DEPTH, hidden_size=HIDDEN, num_attention_heads=12, seq_length=64)
+    big = ModelConfig(num_layers=DEPTH, hidden_size=HIDDEN, num_attention_heads=8, seq_length=64)
     write_ones(tmp_path / "big", big)
     program = f"from tests.evaluation.test_hf_export import export_measured; export_measured({str(tmp_path)!r})"
     done = subprocess.run(
