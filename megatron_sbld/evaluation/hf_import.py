@@ -177,9 +177,7 @@ class _Weights:
         if unused:
             names = sorted(unused)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"{self._form.title} weights: nobody knows what is to become of {', '.join(names[:5])}{more}"
-            )
+            raise ValueError(f"{self._form.title} weights: config.json has no place for {', '.join(names[:5])}{more}")
 
 
 def _read_config(folder: Path) -> FieldReader:

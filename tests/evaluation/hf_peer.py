@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 
 MISSING = "transformers is not installed (extra `test`)"
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason=MISSING)
 
 
 @contextmanager

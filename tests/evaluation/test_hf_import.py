@@ -290,7 +290,11 @@ REFUSED_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "fewer rows than tokens": ("GPT-2", {"vocab_size": 90}, "has 100 tokens, but the model's vocab_size is 90"),
     "more rows than stored": ("GPT-2", {"vocab_size": 120}, r"wte.weight has the shape \[100, 32\], but config.json"),
     "more layers than stored": ("GPT-2", {"n_layer": 4}, "GPT-2 weights: transformer.h.3.ln_1.weight is missing"),
-    "fewer layers than stored": ("GPT-2", {"n_layer": 2}, "is to become of transformer.h.2.attn.c_attn.bias, "),
+    "fewer layers than stored": (
+        "GPT-2",
+        {"n_layer": 2},
+        "config.json has no place for transformer.h.2.attn.c_attn.bias, ",
+    ),
     "untied without output": ("GPT-2", {"tie_word_embeddings": False}, "GPT-2 weights: lm_head.weight is missing"),
     "tied with an output": (
         "GPT-2, exact GeLU, untied",
@@ -381,7 +385,7 @@ DAMAGES = {
     without_config: r"source: is not a local folder of a model \(no config.json\)",
     broken_config: r"config.json: cannot be read",
     without_weights: r"has no weights; looked for model.safetensors",
-    truncated_weights: r"source/model.safetensors: .* cannot be read",
+    truncated_weights: r"source/model.safetensors: cannot be read",
     missing_shard: r"model-00001-of-00002.safetensors: .* cannot be read: no such file in the folder",
     shard_elsewhere: r"stolen.safetensors: .* cannot be read: no such file in the folder",
     without_tokenizer: r"the folder has none of tokenizer.json",
