@@ -11,7 +11,8 @@ data-parallel replicas that drop distinct layers train better than ones that sha
 
 Runs are single processes, or one for each replica under torchrun, `--jobs` runs at a time, and a program that was
 stopped goes on where it was: complete runs are not repeated. Afterwards `megatron-sbld evaluate` scores LAMBADA and
-WikiText where they are given, and `megatron-sbld compare` makes the table and the plots. Losses are exact; throughput is worth something only on a machine that does nothing else.
+WikiText where they are given, and `megatron-sbld compare` makes the table and the plots. Losses are exact; throughput
+is worth something only on a machine that does nothing else.
 """
 
 from __future__ import annotations

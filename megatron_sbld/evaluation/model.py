@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_sbld.training.checkpoint import load_weights, saved_model_config
+from megatron_sbld.training.checkpoint import load_weights, saved_model
 from megatron_sbld.training.checkpoint_files import (
     MANIFEST,
     CheckpointInfo,
@@ -128,7 +128,7 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
     found = find_checkpoint(path)
     state = read_train_state(found.path)
     saved: Mapping[str, Any] = state.get("config", {})
-    model = saved_model_config(saved)
+    model = saved_model(saved)
     spec = tokenizer or saved.get("data", {}).get("tokenizer", "byte")
     loaded = load_tokenizer(spec)
     if state.get("tokenizer") not in (None, loaded.fingerprint()):

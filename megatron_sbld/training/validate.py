@@ -200,6 +200,11 @@ def _model(config: Config) -> list[str]:
     ):
         if value % tensor:
             problems.append(f"{name} = {value}: must be divisible by parallel.tensor_model_parallel_size = {tensor}")
+    if model.swiglu and model.activation_func != "gelu":
+        problems.append(
+            f"model.activation_func = {model.activation_func!r}: has no effect with model.swiglu, whose activation is "
+            "SiLU; leave it out"
+        )
     rotated = int((model.kv_channels or model.hidden_size // model.num_attention_heads) * model.rotary_percent)
     if model.position_embedding_type == "rope" and (rotated % 2 or not rotated):
         problems.append(
