@@ -353,8 +353,8 @@ class TrainingData:
             for extreme in (*batch["tokens"].aminmax(), *batch["labels"].aminmax()):
                 if not 0 <= extreme < vocab_size:
                     raise ValueError(
-                        f"{field}: holds the id {int(extreme)}, but data.tokenizer = {self._tokenizer.name!r} has ids 0 "
-                        f"to {vocab_size - 1}: a .bin file is damaged; prepare it again"
+                        f"{field}: holds the id {int(extreme)}, but data.tokenizer = {self._tokenizer.name!r} has ids "
+                        f"0 to {vocab_size - 1}: a .bin file is damaged; prepare it again"
                     )
             yield batch
 
