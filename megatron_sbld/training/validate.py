@@ -343,7 +343,7 @@ def _optimizer(config: Config) -> list[str]:
     else:
         unit, decay, warmup = "samples", opt.lr_decay_samples or training.train_samples, opt.lr_warmup_samples
         other = opt.lr_decay_iters or opt.lr_warmup_iters
-    if warmup >= decay:
+    if 0 < decay <= warmup:  # without a length, which is refused, there is nothing to compare with
         problems.append(f"optimizer.lr_warmup_{unit} = {warmup}: must be below the {decay} over which the rate decays")
     if other:
         problems.append(f"optimizer: training is counted in {unit}, so give lr_decay_{unit} and lr_warmup_{unit} alone")

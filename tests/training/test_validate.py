@@ -262,6 +262,12 @@ def test_a_mistake_is_named(sections: dict[str, dict[str, Any]], message: str) -
         validate(change(VALID, **sections), world_size=8)
 
 
+def test_a_run_without_a_length_is_one_problem() -> None:
+    with pytest.raises(ValueError) as error:
+        validate(change(VALID, training={"train_iters": None}), world_size=8)
+    assert str(error.value).count("\n") == 0
+
+
 def test_where_nothing_is_trained_data_may_be_missing_and_the_processes_are_as_many_as_the_layout_needs() -> None:
     layout = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3}
     config = change(VALID, data={"train_data_path": []}, parallel=layout)
