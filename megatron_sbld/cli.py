@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 EXIT_MISTAKE = 2
 """Exit status for a user's mistake, as argparse's own."""
 
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -58,6 +61,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST if isinstance(error, RankLostError) else EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        print("megatron-sbld: interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]

@@ -66,6 +66,7 @@ _POSITIVE = (
 )
 _RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 _MAX_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks
+_MAX_RAMP_ITERATIONS = 1_000_000  # they are counted one by one, as Megatron-LM does
 _TIMEOUT_MINUTES = (0.1, 100_000)  # healthy ranks can be silent for seconds while they start
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
@@ -272,7 +273,12 @@ def _length(config: Config) -> list[str]:
         return []
     if len(ramp) != 3 or any(value < 1 for value in ramp):
         return [f"training.rampup_batch_size = {ramp}: must be three positive numbers, [start, increment, samples]"]
-    start, increment, _ = ramp
+    start, increment, ramp_samples = ramp
+    if ramp_samples // start > _MAX_RAMP_ITERATIONS:
+        return [
+            f"training.rampup_batch_size = {ramp}: its samples make more than {_MAX_RAMP_ITERATIONS:,} iterations of "
+            f"{start}; allowed are {start * _MAX_RAMP_ITERATIONS:,} samples"
+        ]
     if start >= training.global_batch_size or (training.global_batch_size - start) % increment:
         return [
             f"training.rampup_batch_size = {ramp}: start plus one or more times the increment must give "
