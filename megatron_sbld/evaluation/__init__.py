@@ -1,1 +1,1 @@
-"""How trained models are judged: LAMBADA, perplexity, and what a run folder keeps of them."""
+"""How a trained model is judged and used: LAMBADA, perplexity, generation, the way to Hugging Face and back."""

@@ -1,7 +1,4 @@
-"""What is scored and what comes back: the seam between tasks (data, figures) and the models that run them.
-
-Pure Python, so that tasks and reports need no torch.
-"""
+"""What an evaluation asks of a model, and what comes back. Pure Python: tasks need neither torch nor Megatron."""
 
 from __future__ import annotations
 
@@ -11,17 +8,20 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens of which the last are scored, each given all before it."""
+    """Tokens, of which the last ones are to be scored given all before them.
+
+    Raises:
+        ValueError: there is nothing to score, or nothing before it.
+    """
 
     tokens: tuple[int, ...]
-    """Context and, at its end, the targets. The last is no input, so that a model of n positions takes n + 1."""
     num_targets: int
+    """How many at the end are scored, at least 1 and fewer than there are."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.num_targets < len(self.tokens):
+        if not 1 <= self.num_targets < len(self.tokens):
             raise ValueError(
-                f"a request of {len(self.tokens)} tokens has num_targets = {self.num_targets}; "
-                "allowed: 1 to one less than its tokens, since the first target needs context"
+                f"num_targets = {self.num_targets} of {len(self.tokens)} tokens: at least one, and one before it"
             )
 
 
@@ -29,6 +29,6 @@ class Score(NamedTuple):
     """What a model makes of a request."""
 
     log_likelihood: float
-    """Natural logarithm, summed over the targets."""
+    """Natural logarithm of the probability of all targets."""
     is_greedy: bool
-    """Whether every target is the most likely token, given all tokens before it."""
+    """Whether every target is the most likely token; of equally likely ones the lowest id."""
