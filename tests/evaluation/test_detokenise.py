@@ -68,6 +68,12 @@ def test_no_passage_of_the_development_split_comes_out_badly():
     assert len(texts) == 4869
 
 
+def test_text_that_is_written_as_text_stays_as_it_is():
+    lines = shared_file("lambada_development_plain_text.txt").read_text(encoding="utf-8").splitlines()
+    texts = [detokenise(line.split(" ")) for line in lines]
+    assert [detokenise(text.split(" ")) for text in texts] == texts
+
+
 def test_the_last_word_of_the_development_split_gets_an_opening_quote_at_most():
     lines = shared_file("lambada_development_plain_text.txt").read_text(encoding="utf-8").splitlines()
     glued = 0

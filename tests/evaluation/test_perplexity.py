@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,15 @@ def test_a_prepared_data_set_gives_the_documents_of_its_text(prepared):
 def test_a_data_set_of_another_tokenizer_is_refused(prepared):
     with pytest.raises(ValueError, match=r"set_train was prepared with tokenizer 'byte', which encodes differently"):
         read_texts([prepared[1]], CharacterTokenizer())
+
+
+def test_metadata_that_lack_the_tokenizer_are_named(prepared):
+    file = Path(prepared[1].removesuffix("_train") + ".json")
+    file.write_text(
+        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "tokenizer"})
+    )
+    with pytest.raises(ValueError, match=r"the metadata \(\.json\) of .*set_train lack 'tokenizer'"):
+        read_texts([prepared[1]], BYTES)
 
 
 def test_ids_that_are_no_text_have_tokens_alone(tmp_path):
