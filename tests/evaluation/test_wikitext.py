@@ -31,6 +31,13 @@ def test_an_article_begins_at_a_heading_of_the_first_level():
     assert list(articles(text)) == [" = One = \n a \n = = Part = = \n b = c ", " = Two = \n d \n"]
 
 
+@pytest.mark.parametrize(
+    "line", [" = = Part = = ", " = = Part = ", " = Part = = ", " = = ", " = ", " a = b = ", " = a = b "]
+)
+def test_what_only_resembles_a_title_begins_no_article(line):
+    assert list(articles(f"a\n{line}\nb")) == [f"a\n{line}\nb"]
+
+
 def test_text_without_headings_is_one_article_and_white_space_none():
     assert list(articles("a b \n c")) == ["a b \n c"]
     assert list(articles(" \n \n")) == []
