@@ -38,7 +38,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "pretrain": _pretrain,
         "profile": _profile,
         "schedule": _schedule,
+        "evaluate": _evaluate,
         "compare": _compare,
+        "export": _export,
+        "import": _import,
         "doctor": _doctor,
     }
     if not given or given[0] in ("-h", "--help"):
@@ -66,7 +69,10 @@ commands:
   pretrain   train a GPT; under torchrun with many processes
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
+  evaluate   LAMBADA and perplexity of trained models
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
+  export     write a checkpoint as a folder that Hugging Face's transformers loads
+  import     make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's
   doctor     what is installed here, what will be used, what is missing and what mends it
 
 `megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
@@ -284,6 +290,12 @@ def _schedule_fit(args: list[str]) -> int:
     return 0
 
 
+def _evaluate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.evaluate(args)
+
+
 def _compare(args: list[str]) -> int:
     from megatron_sbld.report.compare import compare
 
@@ -299,6 +311,18 @@ def _compare(args: list[str]) -> int:
     given: Namespace = parser.parse_args(args)
     compare(given.runs, given.baseline, given.out, given.group)
     return 0
+
+
+def _export(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.export(args)
+
+
+def _import(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.import_(args)
 
 
 def _doctor(args: list[str]) -> int:

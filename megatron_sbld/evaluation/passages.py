@@ -35,17 +35,10 @@ class Passage:
     """Whether detokenising put something to the word: an opening quote that the model has to predict as well."""
 
 
-@dataclass(frozen=True)
-class PassageFile:
-    """All passages of a file, in order, and how they were read."""
-
-    passages: list[Passage]
-    passage_format: Literal["text", "jsonl"]
-    detokenised: bool
-
-
-def read_passages(path: str, passage_format: PassageFormat = "auto", *, detokenise: bool | None = None) -> PassageFile:
-    """Reads a file whole.
+def read_passages(
+    path: str, passage_format: PassageFormat = "auto", *, detokenise: bool | None = None
+) -> tuple[list[Passage], Literal["text", "jsonl"]]:
+    """All passages of a file in order, and its format.
 
     Args:
         path: of the file.
@@ -79,7 +72,7 @@ def read_passages(path: str, passage_format: PassageFormat = "auto", *, detokeni
             problems.append(f"{path}:{number}: {problem}")
     if problems:
         raise ValueError(_listed(path, problems))
-    return PassageFile(passages, found, detokenises)
+    return passages, found
 
 
 class _ProblemError(Exception):

@@ -166,6 +166,11 @@ def latest_complete(directory: Path) -> CheckpointInfo | None:
     return None
 
 
+def all_complete(directory: Path) -> list[CheckpointInfo]:
+    """The complete checkpoints of a folder by iteration; damaged ones are skipped with a warning."""
+    return [found for found in reversed(_candidates(directory)) if is_complete(found.path)]
+
+
 def is_complete(path: Path) -> bool:
     """Whether a folder is a complete checkpoint; a damaged one is warned about."""
     if not path.exists():

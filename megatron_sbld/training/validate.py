@@ -50,6 +50,7 @@ _NOT_NEGATIVE = (
     "optimizer.end_weight_decay",
     "optimizer.clip_grad",
     "training.eval_interval",
+    "training.task_interval",
     "checkpoint.save_interval",
 )
 _POSITIVE = (
@@ -74,10 +75,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // _model_parallel_size(config)
 
 
-def validate(config: Config, world_size: int | None) -> None:
+def validate(config: Config, world_size: int | None, *, trains: bool = True) -> None:
     """Refuse a config that cannot work on `world_size` processes.
 
-    world_size: None where nothing is trained: it is then the fewest that hold the model, and data may be missing.
+    Args:
+        config: the run.
+        world_size: None is the fewest that hold the model.
+        trains: whether there must be data.
 
     Raises:
         ValueError: one line a problem, each with field, value and what is allowed.
@@ -91,7 +95,7 @@ def validate(config: Config, world_size: int | None) -> None:
             *_length(config),
             *_recomputation(config),
             *_optimizer(config),
-            *(_data(config) if world_size is not None else []),
+            *(_data(config) if trains else []),
         ]
         problems = problems or _batch(config, data_parallel_size(config, processes))
     if not problems:
@@ -196,6 +200,11 @@ def _model(config: Config) -> list[str]:
     ):
         if value % tensor:
             problems.append(f"{name} = {value}: must be divisible by parallel.tensor_model_parallel_size = {tensor}")
+    if model.swiglu and model.activation_func != "gelu":
+        problems.append(
+            f"model.activation_func = {model.activation_func!r}: has no effect with model.swiglu, whose activation is "
+            "SiLU; leave it out"
+        )
     rotated = int((model.kv_channels or model.hidden_size // model.num_attention_heads) * model.rotary_percent)
     if model.position_embedding_type == "rope" and (rotated % 2 or not rotated):
         problems.append(
@@ -359,6 +368,10 @@ def _data(config: Config) -> list[str]:
     data, problems = config.data, []
     if not data.train_data_path:
         problems.append("data.train_data_path: is empty; give the prefix of a data set (see `megatron-sbld prepare`)")
+    if config.training.task_interval and data.lambada_path is None and data.perplexity_path is None:
+        problems.append(
+            f"training.task_interval = {config.training.task_interval}: needs data.lambada_path or data.perplexity_path"
+        )
     if config.parallel.context_parallel_size > 1 and data.reset_attention_mask:
         problems.append("data.reset_attention_mask = true: does not work with parallel.context_parallel_size > 1")
     return problems

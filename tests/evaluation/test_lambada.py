@@ -32,7 +32,7 @@ def encode_pair(tokenizer, context, continuation):
 @pytest.mark.parametrize("detokenise", [True, False])
 def test_the_tokens_of_the_development_split_are_those_of_lm_evaluation_harness(gpt2, detokenise):
     path = str(shared_file("lambada_development_plain_text.txt"))
-    passages = read_passages(path, detokenise=detokenise).passages[::20]
+    passages = read_passages(path, detokenise=detokenise)[0][::20]
     lambada = encode_passages(passages, gpt2, 1024)
     for passage, request in zip(passages, lambada.requests, strict=True):
         text = passage.context + passage.target
@@ -135,16 +135,16 @@ def test_every_passage_is_written_for_inspection(tmp_path):
     assert len(rows) == 2
 
 
-def test_a_task_tells_its_options_and_data_and_sums_up_the_last_model(tmp_path):
+def test_a_task_is_asked_of_each_model_in_its_own_tokens_and_context(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("`` go , '' she said\n")
-    task, raw = LambadaTask(str(tmp_path / "a.txt")), LambadaTask(str(tmp_path / "b.txt"), detokenise=False)
-    assert task.options == {"format": "text", "detokenise": True}
-    assert raw.options == {"format": "text", "detokenise": False}
-    assert task.data.sha256 == raw.data.sha256
-    assert (task.data.name, len(task.data.sha256)) == ("a.txt", 64)
-    assert task.requests(CharacterTokenizer(), 100)[0].tokens[0] == ord('"')
-    assert len(task.requests(CharacterTokenizer(), 6)[0].tokens) == 7
-    assert task.result([Score(-1.0, True)]).truncated == 1
-    task.write_examples([Score(-1.0, True)], tmp_path / "examples.jsonl")
+    task, raw = LambadaTask(str(tmp_path / "a.txt")), LambadaTask(str(tmp_path / "b.txt"), raw=True)
+    long, short = (task.ask(CharacterTokenizer(), context) for context in (100, 6))
+    assert "".join(map(chr, long.requests[0].tokens)) == '"go," she said'
+    assert "".join(map(chr, raw.ask(CharacterTokenizer(), 100).requests[0].tokens)) == "`` go , '' she said"
+    assert len(short.requests[0].tokens) == 7
+    assert [asked.result([Score(-1.0, True)]).truncated for asked in (long, short)] == [0, 1]
+    assert long.data_hash() == raw.ask(CharacterTokenizer(), 100).data_hash()
+    assert (long.options["detokenised"], raw.ask(CharacterTokenizer(), 100).options["detokenised"]) == (True, False)
+    long.write_examples([Score(-1.0, True)], tmp_path / "examples.jsonl")
     assert json.loads((tmp_path / "examples.jsonl").read_text())["target"] == " said"

@@ -22,7 +22,7 @@ def written(tmp_path, content, name="passages.txt"):
 
 
 def only(read):
-    (passage,) = read.passages
+    ((passage,), _) = read
     return passage.context, passage.target
 
 
@@ -30,19 +30,19 @@ def test_plain_text_is_detokenised_and_raw_on_request(tmp_path):
     path = written(tmp_path, f"{TOKENS}\n")
     assert only(read_passages(path)) == ('"go," she said, and he', " went")
     assert only(read_passages(path, detokenise=False)) == ("`` go , '' she said , and he", " went")
-    assert (read_passages(path).passage_format, read_passages(path).detokenised) == ("text", True)
+    assert read_passages(path)[1] == "text"
 
 
 def test_json_lines_are_taken_as_they_are_and_detokenised_on_request(tmp_path):
     path = written(tmp_path, json.dumps({"text": TOKENS, "id": 3}) + "\n", "passages.jsonl")
     assert only(read_passages(path)) == ("`` go , '' she said , and he", " went")
     assert only(read_passages(path, detokenise=True)) == ('"go," she said, and he', " went")
-    assert (read_passages(path).passage_format, read_passages(path).detokenised) == ("jsonl", False)
+    assert read_passages(path)[1] == "jsonl"
 
 
 @pytest.mark.parametrize(("name", "found"), [("a.jsonl", "jsonl"), ("a.NDJSON", "jsonl"), ("a.txt", "jsonl")])
 def test_the_format_is_found_by_name_or_content(tmp_path, name, found):
-    assert read_passages(written(tmp_path, json.dumps({"text": TEXT}), name)).passage_format == found
+    assert read_passages(written(tmp_path, json.dumps({"text": TEXT}), name))[1] == found
 
 
 def test_a_format_that_is_given_wins_over_name_and_content(tmp_path):
@@ -53,13 +53,13 @@ def test_a_format_that_is_given_wins_over_name_and_content(tmp_path):
 
 
 def test_windows_line_ends_a_byte_order_mark_and_a_missing_last_line_end_are_no_text(tmp_path):
-    read = read_passages(written(tmp_path, b"\xef\xbb\xbfone two\r\nthree four"))
-    assert [(p.line, p.context, p.target) for p in read.passages] == [(1, "one", " two"), (2, "three", " four")]
+    passages, _ = read_passages(written(tmp_path, b"\xef\xbb\xbfone two\r\nthree four"))
+    assert [(p.line, p.context, p.target) for p in passages] == [(1, "one", " two"), (2, "three", " four")]
 
 
 def test_a_quote_that_detokenising_puts_to_the_last_word_is_told(tmp_path):
-    read = read_passages(written(tmp_path, "he called out , `` jared\nhe called jared\n"))
-    assert [(p.target, p.is_glued) for p in read.passages] == [(' "jared', True), (" jared", False)]
+    passages, _ = read_passages(written(tmp_path, "he called out , `` jared\nhe called jared\n"))
+    assert [(p.target, p.is_glued) for p in passages] == [(' "jared', True), (" jared", False)]
 
 
 def test_several_spaces_before_the_last_word_belong_to_the_target(tmp_path):
@@ -117,7 +117,7 @@ def test_context_and_target_make_the_passage_and_the_target_is_what_follows_the_
 @pytest.mark.parametrize("detokenise", [True, False])
 def test_the_development_split_is_read_whole(detokenise):
     path = str(shared_file("lambada_development_plain_text.txt"))
-    read = read_passages(path, detokenise=detokenise)
-    assert len(read.passages) == 4869
-    assert sum(passage.is_glued for passage in read.passages) == (38 if detokenise else 0)
-    assert [passage.target for passage in read.passages[:2]] == [" cake", " rowan"]
+    passages, _ = read_passages(path, detokenise=detokenise)
+    assert len(passages) == 4869
+    assert sum(passage.is_glued for passage in passages) == (38 if detokenise else 0)
+    assert [passage.target for passage in passages[:2]] == [" cake", " rowan"]

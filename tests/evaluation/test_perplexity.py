@@ -219,26 +219,24 @@ def test_bad_input_is_refused_by_name(tmp_path, prepared):
             read_texts([str(tmp_path / name) for name in inputs], BYTES, **options)
 
 
-def test_a_task_encodes_once_for_models_of_one_tokenizer(tmp_path):
+def test_a_task_has_the_windows_of_each_model(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("abcdefgh")
-    task = PerplexityTask([str(file)])
-    assert [window.num_targets for window in task.requests(BYTES, 4)] == [4, 2, 2]
-    assert task.options == {"format": "text", "stride": 2, "max_length": 4}
-    assert task.data.name == "a.txt"
-    file.write_text("changed")
-    assert [window.num_targets for window in task.requests(BYTES, 8)] == [8]
-    assert task.result([Score(-8.0, False)]).loss == 1.0
-    assert len(task.requests(CharacterTokenizer(), 8)[0].tokens) == 8
+    task = PerplexityTask(str(file))
+    short, long = (task.ask(BYTES, context) for context in (4, 8))
+    assert [window.num_targets for window in short.requests] == [4, 2, 2]
+    assert (short.options["stride"], short.options["format"], short.files) == (2, "text", [str(file)])
+    assert [window.num_targets for window in long.requests] == [8]
+    assert long.result([Score(-8.0, False)]).loss == 1.0
 
 
 def test_the_validation_split_of_wikitext_in_gpt2s_tokens():
     """Each token of the text once; disjoint windows by convention."""
     gpt2 = load_tokenizer(str(shared_file("gpt2-vocab.json").parent))
-    task = PerplexityTask([str(shared_file("wiki.valid.raw"))], "wikitext")
-    windows = task.requests(gpt2, 1024)
-    result = task.result([Score(-float(window.num_targets), False) for window in windows])
-    assert task.options == {"format": "wikitext", "stride": 1024, "max_length": 1024}
+    asked = PerplexityTask(str(shared_file("wiki.valid.raw")), "wikitext").ask(gpt2, 1024)
+    windows = asked.requests
+    result = asked.result([Score(-float(window.num_targets), False) for window in windows])
+    assert (asked.options["format"], asked.options["stride"]) == ("wikitext", 1024)
     assert (result.documents, result.words) == (60, 214_006)
     assert result.tokens == sum(window.num_targets for window in windows) == 237_481
     assert result.loss == pytest.approx(1.0)
