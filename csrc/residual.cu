@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const sbld_residual_
   d_x.store(static_cast<X *>(args.d_x) + x_row * args.hidden + column, size);
 }
 
-// Also sums the rows of its chunk, in their order, into partial [chunks, hidden].
+// Sums the rows of its chunk, in their order, into partial [chunks, hidden]; d_x may be null.
 template <typename X, typename R, bool kVector>
 __global__ void __launch_bounds__(kThreads) backward_bias_kernel(const sbld_residual_args args, float *partial) {
   const int64_t group = group_of_thread(), chunk = row_of_thread();
@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(kThreads) backward_bias_kernel(const sbld_resi
         values[i] = backward_element(d_y[k].get(i), args.multiplier, mask >> i & 1u);
         sums[i] = add(sums[i], values[i]);
       }
+      if (args.d_x == nullptr) continue;
       Group<X, kVector> d_x;
       d_x.set(values);
       d_x.store(static_cast<X *>(args.d_x) + (first + k) * args.hidden + column, size);
@@ -320,6 +321,7 @@ template <typename X, typename R, bool kVector>
 void launch_backward(const sbld_residual_args &args, cudaStream_t stream) {
   const int64_t x_rows = num_x_rows(args);
   if (args.d_bias == nullptr) {
+    if (args.d_x == nullptr) return;
     const Launch launch = launch_over(num_groups(args), x_rows);
     backward_kernel<X, R, kVector><<<launch.grid, launch.block, 0, stream>>>(args);
     return;

@@ -14,7 +14,7 @@ import functools
 import re
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 """SBLD_RESIDUAL_ABI of the header that `Args` mirrors."""
 
 NAMES = ("cuda", "cpu")
@@ -110,7 +110,7 @@ class Library:
             raise RuntimeError(f"residual add, forward ({self.build}): {error.decode()}")
 
     def backward(self, args: Args) -> None:
-        """d_x = multiplier * mask * d_y[row], d_bias its sum over the rows. Raises as `forward` does."""
+        """d_x = multiplier * mask * d_y[row], d_bias its sum over rows; each may be null. Raises as `forward` does."""
         error = self._backward(args)
         if error is not None:
             raise RuntimeError(f"residual add, backward ({self.build}): {error.decode()}")

@@ -131,7 +131,7 @@ _operators.define(
 )
 _operators.define(
     "residual_skip_add_backward(Tensor d_y, Tensor? index, Tensor? seed, float multiplier, int threshold, int dim, "
-    "SymInt[] x_shape, ScalarType x_dtype, bool with_bias) -> (Tensor, Tensor)"
+    "SymInt[] x_shape, ScalarType x_dtype, bool with_x, bool with_bias) -> (Tensor, Tensor)"
 )
 
 
@@ -171,20 +171,25 @@ def _backward(
     dim: int,
     x_shape: list[int],
     x_dtype: torch.dtype,
+    with_x: bool,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d_x, d_bias), the latter empty if it is not asked for."""
+    """(d_x, d_bias); what is not asked for is empty."""
     d_y, hidden = d_y.contiguous(), x_shape[-1]
+    d_x = d_y.new_empty(x_shape if with_x else 0, dtype=x_dtype)
+    d_bias = d_y.new_empty(hidden if with_bias else 0, dtype=x_dtype)
     if 0 in x_shape:
-        return d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_zeros(hidden if with_bias else 0, dtype=x_dtype)
+        return d_x, d_bias.zero_()
+    wanted = d_x if with_x else None, d_bias if with_bias else None
     library = library_for(d_y.device, x_dtype)
-    if library is None:
-        rows = _rows(index, d_y.shape, dim)
-        d_x, d_bias = eager.backward(d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_bias)
-        return d_x.view(x_shape), d_x.new_empty(0) if d_bias is None else d_bias
-    d_x, d_bias = d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_empty(hidden if with_bias else 0, dtype=x_dtype)
-    launch.backward(library, d_y, index, seed, multiplier, threshold, dim, d_x, d_bias if with_bias else None)
-    return d_x, d_bias
+    if library is not None:
+        launch.backward(library, d_y, index, seed, multiplier, threshold, dim, x_shape, x_dtype, *wanted)
+        return d_x, d_bias
+    rows = _rows(index, d_y.shape, dim)
+    made_x, made_bias = eager.backward(
+        d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_x, with_bias
+    )
+    return d_x if made_x is None else made_x.view(x_shape), d_bias if made_bias is None else made_bias
 
 
 def _rows(index: torch.Tensor | None, shape: torch.Size, dim: int) -> torch.Tensor | None:
@@ -215,63 +220,64 @@ def _fake_forward(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> torch.
 
 
 def _fake_backward(d_y: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x_shape, x_dtype, with_bias = args[-3:]
-    return d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_empty(x_shape[-1] if with_bias else 0, dtype=x_dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, _, bias, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
-    ctx.save_for_backward(index, seed)
-    ctx.x_shape, ctx.x_dtype, ctx.with_bias = x.shape, x.dtype, bias is not None
-
-
-def _gradients(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-    index, seed = ctx.saved_tensors
-    d_x = d_bias = None
-    with_bias = ctx.with_bias and ctx.needs_input_grad[2]
-    if ctx.needs_input_grad[0] or with_bias:
-        d_x, d_bias = torch.ops.megatron_sbld.residual_skip_add_backward(
-            d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim, ctx.x_shape, ctx.x_dtype, with_bias
-        )
-    return d_x, d_y, d_bias if with_bias else None, None, None, None, None, None
+    x_shape, x_dtype, with_x, with_bias = args[-4:]
+    d_x = d_y.new_empty(x_shape if with_x else 0, dtype=x_dtype)
+    return d_x, d_y.new_empty(x_shape[-1] if with_bias else 0, dtype=x_dtype)
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of the operator. torch.library.register_autograd would do, at three times the host time a call."""
+    """Backward of both forms. torch.library.register_autograd would do for one, at three times the host time a call."""
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+        x, residual, _, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
+        ctx.save_for_backward(index, seed)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.plain_sum = index is None and (ctx.threshold, ctx.multiplier) == (0, 1.0) and x.dtype == residual.dtype
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
+        index, seed = ctx.saved_tensors
+        needs_x, _, with_bias, *_ = ctx.needs_input_grad
+        with_x = needs_x and not ctx.plain_sum
+        d_x = d_y if ctx.plain_sum else None  # the same tensor for both operands, as of torch's own sum
+        d_bias = None
+        if with_x or with_bias:
+            made_x, made_bias = torch.ops.megatron_sbld.residual_skip_add_backward(
+                *(d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim),
+                *(ctx.x_shape, ctx.x_dtype, with_x, with_bias),
+            )
+            d_x, d_bias = made_x if with_x else d_x, made_bias if with_bias else None
+        return d_x, d_y, d_bias, None, None, None, None, None
+
+
+class _Functional(_Gradient):
+    """The operator's autograd."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             y: torch.Tensor = torch.ops.megatron_sbld.residual_skip_add(*inputs)
-        _save(ctx, inputs)
+        _Gradient.save(ctx, inputs)
         return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, d_y)
 
-
-for _device in ("CPU", "CUDA"):
-    _operators.impl("residual_skip_add", _forward, _device)
-    _operators.impl("residual_skip_add_backward", _backward, _device)
-_operators.impl("residual_skip_add", _Gradient.apply, "Autograd")
-torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
-torch.library.register_fake("megatron_sbld::residual_skip_add_backward", _fake_backward, lib=_operators)
-
-
-class _InPlace(torch.autograd.Function):
+class _InPlace(_Gradient):
     """A custom operator that writes into its input can have no gradient; an autograd function can."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         x, residual, bias, index, seed, multiplier, threshold, dim = inputs
-        _save(ctx, inputs)
+        _Gradient.save(ctx, inputs)
         ctx.mark_dirty(residual)
         _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
         return residual
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, d_y)
+
+for _device in ("CPU", "CUDA"):
+    _operators.impl("residual_skip_add", _forward, _device)
+    _operators.impl("residual_skip_add_backward", _backward, _device)
+_operators.impl("residual_skip_add", _Functional.apply, "Autograd")
+torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
+torch.library.register_fake("megatron_sbld::residual_skip_add_backward", _fake_backward, lib=_operators)

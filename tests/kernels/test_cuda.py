@@ -276,7 +276,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     for index in (None, torch.arange(rows - 1, -1, -1, device=DEVICE)):
         y = operators.residual_skip_add(x, residual, None, index, seed, multiplier, threshold, 0)
         d_x, _ = operators.residual_skip_add_backward(
-            d_y, index, seed, multiplier, threshold, 0, x.shape, x.dtype, False
+            d_y, index, seed, multiplier, threshold, 0, x.shape, x.dtype, True, False
         )
         for at in (slice(0, 8), slice(rows - 64, rows)):  # rows of the residual
             places = torch.arange(rows, device=DEVICE)[at]
@@ -505,7 +505,8 @@ from megatron_sbld.residual import residual_skip_add, residual_skip_add_
 x, residual = torch.ones(2, 3, 64, device="cuda"), torch.zeros(5, 3, 64, device="cuda")
 index = torch.tensor([1, {position}], device="cuda")
 def backward(with_bias):
-    torch.ops.megatron_sbld.residual_skip_add_backward(residual, index, None, 1.0, 0, 0, x.shape, x.dtype, with_bias)
+    more = (x.shape, x.dtype, True, with_bias)
+    torch.ops.megatron_sbld.residual_skip_add_backward(residual, index, None, 1.0, 0, 0, *more)
 calls = {{
     "functional": lambda: residual_skip_add(x, residual, index=index),
     "in place": lambda: residual_skip_add_(x, residual, index=index),

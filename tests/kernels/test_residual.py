@@ -353,6 +353,9 @@ def test_opcheck(kind: str) -> None:
     inputs = [tensor.clone().requires_grad_() for tensor in (case.x, case.residual, case.bias)]
     arguments = (*inputs, case.index, torch.tensor([5]), 1.7, 20000, case.dim)
     torch.library.opcheck(torch.ops.megatron_sbld.residual_skip_add.default, arguments)
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        backward = (case.d_y, *arguments[3:], list(case.x.shape), case.x.dtype, *wanted)
+        torch.library.opcheck(torch.ops.megatron_sbld.residual_skip_add_backward.default, backward)
 
 
 @pytest.mark.usefixtures("setting")
@@ -385,24 +388,36 @@ def test_a_recomputed_pass_has_the_same_mask(use_reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(case.run(checkpointed), case.run(), strict=True))
 
 
-@pytest.mark.parametrize(("needed", "backward_calls"), [("residual", []), ("x", [False]), ("bias", [True])])
+@pytest.mark.parametrize(
+    ("needed", "dropout_prob", "made"),
+    [
+        ("residual", 0.3, []),
+        ("x", 0.3, [(True, False)]),
+        ("bias", 0.3, [(False, True)]),
+        ("x", 0.0, []),
+        ("bias", 0.0, [(False, True)]),
+    ],
+)
 @pytest.mark.usefixtures("setting")
-def test_only_the_gradients_that_are_needed_are_made(needed: str, backward_calls: list[bool]) -> None:
-    case, with_bias = Case(), []
+def test_only_the_gradients_that_are_needed_are_made(
+    needed: str, dropout_prob: float, made: list[tuple[bool, bool]]
+) -> None:
+    case, calls = Case(), []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.megatron_sbld.residual_skip_add_backward.default:
-                with_bias.append(args[-1])
+                calls.append(args[-2:])
             return func(*args, **kwargs or {})
 
     tensors = {"x": case.x, "residual": case.residual, "bias": case.bias}
     tensors[needed] = tensors[needed].clone().requires_grad_()
-    y = residual_skip_add(**tensors, dropout_prob=0.3)
+    y = residual_skip_add(**tensors, dropout_prob=dropout_prob)
     with Record():
         y.backward(case.d_y)
-    assert with_bias == backward_calls
+    assert calls == made
     assert tensors[needed].grad is not None
+    assert all(tensor.grad is None for name, tensor in tensors.items() if name != needed)
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -411,6 +426,108 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+OPERATORS = pytest.mark.parametrize("operator", [residual_skip_add, residual_skip_add_])
+
+
+@OPERATORS
+@pytest.mark.usefixtures("setting")
+def test_a_plain_sum_hands_its_gradient_on_without_a_copy(operator: Callable[..., torch.Tensor]) -> None:
+    def shares_memory(**changes: Any) -> bool:
+        case = Case(**{"dropout_prob": 0.0, "scale": 1.0, **changes})
+        x, residual = case.x.requires_grad_(), case.residual.requires_grad_()
+        y = operator(x, residual.clone(), case.bias, case.dropout_prob, case.scale, case.index, case.dim)
+        d_x, d_residual = torch.autograd.grad(y, (x, residual), case.d_y)
+        assert (d_x.shape, d_x.dtype) == (x.shape, x.dtype)
+        assert d_residual.data_ptr() == case.d_y.data_ptr()
+        return d_x.data_ptr() == case.d_y.data_ptr()
+
+    assert shares_memory()
+    assert shares_memory(dtypes=(torch.bfloat16, torch.bfloat16))
+    assert not shares_memory(dtypes=(torch.bfloat16, torch.float32))
+    assert not shares_memory(scale=1.5)
+    assert not shares_memory(dropout_prob=0.1)
+    assert not shares_memory(kind="dim 0", share=1.0)
+
+
+def torchs_sum(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return residual + (x + bias)
+
+
+def add_in_place_form(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return residual_skip_add_(x, residual.clone(), bias)
+
+
+def checkpointed(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return checkpoint(residual_skip_add, x, residual, bias, use_reentrant=False)
+
+
+def compiled(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.compile(residual_skip_add, fullgraph=True, backend="aot_eager")(x, residual, bias)
+
+
+@pytest.mark.parametrize("add", [residual_skip_add, add_in_place_form, checkpointed, compiled])
+@pytest.mark.usefixtures("setting")
+def test_gradients_that_share_memory_accumulate_as_those_of_torchs_sum(add: Callable[..., torch.Tensor]) -> None:
+    """A stream whose branches read it; small whole numbers, so that every order of adding gives the same bits."""
+
+    def gradients(add: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        rng = torch.Generator().manual_seed(3)
+        x, stream, bias = (torch.randint(-2, 3, shape, generator=rng).float() for shape in ((5, 2, 8), (5, 2, 8), (8,)))
+        leaves = [tensor.requires_grad_() for tensor in (x, stream, bias)]
+        doubled = stream * 2
+        doubled.retain_grad()
+        hidden = doubled
+        for _ in range(3):
+            hidden = add(x * hidden, hidden, bias)
+            hidden.register_hook(lambda gradient: gradient * 2)
+        hidden = add(x, hidden, bias)  # a leaf as the branch
+        d_y = torch.randint(-2, 3, hidden.shape, generator=rng).float()
+        arrived = d_y.clone()
+        for _ in range(2):
+            hidden.backward(d_y, retain_graph=True)
+        assert torch.equal(d_y, arrived)
+        assert not any(a.grad.data_ptr() == b.data_ptr() for a in leaves for b in (d_y, doubled.grad))
+        return [doubled.grad, *(leaf.grad for leaf in leaves)]
+
+    for found, expected in zip(gradients(add), gradients(torchs_sum), strict=True):
+        assert torch.equal(found, expected)
+
+
+@OPERATORS
+@pytest.mark.usefixtures("setting")
+def test_gradients_of_leaves_are_each_their_own(operator: Callable[..., torch.Tensor]) -> None:
+    """An optimizer scales them in place."""
+    x, residual = (torch.ones(3, 2, 8, requires_grad=True) for _ in range(2))
+    for _ in range(2):
+        operator(x, residual.clone()).backward(torch.ones(3, 2, 8))
+        x.grad.mul_(3.0)
+    assert (float(x.grad.min()), float(residual.grad.min()), float(residual.grad.max())) == (12.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("hooked", ["x", "residual"])
+@pytest.mark.usefixtures("setting")
+def test_a_hook_that_writes_into_its_gradient_does_what_it_does_to_torchs_sum(hooked: str) -> None:
+    """torch forbids such hooks, because gradients share memory; here they share no more than its own do."""
+
+    def gradients(add: Callable[..., torch.Tensor]) -> list[float]:
+        leaves = {name: torch.ones(2, 2, 8, requires_grad=True) for name in ("x", "residual")}
+        operands = {name: leaf * 1 for name, leaf in leaves.items()}
+        operands[hooked].register_hook(lambda gradient: gradient.mul_(2))
+        add(*operands.values()).backward(torch.ones(2, 2, 8))
+        return [float(leaf.grad.mean()) for leaf in leaves.values()]
+
+    assert gradients(residual_skip_add) == gradients(torch.add)
+
+
+@OPERATORS
+def test_a_gradient_without_memory_of_its_own_is_handed_on(operator: Callable[..., torch.Tensor]) -> None:
+    x, residual, bias = torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), torch.zeros(8)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, bias)]
+    operator(x, residual.clone(), bias).sum().backward()  # one number, expanded
+    assert all(leaf.grad.is_contiguous() for leaf in leaves)
+    assert [float(leaf.grad.sum()) for leaf in leaves] == [48.0] * 3
 
 
 def test_nothing_of_the_branch_is_kept_for_backward() -> None:
