@@ -356,17 +356,21 @@ void backward(const sbld_residual_args &args, cudaStream_t stream) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device) cudaSetDevice(device);
-    changed_ = previous_ != device;
+    status_ = cudaGetDevice(&previous_);
+    if (status_ != cudaSuccess || previous_ == device) return;
+    status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
   }
 
+  cudaError_t status() const { return status_; }
+
  private:
   int previous_ = 0;
   bool changed_ = false;
+  cudaError_t status_;
 };
 
 using Function = void (*)(const sbld_residual_args &, cudaStream_t);
@@ -376,6 +380,10 @@ const char *run(const sbld_residual_args &args, Function fp32, Function fp16, Fu
   if (const char *error = check(args)) return error;
   const bool wide = args.residual_dtype != args.x_dtype;
   const DeviceGuard guard(args.device);
+  if (guard.status() != cudaSuccess) {
+    cudaGetLastError();  // which the next call would report as its own
+    return cudaGetErrorString(guard.status());
+  }
   const Function function = args.x_dtype == SBLD_FLOAT32   ? fp32
                             : args.x_dtype == SBLD_FLOAT16 ? (wide ? fp16_wide : fp16)
                                                            : (wide ? bf16_wide : bf16);
