@@ -69,8 +69,8 @@ def residual_skip_add_(
 ) -> torch.Tensor:
     """`residual_skip_add` into the residual's own storage: rows that x does not have are not even read.
 
-    The residual must be contiguous and its values no longer needed: where another operator has saved it for backward
-    (the norm at the head of a branch does), torch raises at backward.
+    The residual must be contiguous, share no memory with x, and its values be no longer needed: where another operator
+    has saved it for backward (the norm at the head of a branch does), torch raises at backward.
     """
     _check(x, residual, bias, index, dim)
     if not residual.is_contiguous():
@@ -101,17 +101,21 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: must be on one device")
     if x.dim() < 1 or x.size(-1) == 0:
         raise ValueError(f"x is {list(x.shape)}: must be [..., hidden] with hidden > 0")
+    if dim not in (0, 1):
+        raise ValueError(f"dim is {dim}: must be 0 or 1")
     if index is None:
         if x.shape != residual.shape:
             raise ValueError(f"x is {list(x.shape)}, residual {list(residual.shape)}: must be equal without an index")
         return
     if index.dtype != torch.int64:
         raise ValueError(f"index is {index.dtype}: must be int64")
-    if x.dim() != 3 or residual.dim() != 3 or dim not in (0, 1) or index.dim() not in (1, 2):
+    if x.dim() != 3 or residual.dim() != 3 or index.dim() not in (1, 2):
         raise ValueError(
-            f"x is {list(x.shape)}, residual {list(residual.shape)}, index {list(index.shape)}, dim {dim}: with an "
-            "index x and residual have 3 dimensions, dim is 0 or 1, and index has 1 or 2 dimensions"
+            f"x is {list(x.shape)}, residual {list(residual.shape)}, index {list(index.shape)}: with an index x and "
+            "residual have 3 dimensions, and index has 1 or 2"
         )
+    if index.size(-1) > residual.size(dim):
+        raise ValueError(f"index has {index.size(-1)} positions of {residual.size(dim)}: it names one twice")
     others = residual.size(1 - dim)
     expected = [index.size(-1), others, residual.size(2)] if dim == 0 else [others, index.size(-1), residual.size(2)]
     if list(x.shape) != expected or (index.dim() == 2 and index.size(0) != others):
@@ -128,6 +132,10 @@ _operators = Operators("megatron_sbld", "DEF")
 _operators.define(
     "residual_skip_add(Tensor x, Tensor residual, Tensor? bias, Tensor? index, Tensor? seed, float multiplier, "
     "int threshold, int dim) -> Tensor"
+)
+_operators.define(
+    "residual_skip_add_(Tensor x, Tensor(a!) residual, Tensor? bias, Tensor? index, Tensor? seed, float multiplier, "
+    "int threshold, int dim) -> ()"
 )
 _operators.define(
     "residual_skip_add_backward(Tensor d_y, Tensor? index, Tensor? seed, float multiplier, int threshold, int dim, "
@@ -160,6 +168,18 @@ def _forward(
     out = torch.empty_like(residual) if out is None else out
     launch.forward(library, x.contiguous(), residual, bias, index, seed, multiplier, threshold, dim, out)
     return out
+
+
+def _forward_in_place(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> None:
+    if _share_memory(x, residual):  # a row would be read after it is written
+        raise ValueError("x shares memory with residual, which cannot be written in place then")
+    _forward(x, residual, *args, out=residual)
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors do; of others copies are made."""
+    (a_begin, a_end), (b_begin, b_end) = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    return a.is_contiguous() and a_begin < b_end and b_begin < a_end
 
 
 def _backward(
@@ -219,6 +239,10 @@ def _fake_forward(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> torch.
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
+def _fake_forward_in_place(*args: Any) -> None:
+    """The residual keeps shape and dtype."""
+
+
 def _fake_backward(d_y: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x_shape, x_dtype, with_x, with_bias = args[-4:]
     d_x = d_y.new_empty(x_shape if with_x else 0, dtype=x_dtype)
@@ -268,16 +292,18 @@ class _InPlace(_Gradient):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        x, residual, bias, index, seed, multiplier, threshold, dim = inputs
+        residual: torch.Tensor = inputs[1]
         _Gradient.save(ctx, inputs)
         ctx.mark_dirty(residual)
-        _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
+        torch.ops.megatron_sbld.residual_skip_add_(*inputs)
         return residual
 
 
 for _device in ("CPU", "CUDA"):
     _operators.impl("residual_skip_add", _forward, _device)
+    _operators.impl("residual_skip_add_", _forward_in_place, _device)
     _operators.impl("residual_skip_add_backward", _backward, _device)
 _operators.impl("residual_skip_add", _Functional.apply, "Autograd")
 torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
+torch.library.register_fake("megatron_sbld::residual_skip_add_", _fake_forward_in_place, lib=_operators)
 torch.library.register_fake("megatron_sbld::residual_skip_add_backward", _fake_backward, lib=_operators)

@@ -231,6 +231,17 @@ def test_in_place_is_the_same_in_the_residuals_storage(kind: str) -> None:
     assert y.data_ptr() == residual.data_ptr()
 
 
+@pytest.mark.usefixtures("setting")
+def test_in_place_of_a_residual_that_shares_memory_with_x_is_refused() -> None:
+    memory = torch.arange(48.0).view(6, 1, 8)
+    index = torch.tensor([3, 2])  # row 3 is to be read for row 2 when it has been written
+    for x, residual in ((memory[2:4], memory), (memory[:2], memory[1:])):
+        with pytest.raises(ValueError, match="x shares memory with residual"):
+            residual_skip_add_(x, residual, index=index)
+    apart = residual_skip_add_(memory[:2], memory[2:], index=index)
+    assert torch.equal(apart[2:], torch.arange(32.0, 48).view(2, 1, 8) + torch.arange(16.0).view(2, 1, 8).flip(0))
+
+
 def test_in_place_of_what_backward_needs_is_refused_by_torch() -> None:
     x = torch.randn(4, 2, 16, requires_grad=True)
     hidden = x * 1.0
@@ -353,6 +364,9 @@ def test_opcheck(kind: str) -> None:
     inputs = [tensor.clone().requires_grad_() for tensor in (case.x, case.residual, case.bias)]
     arguments = (*inputs, case.index, torch.tensor([5]), 1.7, 20000, case.dim)
     torch.library.opcheck(torch.ops.megatron_sbld.residual_skip_add.default, arguments)
+    torch.library.opcheck(
+        torch.ops.megatron_sbld.residual_skip_add_.default, (case.x, case.residual, case.bias, *arguments[3:])
+    )
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
         backward = (case.d_y, *arguments[3:], list(case.x.shape), case.x.dtype, *wanted)
         torch.library.opcheck(torch.ops.megatron_sbld.residual_skip_add_backward.default, backward)
@@ -370,11 +384,17 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "dim 1"])
+@pytest.mark.parametrize("operator", [residual_skip_add, residual_skip_add_])
 @pytest.mark.usefixtures("setting")
-def test_it_compiles_without_a_break(kind: str) -> None:
+def test_it_compiles_without_a_break(operator: Callable[..., torch.Tensor], kind: str) -> None:
     case = Case(kind=kind)
-    compiled = torch.compile(residual_skip_add, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(case.run(compiled), case.run(), strict=True))
+
+    def doubled(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> torch.Tensor:
+        return operator(x, residual * 2, *args)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(case.run(compiled), case.run(doubled), strict=True))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -562,13 +582,19 @@ WRONG = {
     "another device": (arguments(bias=torch.zeros(8, device="meta")), "bias is on meta, x on cpu"),
     "no hidden": (arguments(x=torch.zeros(4, 0), residual=torch.zeros(4, 0)), "with hidden > 0"),
     "an int32 index": (arguments(index=INDEX.int()), "index is torch.int32: must be int64"),
-    "a third dimension": (arguments(index=INDEX, dim=2), "dim is 0 or 1"),
+    "a third dimension": (arguments(index=INDEX, dim=2), "dim is 2: must be 0 or 1"),
+    "a dimension that nothing is chosen from": (arguments(dim=-1), "dim is -1: must be 0 or 1"),
+    "an index without a dimension": (arguments(index=torch.tensor(1)), "index has 1 or 2"),
     "an index of another size": (arguments(index=INDEX), r"x must be \[2, 2, 8\] and index \[2\] or \[2, 2\]"),
     "a position that is not there": (
         arguments(x=torch.zeros(2, 2, 8), index=torch.tensor([0, 4])),
         r"index has values from 0 to 4: must be in \[0, 4\)",
     ),
     "a negative position": (arguments(x=torch.zeros(2, 2, 8), index=torch.tensor([-1, 2])), "from -1 to 2"),
+    "more positions than there are": (
+        arguments(x=torch.zeros(5, 2, 8), index=torch.tensor([0, 1, 2, 3, 0])),
+        "index has 5 positions of 4: it names one twice",
+    ),
     "a position twice": (arguments(x=torch.zeros(2, 2, 8), index=torch.tensor([3, 3])), "names a position twice"),
     "a probability of 1": (arguments(dropout_prob=1.0), r"dropout_prob must be in \[0, 1\), got 1.0"),
     "nearly 1": (arguments(dropout_prob=1 - 1e-9), "would drop everything"),
