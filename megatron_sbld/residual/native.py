@@ -149,6 +149,15 @@ def runs_on(build: str, capability: int) -> bool:
     )
 
 
+def fits_driver(build: str, driver_cuda: int) -> bool:
+    """Whether the CUDA runtime in a library works with a driver that knows CUDA up to this major version.
+
+    A driver works with every minor version of its major one, and with older ones.
+    """
+    cuda = re.match(r"cuda (\d+)", build)
+    return cuda is None or int(cuda[1]) <= driver_cuda
+
+
 def library_path(name: str) -> Path:
     """Where the library is, if it is built."""
     return Path(__file__).with_name(f"_residual_{name}.so")

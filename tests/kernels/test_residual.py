@@ -647,3 +647,42 @@ def test_auto_says_once_what_it_took_and_why(
     assert eager_torch.startswith("residual add on cpu: eager torch (it is not built; with a C++ compiler at hand, ")
     assert library == "residual add on cpu: the library built for cpu"
     assert choice.describe_choice(torch.device("cpu")) == "residual add on cpu: the library (built for cpu)"
+
+
+def test_auto_says_that_no_library_computes_in_double_precision(
+    use: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    use("auto")
+    choice._library_for.cache_clear()
+    with caplog.at_level("INFO", logger=choice.__name__):
+        for _ in range(2):
+            residual_skip_add(torch.zeros(2, 8).double(), torch.zeros(2, 8).double())
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == "residual add on cpu in torch.float64: eager torch (no library computes in it)"
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        ("cuda 13.0; sm_80 sm_90", None),
+        ("cuda 12.9; sm_80 compute_80", "but the driver knows CUDA 11 only"),
+        ("cuda 13.0; sm_80", "but the GPU has compute capability 9.0"),
+    ],
+)
+def test_a_cuda_library_that_cannot_run_here_is_not_chosen(
+    build: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for a machine with a GPU of capability 9.0; which driver it has depends on the case."""
+    library = type("Library", (), {"build": build})()
+    monkeypatch.setattr(choice, "load", lambda name: library)
+    monkeypatch.setattr(choice, "driver_cuda", lambda: 11 if "driver" in (reason or "") else 13)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    choose = choice._choose.__wrapped__
+    if reason is None:
+        assert choose("auto", "cuda", 0) == (library, f"built for {build}")
+        return
+    chosen, why = choose("auto", "cuda", 0)
+    assert chosen is None
+    assert reason in why
+    with pytest.raises(RuntimeError, match=reason):
+        choose("cuda", "cuda", 0)
