@@ -128,6 +128,7 @@ def _check(
 # ----------------------------------------------------------------------------------------------------------------------
 # The operators
 
+# Inductor's cache on disk knows an operator by its name: one whose arguments change after a release needs another.
 _operators = Operators("megatron_sbld", "DEF")
 _operators.define(
     "residual_skip_add(Tensor x, Tensor residual, Tensor? bias, Tensor? index, Tensor? seed, float multiplier, "
