@@ -43,7 +43,10 @@ def describe_choice(device: torch.device) -> str:
 
 def driver_cuda() -> int | None:
     """The newest CUDA that the driver knows, as its major version; None without a driver."""
-    return torch._C._cuda_getDriverVersion() // 1000 if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return version // 1000
 
 
 def _setting() -> str:

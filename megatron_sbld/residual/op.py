@@ -153,6 +153,7 @@ def _forward(
     multiplier: float,
     threshold: int,
     dim: int,
+    *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     residual = residual.contiguous()
