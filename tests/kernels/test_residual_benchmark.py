@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 from megatron_sbld.residual.choice import VARIABLE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import peers
+import profile_trace
 import residual as benchmark
 from _residual_cases import ByteCounter, Case, Operands, implementations, needed
 from _residual_timing import Measurement, Timer, using
@@ -62,7 +65,9 @@ def test_the_benchmark_writes_all_tables_and_says_what_they_are_worth(tmp_path: 
         (["--rounds", "1"], "--rounds 1 is not allowed: at least 2"),
         (["--dropout-probs", "1.0"], "each must be in [0, 1)"),
         (["--without", "fused"], "can leave out fused, in place, eager specification"),
-        (["--rows", "all", "all"], "each may be named once"),
+        (["--rows", "all", "all"], "--rows ['all', 'all']: each may be named once"),
+        (["--vocab-size", "1"], "--vocab-size 1 is not allowed: at least 2"),
+        (["--hidden-sizes", "64", "0"], "--hidden-sizes [64, 0]: each must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -72,6 +77,17 @@ def test_wrong_options_are_refused(
     with pytest.raises(SystemExit):
         benchmark.parse_args()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [benchmark, peers, profile_trace])
+def test_several_processes_are_refused(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        program.parse_args()
+    assert "leave out torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
