@@ -304,7 +304,7 @@ def forecast() -> list[str]:
         f"[{s}, {b}, hidden], bf16 residual: the bytes that each has to move, at {FORECAST_BANDWIDTH / 1e12:g} TB/s "
         "for a clone (assumed: 90 % of the peak). Share: needed bytes by moved ones, for any hidden size. us: hidden "
         + ", ".join(map(str, FORECAST_HIDDEN_SIZES))
-        + ". No launch, no index and no bias is counted.",
+        + ". No launch, no index and no reading of the bias is counted.",
         "",
         "| rows of x | dropout | implementation | forward: bytes | share | us | backward: bytes | share | us |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
