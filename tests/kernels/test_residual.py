@@ -120,13 +120,20 @@ def test_without_dropout_it_is_the_sum_row_by_row(kind: str, bias: bool) -> None
         torch.testing.assert_close(d_bias[0], expected_d_x.sum((0, 1)))
 
 
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
 @pytest.mark.usefixtures("setting")
-def test_all_rows_without_dropout_and_scale_are_megatrons_bits() -> None:
+def test_all_rows_without_dropout_and_scale_are_megatrons_bits(dtype: torch.dtype, bias: bool) -> None:
+    """In half precision Megatron's own rounds x + bias as well, unless it is compiled."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-    case = Case(dropout_prob=0.0, scale=1.0)
+    case = Case(dropout_prob=0.0, scale=1.0, dtypes=(dtype, dtype), bias=bias)
     stock = get_bias_dropout_add(training=True, fused=False)
-    assert torch.equal(case.run()[0], stock((case.x, case.bias), case.residual, 0.0))
+
+    def megatrons(x: Any, residual: Any, bias: Any, prob: float, *_: Any) -> torch.Tensor:
+        return stock((x, bias), residual, prob)
+
+    for found, expected in zip(case.run()[:3], case.run(megatrons)[:3], strict=True):  # y, d_x, d_residual
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dropout_prob", [0.1, 0.5, 0.9])
@@ -240,6 +247,20 @@ def test_in_place_of_a_residual_that_shares_memory_with_x_is_refused() -> None:
             residual_skip_add_(x, residual, index=index)
     apart = residual_skip_add_(memory[:2], memory[2:], index=index)
     assert torch.equal(apart[2:], torch.arange(32.0, 48).view(2, 1, 8) + torch.arange(16.0).view(2, 1, 8).flip(0))
+
+
+@pytest.mark.usefixtures("setting")
+def test_rows_beyond_two_to_the_31_elements_are_reached() -> None:
+    rows, hidden = 2**19 + 2, 4096
+    stream = torch.empty(rows, 1, hidden, dtype=torch.bfloat16)  # pages that nobody touches take no memory
+    index = torch.tensor([rows - 1, 0])
+    x, before = torch.randn(2, 2, 1, hidden).bfloat16()
+    stream[index] = before
+    residual_skip_add_(x, stream, index=index)
+    assert torch.equal(stream[index], (before.float() + x.float()).bfloat16())
+    backward = torch.ops.megatron_sbld.residual_skip_add_backward
+    d_x, _ = backward(stream, index, None, 1.5, 0, 0, x.shape, x.dtype, True, False)
+    assert torch.equal(d_x, (stream[index].float() * 1.5).bfloat16())
 
 
 def test_in_place_of_what_backward_needs_is_refused_by_torch() -> None:
