@@ -92,6 +92,8 @@ def _check(
 ) -> None:
     if x.dtype not in _DTYPES:
         raise ValueError(f"x is {x.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
+    if x.dim() < 1 or x.size(-1) == 0:
+        raise ValueError(f"x is {list(x.shape)}: must be [..., hidden] with hidden > 0")
     if residual.dtype != x.dtype and (residual.dtype != torch.float32 or x.dtype == torch.float64):
         raise ValueError(f"residual is {residual.dtype} and x {x.dtype}: must be of x's dtype or float32")
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
@@ -99,8 +101,6 @@ def _check(
     for name, tensor in (("residual", residual), ("bias", bias), ("index", index)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: must be on one device")
-    if x.dim() < 1 or x.size(-1) == 0:
-        raise ValueError(f"x is {list(x.shape)}: must be [..., hidden] with hidden > 0")
     if dim not in (0, 1):
         raise ValueError(f"dim is {dim}: must be 0 or 1")
     if index is None:

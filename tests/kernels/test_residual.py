@@ -602,6 +602,10 @@ WRONG = {
     "another bias": (arguments(bias=torch.zeros(7)), r"bias is torch.float32 \[7\]: must be .* \[8\]"),
     "another device": (arguments(bias=torch.zeros(8, device="meta")), "bias is on meta, x on cpu"),
     "no hidden": (arguments(x=torch.zeros(4, 0), residual=torch.zeros(4, 0)), "with hidden > 0"),
+    "no dimension": (
+        arguments(x=torch.tensor(1.0), residual=torch.tensor(1.0), bias=torch.zeros(8)),
+        r"x is \[\]: must be \[..., hidden\]",
+    ),
     "an int32 index": (arguments(index=INDEX.int()), "index is torch.int32: must be int64"),
     "a third dimension": (arguments(index=INDEX, dim=2), "dim is 2: must be 0 or 1"),
     "a dimension that nothing is chosen from": (arguments(dim=-1), "dim is -1: must be 0 or 1"),
