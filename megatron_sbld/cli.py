@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 EXIT_MISTAKE = 2
 """Exit status for a user's mistake, as argparse's own."""
 
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -38,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "pretrain": _pretrain,
         "profile": _profile,
         "schedule": _schedule,
+        "evaluate": _evaluate,
         "compare": _compare,
         "export": _export,
         "import": _import,
@@ -57,6 +61,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST if isinstance(error, RankLostError) else EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        print("megatron-sbld: interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]
@@ -68,6 +75,7 @@ commands:
   pretrain   train a GPT; under torchrun with many processes
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
+  evaluate   LAMBADA and perplexity of trained models
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
   export     write a checkpoint as a folder that Hugging Face's transformers loads
   import     make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's
@@ -286,6 +294,12 @@ def _schedule_fit(args: list[str]) -> int:
 
     fit_schedule(given.baseline_run, given.dropped_run, given.peak_theta, given.theta, given.window, given.out)
     return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.evaluate(args)
 
 
 def _compare(args: list[str]) -> int:

@@ -1,1 +1,1 @@
-"""What a trained model is judged by, and its way to other programs: evaluation, export to Hugging Face, import."""
+"""How a trained model is judged and used: LAMBADA, perplexity, generation, the way to Hugging Face and back."""

@@ -1,16 +1,143 @@
-"""The parsers of the commands that evaluate models and hand them to other programs, and import them."""
+"""The commands that judge trained models and take them elsewhere: parse and dispatch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from megatron_sbld.evaluation.tasks import Task
 
 
 def _parser(usage: str, description: str) -> ArgumentParser:
     return ArgumentParser(
         prog="megatron-sbld", usage=f"megatron-sbld {usage}", description=description, exit_on_error=False
     )
+
+
+_EVALUATE_USAGE = """usage: megatron-sbld evaluate lambada|perplexity --checkpoint DIR [DIR ...] --data FILE [options]
+
+  lambada     accuracy and perplexity of the last word of each passage
+  perplexity  of any text, by token, word and byte, in sliding windows; WikiText by convention
+
+`megatron-sbld evaluate lambada --help` and `perplexity --help` say what each takes."""
+
+
+def evaluate(args: list[str]) -> int:
+    """`megatron-sbld evaluate`."""
+    commands: dict[str, Callable[[list[str]], int]] = {"lambada": _lambada, "perplexity": _perplexity}
+    if not args or args[0] in ("-h", "--help"):
+        print(_EVALUATE_USAGE)
+        return 0
+    if args[0] not in commands:
+        raise ValueError(f"unknown command 'evaluate {args[0]}'; allowed are {', '.join(commands)}")
+    return commands[args[0]](args[1:])
+
+
+def _lambada(args: list[str]) -> int:
+    parser = _evaluate_parser(
+        "lambada --checkpoint DIR [DIR ...] --data FILE [--raw] [options]",
+        "Score the last word of each passage, given the passage: right when each of its tokens is the most likely one. "
+        "The target is what follows the last space.",
+        'passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {"text": passage}',
+    )
+    parser.add_argument("--format", type=Literal["auto", "text", "jsonl"], default="auto", help="of the data")
+    parser.add_argument(
+        "--raw", action="store_true", help="score plain text as it is, with spaces between tokens, not detokenised"
+    )
+    given = parser.parse_args(args)
+
+    from megatron_sbld.evaluation.tasks import LambadaTask
+
+    return _run(given, LambadaTask(given.data, given.format, raw=given.raw, limit=given.limit))
+
+
+def _perplexity(args: list[str]) -> int:
+    parser = _evaluate_parser(
+        "perplexity --checkpoint DIR [DIR ...] --data PATH [--format wikitext] [--stride N] [options]",
+        "Score every token of a text, each once, in windows of the model's context; a document's first token is given "
+        "the end-of-document token.",
+        "a file or folder of text or JSON lines (.gz and .xz too), or the prefix of a prepared data set",
+    )
+    parser.add_argument(
+        "--format",
+        type=Literal["auto", "text", "jsonl", "wikitext", "dataset"],
+        default="auto",
+        help="of the data; wikitext: articles are documents, text is detokenised, words are counted before that",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int | None,
+        help="tokens by which windows advance: each token is given context - stride tokens at least; default: half of "
+        "the context, for wikitext all of it (disjoint windows)",
+    )
+    parser.add_argument("--separator", type=str | None, help="text: a line equal to this ends a document")
+    parser.add_argument("--text_key", default="text", help="JSON lines: the key of the text")
+    given = parser.parse_args(args)
+
+    from megatron_sbld.evaluation.tasks import PerplexityTask
+
+    task = PerplexityTask(
+        given.data,
+        given.format,
+        stride=given.stride,
+        separator=given.separator,
+        text_key=given.text_key,
+        limit=given.limit,
+    )
+    return _run(given, task)
+
+
+def _evaluate_parser(usage: str, description: str, data: str) -> ArgumentParser:
+    from megatron_sbld.evaluation.model import ModelOptions
+
+    parser = _parser(
+        f"evaluate {usage}",
+        f"{description} Runs on one process, or under torchrun on many and on any layout, also another than the "
+        "training's. Results are kept in the run folder's evaluations.jsonl; `megatron-sbld compare` shows them beside "
+        "loss, time and gain.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        help="checkpoints, or folders of checkpoints or run folders, of which the newest complete one is taken",
+    )
+    parser.add_argument(
+        "--every_checkpoint", action="store_true", help="take all complete checkpoints of each folder, and plot them"
+    )
+    parser.add_argument("--data", required=True, help=data)
+    parser.add_argument(
+        "--limit", type=int | None, help="passages or documents that are scored, from the first; default: all"
+    )
+    parser.add_argument(
+        "--out", type=str | None, help="folder for the results; default: the run folder of each checkpoint"
+    )
+    parser.add_class_arguments(ModelOptions)
+    return parser
+
+
+def _run(given: Namespace, task: Task) -> int:
+    from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
+    from megatron_sbld.evaluation.run import evaluate_checkpoints
+    from megatron_sbld.report.record import Record
+    from megatron_sbld.training.config_file import field_names
+
+    options = ModelOptions(**{name: given[name] for name in field_names(ModelOptions)})
+    models = read_trained_models(given.checkpoint, options, every_checkpoint=given.every_checkpoint)
+    record = Record(task, models, given.out)
+    evaluate_checkpoints(
+        task,
+        models,
+        options.parallel(),
+        precision=options.precision,
+        batch_tokens=options.batch_tokens,
+        on_result=record.add,
+    )
+    record.close()
+    return 0
 
 
 _EXPORT_USAGE = (

@@ -44,7 +44,7 @@ def show_schedule(config: Config, out: str | None = None) -> Forecast:
     Raises:
         ValueError: a mistake in the config or the sensitivity file, or policy none, which has no schedule.
     """
-    validate(config, None)
+    validate(config, None, trains=False)
     if config.drop.policy == "none":
         raise ValueError(
             "drop.policy = 'none' is not allowed: it drops nothing and has no schedule; "

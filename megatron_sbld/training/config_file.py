@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from argparse import ArgumentError
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from megatron_sbld.training.config import Config
 
 _LARGEST_INTEGER = 2**63 - 1  # beyond, conversions to float or to an array of integers fail without naming the field
+
+
+def read_config(path: str) -> Config:
+    """The config that a file stands for, without a command line over it. Raises ValueError as `check_keys` does."""
+    check_keys(path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        return Config(**parser.instantiate(parser.parse_path(path)).as_dict())
+    except ArgumentError as error:
+        raise ValueError(f"config file {path}: {error}") from error
 
 
 def check_keys(path: str) -> None:

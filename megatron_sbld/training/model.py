@@ -126,6 +126,23 @@ def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel
         config: the run.
         vocab_size: padded vocabulary.
     """
+    chunks = build_chunks(config, vocab_size)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.training.precision != "fp32",
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        bucket_size=config.parallel.ddp_bucket_size,
+    )
+    # Only the first chunk's communication is exposed, so the others are not bucketed (as in Megatron-LM).
+    return [
+        DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_chunks(config: Config, vocab_size: int) -> list[torch.nn.Module]:
+    """The same without what training adds: GPTModels, in a Float16Module where precision is not fp32."""
     tconfig = transformer_config(config)
     num_chunks = config.parallel.num_virtual_stages_per_pipeline_rank
     vp_stages: list[int | None] = list(range(num_chunks)) if num_chunks else [None]
@@ -137,18 +154,7 @@ def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel
             chunk.cuda(torch.cuda.current_device())
     if tconfig.fp16 or tconfig.bf16:
         chunks = [Float16Module(tconfig, chunk) for chunk in chunks]
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.training.precision != "fp32",
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        bucket_size=config.parallel.ddp_bucket_size,
-    )
-    # Only the first chunk's communication is exposed, so the others are not bucketed (as in Megatron-LM).
-    return [
-        DistributedDataParallel(tconfig, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    return chunks
 
 
 def _build_chunk(config: Config, tconfig: TransformerConfig, vocab_size: int, vp_stage: int | None) -> GPTModel:

@@ -74,7 +74,7 @@ def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, 
             saved_vocab_size=saved.get("vocab_size"),
             vocab_size=tokenizer.vocab_size,
         )
-    rows = _embedding_rows(found.path)
+    rows = embedding_rows(found.path)
     tensor = config.parallel.tensor_model_parallel_size
     if rows < tokenizer.vocab_size:
         raise ValueError(
@@ -89,7 +89,8 @@ def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, 
     return Start(found, whole_state, rows)
 
 
-def _embedding_rows(path: Path) -> int:
+def embedding_rows(path: Path) -> int:
+    """Rows of the word embeddings in a torch_dist checkpoint. Raises ValueError if it is damaged."""
     verify_weights(path)
     with failures_name(path):
         rows: int = dist_checkpointing.load_tensors_metadata(str(path))[_EMBEDDING].global_shape[0]

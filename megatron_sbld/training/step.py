@@ -107,22 +107,26 @@ def validation_loss(
 ) -> float:
     """Mean loss of `num_microbatches` microbatches a replica, at full depth and without dropout."""
     POSITION.enter("validation")
-    with _evaluating(config, chunks):
+    with evaluating(config, chunks):
         losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=True)
     loss_sum, num_tokens, _, _ = _sum_over_ranks(losses, False)
     return loss_sum / max(num_tokens, 1)
 
 
 @contextmanager
-def _evaluating(config: Config, chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Evaluation mode; parameter gathers that training has in flight are finished first, as Megatron-LM does."""
+def evaluating(config: Config, chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Evaluation mode; parameter gathers that training has in flight are finished first, as Megatron-LM does.
+
+    Nothing is recorded for a backward pass: Megatron's schedules would do so also with forward_only.
+    """
     overlap = config.parallel.overlap_param_gather
     for chunk in chunks:
         if overlap:
             chunk.disable_forward_pre_hook()
         chunk.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for chunk in chunks:
             chunk.train()

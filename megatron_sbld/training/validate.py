@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, get_args, get_type_hints
 
-from megatron_sbld.drop import replicas_run_alike, validate_drop
+from megatron_sbld.drop import validate_drop
+from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
 from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
@@ -50,6 +51,7 @@ _NOT_NEGATIVE = (
     "optimizer.end_weight_decay",
     "optimizer.clip_grad",
     "training.eval_interval",
+    "training.task_interval",
     "checkpoint.save_interval",
 )
 _POSITIVE = (
@@ -65,6 +67,7 @@ _POSITIVE = (
 )
 _RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 _MAX_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks
+_MAX_RAMP_ITERATIONS = 1_000_000  # they are counted one by one, as Megatron-LM does
 _TIMEOUT_MINUTES = (0.1, 100_000)  # healthy ranks can be silent for seconds while they start
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
@@ -74,10 +77,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // _model_parallel_size(config)
 
 
-def validate(config: Config, world_size: int | None) -> None:
+def validate(config: Config, world_size: int | None, *, trains: bool = True) -> None:
     """Refuse a config that cannot work on `world_size` processes.
 
-    world_size: None where nothing is trained: it is then the fewest that hold the model, and data may be missing.
+    Args:
+        config: the run.
+        world_size: None is the fewest that hold the model.
+        trains: whether there must be data.
 
     Raises:
         ValueError: one line a problem, each with field, value and what is allowed.
@@ -91,7 +97,7 @@ def validate(config: Config, world_size: int | None) -> None:
             *_length(config),
             *_recomputation(config),
             *_optimizer(config),
-            *(_data(config) if world_size is not None else []),
+            *(_data(config) if trains else []),
         ]
         problems = problems or _batch(config, data_parallel_size(config, processes))
     if not problems:
@@ -248,7 +254,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
         problems.append(
             "parallel.overlap_param_gather = true: needs use_distributed_optimizer and overlap_grad_reduce as well"
         )
-    if not replicas_run_alike(config.drop) and parallel.overlap_grad_reduce:
+    if not replicas_run_alike(config.drop.replicas, config.drop.granularity) and parallel.overlap_grad_reduce:
         problems.append(
             "drop.replicas = 'distinct': does not work with parallel.overlap_grad_reduce, because replicas would start "
             "their reductions in different orders; use 'shared' or switch the overlap off"
@@ -268,7 +274,12 @@ def _length(config: Config) -> list[str]:
         return []
     if len(ramp) != 3 or any(value < 1 for value in ramp):
         return [f"training.rampup_batch_size = {ramp}: must be three positive numbers, [start, increment, samples]"]
-    start, increment, _ = ramp
+    start, increment, ramp_samples = ramp
+    if ramp_samples // start > _MAX_RAMP_ITERATIONS:
+        return [
+            f"training.rampup_batch_size = {ramp}: its samples make more than {_MAX_RAMP_ITERATIONS:,} iterations of "
+            f"{start}; allowed are {start * _MAX_RAMP_ITERATIONS:,} samples"
+        ]
     if start >= training.global_batch_size or (training.global_batch_size - start) % increment:
         return [
             f"training.rampup_batch_size = {ramp}: start plus one or more times the increment must give "
@@ -339,7 +350,7 @@ def _optimizer(config: Config) -> list[str]:
     else:
         unit, decay, warmup = "samples", opt.lr_decay_samples or training.train_samples, opt.lr_warmup_samples
         other = opt.lr_decay_iters or opt.lr_warmup_iters
-    if warmup >= decay:
+    if 0 < decay <= warmup:  # without a length, which is refused, there is nothing to compare with
         problems.append(f"optimizer.lr_warmup_{unit} = {warmup}: must be below the {decay} over which the rate decays")
     if other:
         problems.append(f"optimizer: training is counted in {unit}, so give lr_decay_{unit} and lr_warmup_{unit} alone")
@@ -364,6 +375,10 @@ def _data(config: Config) -> list[str]:
     data, problems = config.data, []
     if not data.train_data_path:
         problems.append("data.train_data_path: is empty; give the prefix of a data set (see `megatron-sbld prepare`)")
+    if config.training.task_interval and data.lambada_path is None and data.perplexity_path is None:
+        problems.append(
+            f"training.task_interval = {config.training.task_interval}: needs data.lambada_path or data.perplexity_path"
+        )
     if config.parallel.context_parallel_size > 1 and data.reset_attention_mask:
         problems.append("data.reset_attention_mask = true: does not work with parallel.context_parallel_size > 1")
     return problems

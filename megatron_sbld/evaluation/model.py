@@ -1,0 +1,224 @@
+"""From a checkpoint to a model in evaluation mode, on any layout, with the tokenizer that it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_sbld.training.checkpoint import load_weights, saved_model
+from megatron_sbld.training.checkpoint_files import (
+    MANIFEST,
+    CheckpointInfo,
+    all_complete,
+    find_checkpoint,
+    read_train_state,
+)
+from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.training.config_file import read_config
+from megatron_sbld.training.model import build_chunks, check_model
+from megatron_sbld.training.start import embedding_rows
+from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.training.validate import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a trained model is loaded and spread over processes; data parallelism takes what the others leave."""
+
+    tokenizer: str | None = None
+    """Where the model's tokenizer is now: byte, a tokenizer.json or a folder; None is where it was in training."""
+    config: str | None = None
+    """Config file that describes the model of a checkpoint that does not, as Megatron-LM's."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """None is that of training on a GPU, and fp32 on a CPU, where the others are slow."""
+    batch_tokens: int = 16384
+    """Most tokens of a microbatch, padding included; a longer input is one by itself."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage holds, as in training; None is as many on each."""
+    sequence_parallel: bool = False
+    """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
+    distributed_timeout_minutes: float = 10.0
+    """A rank that dies or stalls for longer than this ends the evaluation on all ranks."""
+
+    def parallel(self) -> ParallelConfig:
+        """The layout."""
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            pipeline_model_parallel_layout=self.pipeline_model_parallel_layout,
+            sequence_parallel=self.sequence_parallel,
+            distributed_timeout_minutes=self.distributed_timeout_minutes,
+        )
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a checkpoint says of its model; read from its files alone."""
+
+    checkpoint: CheckpointInfo
+    model: ModelConfig
+    tokenizer: Tokenizer
+    rows: int
+    """Rows of its word embeddings, padding included."""
+    precision: str
+    """fp32, bf16 or fp16: what it was trained in; fp32 where the checkpoint does not say."""
+    consumed_tokens: int | None
+    """Tokens that it was trained on; None where the checkpoint does not say, as in the next."""
+    train_time_s: float | None
+    seed: int | None
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run folder that the checkpoint lies in, RUN/checkpoints/iter_N; None where it lies elsewhere."""
+        folder = self.checkpoint.path.absolute().parent
+        run_dir = folder.parent
+        return run_dir if folder.name == "checkpoints" and (run_dir / "config.yaml").exists() else None
+
+
+def read_trained_models(paths: Sequence[str], options: ModelOptions, *, every_checkpoint: bool) -> list[TrainedModel]:
+    """What is known of the models of several checkpoints, in this order, those of a folder by iteration.
+
+    Args:
+        paths: checkpoints, or folders of checkpoints or run folders.
+        options: where their tokenizer and their config are.
+        every_checkpoint: take all complete checkpoints of a folder instead of the newest.
+
+    Raises:
+        ValueError: as `read_trained_model` does, or a checkpoint is named twice.
+    """
+    config = None if options.config is None else read_config(options.config)
+    found = [found for path in paths for found in (_checkpoints_in(Path(path)) if every_checkpoint else [Path(path)])]
+    models = [read_trained_model(path, options.tokenizer, config) for path in found]
+    resolved = [trained.checkpoint.path.resolve() for trained in models]
+    repeated = [path for path in resolved if resolved.count(path) > 1]
+    if repeated:
+        raise ValueError(f"checkpoint {repeated[0]} is named more than once")
+    return models
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    """All complete checkpoints of a folder of checkpoints or a run folder; a checkpoint itself is one."""
+    for folder in (path, path / "checkpoints"):
+        complete = all_complete(folder)
+        if complete:
+            return [info.path for info in complete]
+    return [path]
+
+
+def read_trained_model(path: Path, tokenizer: str | None = None, config: Config | None = None) -> TrainedModel:
+    """What is known of a checkpoint's model.
+
+    Args:
+        path: a checkpoint, or a folder of checkpoints or a run folder, whose newest complete one is taken.
+        tokenizer: where the tokenizer is now, as data.tokenizer; None is where it was in training.
+        config: describes the model of a checkpoint that does not, as Megatron-LM's.
+
+    Raises:
+        ValueError: no complete checkpoint, none that says what its model is, or another tokenizer than it was trained
+            with.
+    """
+    if (path / "metadata.json").exists() and not (path / MANIFEST).exists():
+        return _read_without_manifest(path, tokenizer, config)
+    found = find_checkpoint(path)
+    state = read_train_state(found.path)
+    saved: Mapping[str, Any] = state.get("config", {})
+    model = saved_model(saved)
+    spec = tokenizer or saved.get("data", {}).get("tokenizer", "byte")
+    loaded = load_tokenizer(spec)
+    if state.get("tokenizer") not in (None, loaded.fingerprint()):
+        raise ValueError(
+            f"checkpoint {found.path}: tokenizer {spec!r} encodes differently from the one that the model was trained "
+            "with; name that one with --tokenizer"
+        )
+    samples = state.get("consumed_samples")
+    return TrainedModel(
+        checkpoint=found,
+        model=model,
+        tokenizer=loaded,
+        rows=_checked_rows(found.path, loaded),
+        precision=saved.get("training", {}).get("precision", "fp32"),
+        consumed_tokens=None if samples is None else samples * model.seq_length,
+        train_time_s=state.get("train_time_s"),
+        seed=saved.get("training", {}).get("seed"),
+    )
+
+
+def _read_without_manifest(path: Path, tokenizer: str | None, config: Config | None) -> TrainedModel:
+    if config is None:
+        raise ValueError(
+            f"checkpoint {path}: it does not say what its model is, as Megatron-LM's do not; give --config FILE with "
+            "its model section and its data.tokenizer"
+        )
+    loaded = load_tokenizer(tokenizer or config.data.tokenizer)
+    name = path.name.removeprefix("iter_")
+    return TrainedModel(
+        checkpoint=CheckpointInfo(path, iteration=int(name) if name.isdecimal() else 0),
+        model=config.model,
+        tokenizer=loaded,
+        rows=_checked_rows(path, loaded),
+        precision=config.training.precision,
+        consumed_tokens=None,
+        train_time_s=None,
+        seed=None,
+    )
+
+
+def _checked_rows(path: Path, tokenizer: Tokenizer) -> int:
+    rows = embedding_rows(path)
+    if rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"checkpoint {path}: its word embeddings have {rows} rows, but tokenizer {tokenizer.name!r} has "
+            f"{tokenizer.vocab_size} tokens"
+        )
+    return rows
+
+
+def evaluation_config(
+    trained: TrainedModel, parallel: ParallelConfig, world_size: int, precision: str | None = None
+) -> Config:
+    """The config of a run that evaluates: the checkpoint's model on another layout.
+
+    Args:
+        trained: the model.
+        parallel: the layout.
+        world_size: processes.
+        precision: None is that of training on a GPU, and fp32 on a CPU, where the others are slow.
+
+    Raises:
+        ValueError: the model cannot be spread like that.
+    """
+    if precision is None:
+        precision = trained.precision if torch.cuda.is_available() else "fp32"
+    config = Config(
+        model=trained.model,
+        parallel=parallel,
+        data=DataConfig(tokenizer=trained.tokenizer.name),
+        training=TrainingConfig(train_iters=1, global_batch_size=world_size, precision=precision),  # type: ignore[arg-type]
+    )
+    validate(config, world_size, trains=False)
+    check_model(config)
+    if trained.rows % parallel.tensor_model_parallel_size:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size}: must divide the "
+            f"{trained.rows} rows of the word embeddings in checkpoint {trained.checkpoint.path}"
+        )
+    return config
+
+
+def load_chunks(trained: TrainedModel, config: Config) -> list[torch.nn.Module]:
+    """This rank's chunks of the model with the checkpoint's weights, in evaluation mode. Collective.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its model is not the one that its config describes.
+    """
+    chunks = build_chunks(config, trained.rows)
+    load_weights(trained.checkpoint.path, chunks)
+    for chunk in chunks:
+        chunk.eval()
+    return chunks
