@@ -165,7 +165,7 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[], None]]:
 def check_model(model: ModelConfig, described_in: str) -> None:
     """Refuse sizes that no model of ours can have. Raises ValueError naming the file and the field."""
     try:
-        validate(Config(model=model, training=TrainingConfig(train_iters=1)), None)
+        validate(Config(model=model, training=TrainingConfig(train_iters=1)), None, trains=False)
     except ValueError as error:
         raise ValueError(f"{described_in}: describes a model that cannot be held: {error}") from error
 
