@@ -39,6 +39,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "profile": _profile,
         "schedule": _schedule,
         "compare": _compare,
+        "generate": _generate,
         "doctor": _doctor,
     }
     if not given or given[0] in ("-h", "--help"):
@@ -67,6 +68,7 @@ commands:
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
+  generate   continue prompts with a trained model
   doctor     what is installed here, what will be used, what is missing and what mends it
 
 `megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
@@ -299,6 +301,12 @@ def _compare(args: list[str]) -> int:
     given: Namespace = parser.parse_args(args)
     compare(given.runs, given.baseline, given.out, given.group)
     return 0
+
+
+def _generate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.generate(args)
 
 
 def _doctor(args: list[str]) -> int:

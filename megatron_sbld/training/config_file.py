@@ -9,10 +9,26 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from megatron_sbld.training.config import Config
 
 _LARGEST_INTEGER = 2**63 - 1  # beyond, conversions to float or to an array of integers fail without naming the field
+
+
+def read_config(path: str) -> Config:
+    """The config that a file alone stands for.
+
+    Raises:
+        ValueError: as `check_keys`, or a value of the wrong type.
+    """
+    check_keys(path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config)
+    values = parser.instantiate(parser.parse_args(["--config", path])).as_dict()
+    del values["config"]
+    return Config(**values)
 
 
 def check_keys(path: str) -> None:
