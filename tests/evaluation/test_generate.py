@@ -19,6 +19,7 @@ from megatron_sbld.evaluation.generate import (
     Sampling,
     choose,
     continuation_text,
+    continue_prompts,
     encode_prompt,
     generate,
 )
@@ -27,7 +28,7 @@ from megatron_sbld.evaluation.requests import Request
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.training.config import ParallelConfig
 from megatron_sbld.training.prepare import PrepareConfig, prepare
-from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.tokenizer import load_tokenizer
 from tests.training.trainer_helpers import HALF, call_on_ranks, prepare_corpus, run_here, tiny_run
 
@@ -161,10 +162,16 @@ def continue_on_layout(given: tuple[str, dict[str, Any]]) -> list[Continuation] 
 
 
 def continuations_of(run: Path, layout: dict[str, Any]) -> list[Continuation]:
-    trained, parallel = read_trained_model(run), ParallelConfig(**layout)
+    trained = read_trained_model(run)
     prompts = prompts_of(trained)[1:]  # as many as make replicas wait for each other
-    samplings = [replace(sampling, max_new_tokens=5) for sampling in (GREEDY, DRAWN)]
-    return [found for sampling in samplings for found in generate(trained, prompts, sampling, parallel)]
+    config = evaluation_config(trained, ParallelConfig(**layout), world_size_from_environment())
+    with distributed_run(config):
+        (model,) = load_chunks(trained, config)
+        return [
+            found
+            for sampling in (GREEDY, DRAWN)
+            for found in continue_prompts(model, trained, prompts, replace(sampling, max_new_tokens=5))
+        ]
 
 
 def assert_equal_continuations(found: list[Continuation], expected: list[Continuation]) -> None:
