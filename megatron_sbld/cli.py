@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 EXIT_MISTAKE = 2
 """Exit status for a user's mistake, as argparse's own."""
 
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -38,8 +41,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "pretrain": _pretrain,
         "profile": _profile,
         "schedule": _schedule,
-        "compare": _compare,
+        "evaluate": _evaluate,
         "generate": _generate,
+        "compare": _compare,
+        "export": _export,
+        "import": _import,
         "doctor": _doctor,
     }
     if not given or given[0] in ("-h", "--help"):
@@ -56,6 +62,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST if isinstance(error, RankLostError) else EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        print("megatron-sbld: interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]
@@ -67,8 +76,11 @@ commands:
   pretrain   train a GPT; under torchrun with many processes
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
-  compare    compare runs: loss, speed, ideal and realised gain; table and plots
+  evaluate   LAMBADA and perplexity of trained models
   generate   continue prompts with a trained model
+  compare    compare runs: loss, speed, ideal and realised gain; table and plots
+  export     write a checkpoint as a folder that Hugging Face's transformers loads
+  import     make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's
   doctor     what is installed here, what will be used, what is missing and what mends it
 
 `megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
@@ -286,6 +298,18 @@ def _schedule_fit(args: list[str]) -> int:
     return 0
 
 
+def _evaluate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.evaluate(args)
+
+
+def _generate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.generate(args)
+
+
 def _compare(args: list[str]) -> int:
     from megatron_sbld.report.compare import compare
 
@@ -303,10 +327,16 @@ def _compare(args: list[str]) -> int:
     return 0
 
 
-def _generate(args: list[str]) -> int:
+def _export(args: list[str]) -> int:
     from megatron_sbld.evaluation import commands
 
-    return commands.generate(args)
+    return commands.export(args)
+
+
+def _import(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.import_(args)
 
 
 def _doctor(args: list[str]) -> int:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Trains the same small GPT three times, undropped, with PLD and with SBLD, and compares the runs.
 
-Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), and a table and plots
-end it. Every call makes a folder of its own, so no run is ever continued or mixed with an older one.
+Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), its model is scored
+on held-out text, and a table and plots end it. Every call makes a folder of its own, so no run is ever continued or
+mixed with an older one.
 
 SBLD takes the sensitivity in configs/quickstart_sensitivity.json; with --profile (`make quickstart PROFILE=1`) that of
 this model on this text is measured first. The committed file is what `make quickstart PROFILE=1` measured on the
@@ -37,6 +38,7 @@ RUNS = {
 # Of each of the 25 runs that measure the sensitivity: as long as the run warms up, and twice that again. All together
 # they cost about as much as four of the runs that follow, far above the 5 % of a real run.
 PROFILE_ITERS = 50
+HELD_OUT_DOCUMENTS = 12  # of at most 16384 bytes: some seconds a run
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     args = parse_args()
     out = make_folder(args.out)
     text = corpus_of_standard_library(out) if args.text is None else args.text.resolve()
-    steps = len(RUNS) + (3 if args.profile else 2)
+    steps = len(RUNS) + (4 if args.profile else 3)
     prefix = out / "data" / "corpus"
     prepare = ["prepare", str(text), "--output", str(prefix), "--max_document_bytes", "16384"]
     run_step(f"1/{steps} tokenize {text}", cli(*prepare))
@@ -57,6 +59,8 @@ def main() -> None:
     for number, (name, options) in enumerate(runs.items(), start=first):
         run_step(f"{number}/{steps} train: {name}", pretrain(prefix, out / name, options, args.iters))
     folders = [str(out / name) for name in RUNS]
+    evaluate = ["evaluate", "perplexity", "--data", f"{prefix}_valid", "--limit", str(HELD_OUT_DOCUMENTS)]
+    run_step(f"{steps - 1}/{steps} bits per byte of held-out text", cli(*evaluate, "--checkpoint", *folders))
     run_step(f"{steps}/{steps} compare", cli("compare", *folders, "--out", str(out)))
 
 

@@ -1,33 +1,14 @@
-"""The commands of `megatron-sbld` that judge and use a trained model: their options, and what they print."""
+"""The commands that judge trained models and take them elsewhere: parse and dispatch."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from megatron_sbld.evaluation.generate import Continuation, Sampling
-    from megatron_sbld.evaluation.model import TrainedModel
-
-_NOT_IN_GENERATION = {
-    "num_virtual_stages_per_pipeline_rank",
-    "context_parallel_size",
-    "sequence_parallel",
-    "use_distributed_optimizer",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "ddp_bucket_size",
-    "deallocate_pipeline_outputs",
-}
-"""Fields of ParallelConfig that generation cannot use, or that are about training."""
+    from megatron_sbld.evaluation.tasks import Task
 
 
 def _parser(usage: str, description: str) -> ArgumentParser:
@@ -36,40 +17,169 @@ def _parser(usage: str, description: str) -> ArgumentParser:
     )
 
 
+_EVALUATE_USAGE = """usage: megatron-sbld evaluate lambada|perplexity --checkpoint DIR [DIR ...] --data FILE [options]
+
+  lambada     accuracy and perplexity of the last word of each passage
+  perplexity  of any text, by token, word and byte, in sliding windows; WikiText by convention
+
+`megatron-sbld evaluate lambada --help` and `perplexity --help` say what each takes."""
+
+
+def evaluate(args: list[str]) -> int:
+    """`megatron-sbld evaluate`."""
+    commands: dict[str, Callable[[list[str]], int]] = {"lambada": _lambada, "perplexity": _perplexity}
+    if not args or args[0] in ("-h", "--help"):
+        print(_EVALUATE_USAGE)
+        return 0
+    if args[0] not in commands:
+        raise ValueError(f"unknown command 'evaluate {args[0]}'; allowed are {', '.join(commands)}")
+    return commands[args[0]](args[1:])
+
+
+def _lambada(args: list[str]) -> int:
+    parser = _evaluate_parser(
+        "lambada --checkpoint DIR [DIR ...] --data FILE [--raw] [options]",
+        "Score the last word of each passage, given the passage: right when each of its tokens is the most likely one. "
+        "The target is what follows the last space.",
+        'passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {"text": passage}',
+    )
+    parser.add_argument("--format", type=Literal["auto", "text", "jsonl"], default="auto", help="of the data")
+    parser.add_argument(
+        "--raw", action="store_true", help="score plain text as it is, with spaces between tokens, not detokenised"
+    )
+    given = parser.parse_args(args)
+
+    from megatron_sbld.evaluation.tasks import LambadaTask
+
+    return _run(given, LambadaTask(given.data, given.format, raw=given.raw, limit=given.limit))
+
+
+def _perplexity(args: list[str]) -> int:
+    parser = _evaluate_parser(
+        "perplexity --checkpoint DIR [DIR ...] --data PATH [--format wikitext] [--stride N] [options]",
+        "Score every token of a text, each once, in windows of the model's context; a document's first token is given "
+        "the end-of-document token.",
+        "a file or folder of text or JSON lines (.gz and .xz too), or the prefix of a prepared data set",
+    )
+    parser.add_argument(
+        "--format",
+        type=Literal["auto", "text", "jsonl", "wikitext", "dataset"],
+        default="auto",
+        help="of the data; wikitext: articles are documents, text is detokenised, words are counted before that",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int | None,
+        help="tokens by which windows advance: each token is given context - stride tokens at least; default: half of "
+        "the context, for wikitext all of it (disjoint windows)",
+    )
+    parser.add_argument("--separator", type=str | None, help="text: a line equal to this ends a document")
+    parser.add_argument("--text_key", default="text", help="JSON lines: the key of the text")
+    given = parser.parse_args(args)
+
+    from megatron_sbld.evaluation.tasks import PerplexityTask
+
+    task = PerplexityTask(
+        given.data,
+        given.format,
+        stride=given.stride,
+        separator=given.separator,
+        text_key=given.text_key,
+        limit=given.limit,
+    )
+    return _run(given, task)
+
+
+def _evaluate_parser(usage: str, description: str, data: str) -> ArgumentParser:
+    from megatron_sbld.evaluation.model import ModelOptions
+
+    parser = _parser(
+        f"evaluate {usage}",
+        f"{description} Runs on one process, or under torchrun on many and on any layout, also another than the "
+        "training's. Results are kept in the run folder's evaluations.jsonl; `megatron-sbld compare` shows them beside "
+        "loss, time and gain.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        help="checkpoints, or folders of checkpoints or run folders, of which the newest complete one is taken",
+    )
+    parser.add_argument(
+        "--every_checkpoint", action="store_true", help="take all complete checkpoints of each folder, and plot them"
+    )
+    parser.add_argument("--data", required=True, help=data)
+    parser.add_argument(
+        "--limit", type=int | None, help="passages or documents that are scored, from the first; default: all"
+    )
+    parser.add_argument(
+        "--out", type=str | None, help="folder for the results; default: the run folder of each checkpoint"
+    )
+    parser.add_class_arguments(ModelOptions)
+    return parser
+
+
+def _run(given: Namespace, task: Task) -> int:
+    from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
+    from megatron_sbld.evaluation.run import evaluate_checkpoints
+    from megatron_sbld.report.record import Record
+    from megatron_sbld.training.config_file import field_names
+
+    options = ModelOptions(**{name: given[name] for name in field_names(ModelOptions)})
+    models = read_trained_models(given.checkpoint, options, every_checkpoint=given.every_checkpoint)
+    record = Record(task, models, given.out)
+    evaluate_checkpoints(
+        task,
+        models,
+        options.parallel(),
+        precision=options.precision,
+        batch_tokens=options.batch_tokens,
+        on_result=record.add,
+    )
+    record.close()
+    return 0
+
+
+_NOT_IN_GENERATION = {"batch_tokens", "sequence_parallel"}
+"""Fields of ModelOptions that generation has no use for."""
+
+
 def generate(args: list[str]) -> int:
     """`megatron-sbld generate`."""
-    from megatron_sbld.evaluation.generate import Sampling, encode_prompt
-    from megatron_sbld.evaluation.generate import generate as continue_all
-    from megatron_sbld.evaluation.model import read_trained_model
-    from megatron_sbld.training.config import ParallelConfig
-    from megatron_sbld.training.config_file import field_names, read_config
-
     given = _generate_parser().parse_args(args)
+
+    from megatron_sbld.evaluation.generate import Sampling, encode_prompt
+    from megatron_sbld.evaluation.generate import generate as continue_prompts
+    from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
+    from megatron_sbld.evaluation.prompts import read_prompts, shown
+    from megatron_sbld.training.config_file import field_names
+
     sampling = Sampling(**{name: given[name] for name in field_names(Sampling)})
-    layout = [name for name in field_names(ParallelConfig) if name not in _NOT_IN_GENERATION]
-    parallel = ParallelConfig(**{name: given[name] for name in layout})
+    names = [name for name in field_names(ModelOptions) if name not in _NOT_IN_GENERATION]
+    options = ModelOptions(**{name: given[name] for name in names})
     texts = [*given.prompt, *(read_prompts(given.prompts) if given.prompts else [])]
     if not texts:
-        raise ValueError("give a prompt with --prompt TEXT or --prompts FILE; --prompt '' starts a new document")
-    config = read_config(given.config) if given.config else None
-    trained = read_trained_model(Path(given.checkpoint), given.tokenizer, config)
+        raise ValueError("there is no prompt: give --prompt TEXT or --prompts FILE; --prompt '' starts a new document")
+    (trained,) = read_trained_models([given.checkpoint], options, every_checkpoint=False)
     prompts = [encode_prompt(trained.tokenizer, text) for text in texts]
-    with _shown(trained, sampling, texts, prompts, given.out) as show:
-        continue_all(trained, prompts, sampling, parallel, precision=given.precision, on_result=show)
+    with shown(trained, texts, prompts, sampling.num_samples, given.out) as show:
+        continue_prompts(trained, prompts, sampling, options.parallel(), precision=options.precision, on_result=show)
     return 0
 
 
 def _generate_parser() -> ArgumentParser:
     from megatron_sbld.evaluation.generate import Sampling
-    from megatron_sbld.training.config import ParallelConfig
+    from megatron_sbld.evaluation.model import ModelOptions
 
     parser = _parser(
         "generate --checkpoint DIR --prompt TEXT [options]",
         "Continue prompts with a trained model, at full depth. Run it under torchrun for a model that is spread over "
-        "several processes; what is left of them are replicas, which share the prompts.",
+        "several processes; the replicas that are left share the prompts.",
     )
     parser.add_argument(
-        "--checkpoint", type=str, required=True, help="checkpoint, or run folder, whose newest complete one is taken"
+        "--checkpoint",
+        required=True,
+        help="checkpoint, or folder of checkpoints or run folder, of which the newest complete one is taken",
     )
     parser.add_argument(
         "--prompt", action="append", default=[], help="text to continue, may be repeated; '' starts a new document"
@@ -77,102 +187,108 @@ def _generate_parser() -> ArgumentParser:
     parser.add_argument(
         "--prompts",
         type=str | None,
-        help="file with a prompt a line; .jsonl: an object with a field `prompt` a line, as --out writes it",
+        help='file with a prompt a line, or .jsonl with {"prompt": text} a line, as --out writes it',
+    )
+    parser.add_argument(
+        "--out", type=str | None, help="JSON lines to write: tokens, their log-probabilities and what ended each"
     )
     parser.add_class_arguments(Sampling)
-    parser.add_argument(
-        "--out",
-        type=str | None,
-        help="JSON lines file to write: token ids, their log-probabilities and what ended each",
-    )
-    parser.add_argument(
-        "--tokenizer", type=str | None, help="where the tokenizer is now, as data.tokenizer; null: as in training"
-    )
-    parser.add_argument(
-        "--config",
-        type=str | None,
-        help="config file with the model section and data.tokenizer of a checkpoint that does not say what its model "
-        "is, as Megatron-LM's",
-    )
-    parser.add_argument(
-        "--precision",
-        type=Literal["fp32", "bf16", "fp16"] | None,
-        help="null: that of training on a GPU, fp32 on a CPU",
-    )
-    parser.add_class_arguments(ParallelConfig, skip=_NOT_IN_GENERATION)
+    parser.add_class_arguments(ModelOptions, skip=_NOT_IN_GENERATION)
     return parser
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: its lines that are not empty, or the field `prompt` of each in a .jsonl file.
-
-    Raises:
-        ValueError: the file has no prompt, or a line of a .jsonl file is no object with that field.
-    """
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts {path}: is not UTF-8: {error}") from error
-    if not lines:
-        raise ValueError(f"prompts {path}: has no prompt; one a line is expected")
-    return [_prompt_of(line, path) for line in lines] if path.endswith(".jsonl") else lines
+_EXPORT_USAGE = (
+    "export hf --checkpoint DIR OUT [--dtype TYPE] [--max_shard_size SIZE] [--tokenizer SPEC] [--config FILE]"
+)
+_IMPORT_USAGE = "import hf SOURCE OUT [--precision TYPE] [--tokenizer SPEC] [--pad_vocab_to_multiple_of N]"
 
 
-def _prompt_of(line: str, path: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompts {path}: {line[:60]!r} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f"prompts {path}: {line[:60]!r} is no object with a text `prompt`")
-    return str(row["prompt"])
+def export(args: list[str]) -> int:
+    """`megatron-sbld export hf`."""
+    parser = _parser(
+        _EXPORT_USAGE,
+        "Write a checkpoint as a folder that Hugging Face's transformers loads without remote code: in the GPT-2 "
+        "format (learned positions, LayerNorm, GeLU), the Llama format (rotary positions, RMSNorm, SwiGLU) or the "
+        "GPT-NeoX format (rotary positions, LayerNorm, GeLU). One process on the CPU, in memory for one layer and one "
+        "shard, from any parallel layout.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a checkpoint, or the newest of a run folder; also Megatron-LM's (torch_dist)",
+    )
+    parser.add_argument("out", help="folder to make")
+    parser.add_argument(
+        "--dtype", type=Literal["fp32", "bf16", "fp16", "as-saved"], default="as-saved", help="type of the weights"
+    )
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file: 5GB, 500MB, 2GiB, ...")
+    parser.add_argument(
+        "--tokenizer",
+        type=str | None,
+        help="byte, a tokenizer.json or a folder; default: data.tokenizer of the run, whose fingerprint it must have",
+    )
+    parser.add_argument(
+        "--config", type=str | None, help="YAML file whose model section describes a checkpoint of Megatron-LM"
+    )
+    given = parser.parse_args(_of_hf("export", _EXPORT_USAGE, args))
+
+    from megatron_sbld.evaluation.hf_export import export_hf
+
+    exported = export_hf(
+        given.checkpoint,
+        given.out,
+        dtype=given.dtype,
+        max_shard_size=given.max_shard_size,
+        tokenizer=given.tokenizer,
+        config=given.config,
+    )
+    print(exported.summary())
+    return 0
 
 
-@contextmanager
-def _shown(
-    trained: TrainedModel,
-    sampling: Sampling,
-    texts: Sequence[str],
-    prompts: Sequence[Sequence[int]],
-    out: str | None,
-) -> Iterator[Any]:
-    """A function that shows a continuation on the terminal and writes it to `out`; called on rank 0 alone."""
-    from megatron_sbld.evaluation.generate import continuation_text
+def import_(args: list[str]) -> int:
+    """`megatron-sbld import hf`."""
+    parser = _parser(
+        _IMPORT_USAGE,
+        "Make a checkpoint of a local folder in Hugging Face's GPT-2, Llama or GPT-NeoX format, with a config.yaml to "
+        "start `pretrain` and `profile` from, on any parallel layout. Weights from safetensors, or from "
+        "pytorch_model.bin as far as it holds nothing but tensors; no code of the source is run.",
+    )
+    parser.add_argument("source", help="folder with config.json, weights and tokenizer files")
+    parser.add_argument("out", help="folder to make: config.yaml, checkpoints/, tokenizer/")
+    parser.add_argument(
+        "--precision",
+        type=Literal["fp32", "bf16", "fp16"] | None,
+        help="of the weights, and training.precision; default: as the source has it",
+    )
+    parser.add_argument(
+        "--tokenizer", type=str | None, help="byte, a tokenizer.json or a folder; default: the source's own files"
+    )
+    parser.add_argument(
+        "--pad_vocab_to_multiple_of",
+        type=int,
+        default=1,
+        help="append copies of the vocabulary's last row: tensor parallelism of size N needs a multiple of N",
+    )
+    given = parser.parse_args(_of_hf("import", _IMPORT_USAGE, args))
 
-    began, tokens = time.monotonic(), 0
-    several = len(texts) * sampling.num_samples > 1
-    file: TextIO | None = None
-    if out is not None and os.environ.get("RANK", "0") == "0":  # before work starts, so that a bad path is known
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        file = open(out, "w", encoding="utf-8")  # noqa: SIM115
+    from megatron_sbld.evaluation.hf_import import import_hf
 
-    def show(continuation: Continuation) -> None:
-        nonlocal tokens
-        tokens += len(continuation.tokens)
-        text, prompt = texts[continuation.prompt], prompts[continuation.prompt]
-        follows = continuation_text(trained.tokenizer, prompt, continuation.tokens)
-        if several:
-            print(f"--- prompt {continuation.prompt + 1}, sample {continuation.sample + 1}")
-        # On a terminal the prompt is bold, so that one sees where the model begins.
-        print(f"\033[1m{text}\033[0m{follows}" if sys.stdout.isatty() else f"{text}{follows}", flush=True)
-        if file is not None:
-            row = {
-                "prompt": text,
-                "continuation": follows,
-                "sample": continuation.sample + 1,
-                "ended_by": continuation.ended_by,
-                "prompt_tokens": list(prompt),
-                "tokens": continuation.tokens,
-                "log_probs": continuation.log_probs,
-                "iteration": trained.checkpoint.iteration,
-            }
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+    imported = import_hf(
+        given.source,
+        given.out,
+        precision=given.precision,
+        tokenizer=given.tokenizer,
+        pad_vocab_to_multiple_of=given.pad_vocab_to_multiple_of,
+    )
+    print(imported.summary())
+    return 0
 
-    try:
-        yield show
-    finally:
-        if file is not None:
-            file.close()
-    if tokens:
-        seconds = time.monotonic() - began
-        print(f"iteration {trained.checkpoint.iteration:,}: {tokens} tokens in {seconds:.1f} s", file=sys.stderr)
+
+def _of_hf(command: str, usage: str, args: list[str]) -> list[str]:
+    """The arguments after `hf`, the one library that there is a way to and from; --help may stand alone."""
+    if not args or args[0] in ("-h", "--help"):
+        return ["--help"]
+    if args[0] != "hf":
+        raise ValueError(f"unknown command '{command} {args[0]}'; allowed is megatron-sbld {usage}")
+    return args[1:]

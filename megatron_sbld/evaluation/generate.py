@@ -117,9 +117,9 @@ def generate(
             layout is one that the wrapper does not support, or the checkpoint is damaged.
     """
     for number, prompt in enumerate(prompts, start=1):
-        if not 1 <= len(prompt) <= trained.context:
+        if not 1 <= len(prompt) <= trained.model.context:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens: must have 1 to {trained.context}, the model's context"
+                f"prompt {number} has {len(prompt)} tokens: must have 1 to {trained.model.context}, the model's context"
             )
     _check_layout(parallel)
     config = evaluation_config(trained, parallel, world_size_from_environment(), precision)
@@ -181,7 +181,7 @@ def _continue(
 ) -> list[Continuation]:
     """The continuations of one prompt, all at once, on the ranks that hold one replica of the model."""
     rows, tokenizer = sampling.num_samples, trained.tokenizer
-    limit = min(sampling.max_new_tokens, trained.context + 1 - len(prompt))
+    limit = min(sampling.max_new_tokens, trained.model.context + 1 - len(prompt))
     wrapper = _wrapper(model, trained.rows, rows, len(prompt) + limit - 1)
     generators = [random.Random(f"{sampling.seed} {index} {row}") for row in range(rows)]
     found: list[list[tuple[int, float]]] = [[] for _ in range(rows)]

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from megatron_sbld.training.checkpoint import load_weights, saved_model_config
-from megatron_sbld.training.checkpoint_files import MANIFEST, CheckpointInfo, find_checkpoint, read_train_state
+from megatron_sbld.training.checkpoint import load_weights, saved_model
+from megatron_sbld.training.checkpoint_files import (
+    MANIFEST,
+    CheckpointInfo,
+    all_complete,
+    find_checkpoint,
+    read_train_state,
+)
 from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.training.config_file import read_config
 from megatron_sbld.training.model import build_chunks, check_model
 from megatron_sbld.training.start import embedding_rows
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.training.validate import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a trained model is loaded and spread over processes; data parallelism takes what the others leave."""
+
+    tokenizer: str | None = None
+    """Where the model's tokenizer is now: byte, a tokenizer.json or a folder; None is where it was in training."""
+    config: str | None = None
+    """Config file that describes the model of a checkpoint that does not, as Megatron-LM's."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """None is that of training on a GPU, and fp32 on a CPU, where the others are slow."""
+    batch_tokens: int = 16384
+    """Most tokens of a microbatch, padding included; a longer input is one by itself."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage holds, as in training; None is as many on each."""
+    sequence_parallel: bool = False
+    """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
+    distributed_timeout_minutes: float = 10.0
+    """A rank that dies or stalls for longer than this ends the evaluation on all ranks."""
+
+    def parallel(self) -> ParallelConfig:
+        """The layout."""
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            pipeline_model_parallel_layout=self.pipeline_model_parallel_layout,
+            sequence_parallel=self.sequence_parallel,
+            distributed_timeout_minutes=self.distributed_timeout_minutes,
+        )
 
 
 @dataclass(frozen=True)
@@ -35,19 +74,41 @@ class TrainedModel:
     seed: int | None
 
     @property
-    def context(self) -> int:
-        """Most tokens that it takes at once: its learned positions, or the length that it was trained with."""
-        model = self.model
-        if model.position_embedding_type == "learned_absolute":
-            return model.max_position_embeddings or model.seq_length
-        return model.seq_length
-
-    @property
     def run_dir(self) -> Path | None:
         """The run folder that the checkpoint lies in, RUN/checkpoints/iter_N; None where it lies elsewhere."""
         folder = self.checkpoint.path.absolute().parent
         run_dir = folder.parent
         return run_dir if folder.name == "checkpoints" and (run_dir / "config.yaml").exists() else None
+
+
+def read_trained_models(paths: Sequence[str], options: ModelOptions, *, every_checkpoint: bool) -> list[TrainedModel]:
+    """What is known of the models of several checkpoints, in this order, those of a folder by iteration.
+
+    Args:
+        paths: checkpoints, or folders of checkpoints or run folders.
+        options: where their tokenizer and their config are.
+        every_checkpoint: take all complete checkpoints of a folder instead of the newest.
+
+    Raises:
+        ValueError: as `read_trained_model` does, or a checkpoint is named twice.
+    """
+    config = None if options.config is None else read_config(options.config)
+    found = [found for path in paths for found in (_checkpoints_in(Path(path)) if every_checkpoint else [Path(path)])]
+    models = [read_trained_model(path, options.tokenizer, config) for path in found]
+    resolved = [trained.checkpoint.path.resolve() for trained in models]
+    repeated = [path for path in resolved if resolved.count(path) > 1]
+    if repeated:
+        raise ValueError(f"checkpoint {repeated[0]} is named more than once")
+    return models
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    """All complete checkpoints of a folder of checkpoints or a run folder; a checkpoint itself is one."""
+    for folder in (path, path / "checkpoints"):
+        complete = all_complete(folder)
+        if complete:
+            return [info.path for info in complete]
+    return [path]
 
 
 def read_trained_model(path: Path, tokenizer: str | None = None, config: Config | None = None) -> TrainedModel:
@@ -67,7 +128,7 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
     found = find_checkpoint(path)
     state = read_train_state(found.path)
     saved: Mapping[str, Any] = state.get("config", {})
-    model = saved_model_config(saved)
+    model = saved_model(saved)
     spec = tokenizer or saved.get("data", {}).get("tokenizer", "byte")
     loaded = load_tokenizer(spec)
     if state.get("tokenizer") not in (None, loaded.fingerprint()):

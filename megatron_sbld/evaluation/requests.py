@@ -15,6 +15,7 @@ class Request:
     """
 
     tokens: tuple[int, ...]
+    """Context and, at its end, the targets. The last is no input, so that a model of n positions takes n + 1."""
     num_targets: int
     """How many at the end are scored, at least 1 and fewer than there are."""
 

@@ -7,48 +7,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks
-from megatron_sbld.evaluation.requests import Request, Score
+from megatron_sbld.evaluation.requests import Score
 from megatron_sbld.evaluation.scoring import score
+from megatron_sbld.evaluation.tasks import Asked, Result, Task
 from megatron_sbld.training.config import ParallelConfig
 from megatron_sbld.training.metrics import clock
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-from megatron_sbld.training.tokenizer import Tokenizer
 from megatron_sbld.training.watchdog import POSITION
-
-
-class Task(Protocol):
-    """What is asked of a model, and what its answers come to."""
-
-    name: str
-
-    def requests(self, tokenizer: Tokenizer, context: int) -> Sequence[Request]:
-        """What to score, in this tokenizer's tokens.
-
-        Args:
-            tokenizer: the model's.
-            context: most tokens that it takes at once.
-        """
-
-    def result(self, scores: Sequence[Score]) -> Any:
-        """What the scores of the last `requests` come to."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of a task on a checkpoint, and what it cost."""
+    """A task's result for a model, and what it cost."""
 
     trained: TrainedModel
-    result: Any
+    asked: Asked
+    scores: list[Score]
+    result: Result
     seconds: float
-    tokens: int
-    """Input tokens of all requests, without padding."""
+    """Of scoring alone."""
+    precision: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Input tokens a second, without padding."""
+        return sum(len(request.tokens) - 1 for request in self.asked.requests) / self.seconds
 
 
 def evaluate_checkpoints(
@@ -71,30 +60,36 @@ def evaluate_checkpoints(
         on_result: called on rank 0 as soon as a model is through, so that nothing is lost if a later one fails.
 
     Raises:
-        ValueError: a model cannot be spread like that, a request cannot be made, or a checkpoint is damaged.
+        ValueError: a model cannot be spread like that, something cannot be asked of it, or a checkpoint is damaged.
     """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens = {batch_tokens}: must be at least 1")
     world_size = world_size_from_environment()
     configs = [evaluation_config(trained, parallel, world_size, precision) for trained in models]
-    asked = [task.requests(trained.tokenizer, trained.context) for trained in models[:1]]
+    asked_of: dict[tuple[str, int], Asked] = {}  # one for all checkpoints of a run
+    keys = [(trained.tokenizer.fingerprint(), trained.model.context) for trained in models]
+    for trained, key in zip(models, keys, strict=True):
+        if key not in asked_of:
+            asked_of[key] = task.ask(trained.tokenizer, trained.model.context)
     evaluated = []
     with distributed_run(configs[0]):
-        for trained, config in zip(models, configs, strict=True):
-            POSITION.enter(f"evaluating {trained.checkpoint.path}", trained.checkpoint.iteration)
-            requests = asked.pop() if asked else task.requests(trained.tokenizer, trained.context)
+        for trained, config, key in zip(models, configs, keys, strict=True):
+            asked, iteration = asked_of[key], trained.checkpoint.iteration
+            POSITION.enter(f"evaluating {trained.checkpoint.path}", iteration)
             chunks = load_chunks(trained, config)
-            with progress_shown(f"{task.name}, iteration {trained.checkpoint.iteration:,}") as show:
+            with progress_shown(f"{task.name}, iteration {iteration:,}") as show:
                 began = time.monotonic()
                 scores = score(
                     parallel,
                     chunks,
-                    requests,
+                    asked.requests,
                     vocab_size=trained.tokenizer.vocab_size,
                     batch_tokens=batch_tokens,
                     on_progress=show,
                 )
                 seconds = time.monotonic() - began
-            tokens = sum(len(request.tokens) - 1 for request in requests)
-            evaluated.append(Evaluated(trained, task.result(scores), seconds, tokens))
+            result = asked.result(scores)
+            evaluated.append(Evaluated(trained, asked, scores, result, seconds, config.training.precision))
             if dist.get_rank() == 0:
                 on_result(evaluated[-1])
     return evaluated

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_sbld.report.evaluation import Curve, write_iteration_tables
+from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.groups import RunGroup, group_runs
 from megatron_sbld.report.plots import plot_keep_probs, plot_losses
 from megatron_sbld.report.runs import read_runs
@@ -16,14 +18,15 @@ from megatron_sbld.report.tradeoff import plot_tradeoff
 
 
 def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = None, group: bool = True) -> Comparison:
-    """Prints a table of runs: validation loss, tokens/s, keep_prob, ideal and realised gain.
+    """Prints a table of runs: validation loss, evaluations, tokens/s, keep_prob, ideal and realised gain, time.
 
     Args:
         runs: run folders, in the order of the rows.
         baseline: a run folder of the row that the others are compared with; added in front if it is not among `runs`.
             None takes the first row that drops nothing, or the first.
         out: folder for comparison.md, .csv and .json, comparison_runs.csv, loss.png and, where a run drops layers,
-            keep_prob.png, where one has a validation, tradeoff.png. None writes nothing.
+            keep_prob.png, where one has a validation, tradeoff.png, where one was evaluated, evaluations.md and .png.
+            None writes nothing.
         group: one row for runs that differ in their seeds alone (groups.py says what that means); False makes a row a
             run.
 
@@ -70,4 +73,9 @@ def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path) -> l
         files.append(folder / "keep_prob.png")
     if plot_tradeoff(comparison, folder / "tradeoff.png"):
         files.append(folder / "tradeoff.png")
+    curves = [Curve(group.label, [run.evaluations for run in group.runs]) for group in groups]
+    if any(run.evaluations for group in groups for run in group.runs):
+        write_iteration_tables(curves, folder / "evaluations.md")
+        plot_evaluations(curves, folder / "evaluations.png")
+        files += [folder / "evaluations.md", folder / "evaluations.png"]
     return files

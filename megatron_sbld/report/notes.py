@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from megatron_sbld.report.evaluation import evaluated_iterations
 from megatron_sbld.report.groups import RunGroup
 
 _COMPARED_SECTIONS = ("model", "parallel", "data", "optimizer", "training")
@@ -19,6 +20,11 @@ TIME_TO_LOSS_NOTE = (
     "Time to baseline loss: training time until a run's validation loss first falls to the final one of the baseline, "
     "as a share of the baseline's training time until then (of the same seed where paired); interpolated linearly "
     "between validations, - where it is not reached."
+)
+
+EVALUATION_NOTE = (
+    "Evaluations are of the last iteration at which a run was evaluated. Their s.e. is over the passages or windows of "
+    "the data for a row of one seed, and over seeds for a row of several."
 )
 
 
@@ -42,6 +48,30 @@ def group_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | Non
         )
     if len({run.config.drop.sensitivity for run in group.runs}) > 1:
         notes.append(f"{group.label}: every seed has a sensitivity file of its own.")
+    return notes
+
+
+def evaluation_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
+    """Footnotes on a row's evaluations: where they are of different iterations, or some runs have none."""
+    ours, theirs = evaluated_iterations(group), evaluated_iterations(baseline)
+    if not ours:
+        return []
+    notes = []
+    missing = [run.label for run in group.runs if not run.evaluations]
+    if missing:
+        notes.append(f"{group.label}: not in the means of evaluations, for want of any: {_and(missing)}.")
+    if len(ours) > 1:
+        notes.append(
+            f"{group.label}: its runs were last evaluated at iterations {_and(sorted(ours))}: their means do not "
+            "compare."
+        )
+    if theirs and ours != theirs:
+        notes.append(
+            f"{group.label} was last evaluated at iteration {_and(sorted(ours))}, {baseline.label} at "
+            f"{_and(sorted(theirs))}: their evaluations do not compare."
+        )
+    elif len(ours) == 1 and any(run.last_iteration not in ours for run in group.runs if run.evaluations):
+        notes.append(f"{group.label}: evaluated at iteration {_and(ours)}, before its end.")
     return notes
 
 

@@ -1,13 +1,14 @@
-"""Reads a run folder: config.yaml and metrics.jsonl, as a trainer that may have been killed at any moment left them.
+"""Reads a run folder: config.yaml, metrics.jsonl and evaluations.jsonl if it is there, as a trainer that may have been
+killed at any moment left them.
 
-Only these two files are read, not checkpoints nor TensorBoard's. What is computed from them is elsewhere.
+Only these files are read, not checkpoints nor TensorBoard's. What is computed from them is elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from megatron_sbld.evaluation.results import EVALUATIONS_FILE, Evaluation, read_evaluations
 from megatron_sbld.training.config import Config
 
 Row = dict[str, Any]
@@ -33,6 +35,8 @@ class RunData:
     """Training rows by iteration; never empty. Lists in a row are float32 arrays."""
     valid: list[Row]
     """Validation rows by iteration; may be empty."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Of checkpoints up to the iteration at which the run stands; may be empty."""
 
     @property
     def policy(self) -> str:
@@ -100,7 +104,20 @@ def read_run(path: Path, label: str) -> RunData:
     train, valid = _read_rows(path / "metrics.jsonl")
     if not train:
         raise ValueError(f"{path / 'metrics.jsonl'} has no training row: the run did not finish an iteration")
-    return RunData(path=path, label=label, config=_read_config(path / "config.yaml"), train=train, valid=valid)
+    last = int(train[-1]["iteration"])
+    return RunData(
+        path=path,
+        label=label,
+        config=_read_config(path / "config.yaml"),
+        train=train,
+        valid=valid,
+        evaluations=[row for row in _read_evaluations(path / EVALUATIONS_FILE) if row.iteration <= last],
+    )
+
+
+def _read_evaluations(file: Path) -> list[Evaluation]:
+    """A run that was resumed from further back does not count what it had been beyond."""
+    return read_evaluations(file) if file.exists() else []
 
 
 def _read_config(file: Path) -> Config:

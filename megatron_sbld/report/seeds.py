@@ -51,6 +51,20 @@ def unpaired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Estim
     return Estimate(a.mean - b.mean, stderr)
 
 
+def difference(
+    our_seeds: Sequence[int],
+    ours: Sequence[float],
+    their_seeds: Sequence[int],
+    theirs: Sequence[float],
+    paired: Sequence[int] | None,
+) -> Estimate:
+    """Ours less theirs, pair by pair over the seeds `paired`, or of the means where they are None."""
+    if paired is None:
+        return unpaired_difference(ours, theirs)
+    of_ours, of_theirs = dict(zip(our_seeds, ours, strict=True)), dict(zip(their_seeds, theirs, strict=True))
+    return paired_difference([of_ours[seed] for seed in paired], [of_theirs[seed] for seed in paired])
+
+
 def time_to_loss(times: FloatArray, losses: FloatArray, target: float) -> float | None:
     """When losses, known at `times`, first fall to `target`, interpolated linearly; None if they do not.
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_sbld.report.evaluation import EvaluationFigure, Series, find_series, group_figures, last_evaluations
+from megatron_sbld.report.evaluation import run_figures as evaluation_figures
 from megatron_sbld.report.groups import RunGroup
-from megatron_sbld.report.notes import SEEDS_NOTE, TIME_TO_LOSS_NOTE, group_notes
+from megatron_sbld.report.notes import EVALUATION_NOTE, SEEDS_NOTE, TIME_TO_LOSS_NOTE, evaluation_notes, group_notes
 from megatron_sbld.report.runs import FloatArray, RunData
 from megatron_sbld.report.seeds import (
     Estimate,
+    difference,
     estimate,
-    paired_difference,
     paired_seeds,
     time_to_loss,
-    unpaired_difference,
 )
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ideal_speedup, layer_share, padded_vocab_size
@@ -53,6 +54,8 @@ class RunFigures:
     train_time_s: float
     time_to_baseline_loss: float | None
     """As in RunSummary; None as well for a seed that is left out of a paired comparison."""
+    evaluations: list[EvaluationFigure] = field(default_factory=list)
+    """Of the run's last evaluated iteration: every metric of every series that some run has."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class RunSummary:
     """realised_gain / ideal_gain; None where ideal_gain is 0 or unknown."""
     train_time_s: float
     """Of all iterations, without validation and saving."""
+    train_time_change: float | None = None
+    """Relative to the baseline's: -0.08 is 8 % less. None for another model or other iterations."""
+    evaluations: list[EvaluationFigure] = field(default_factory=list)
+    """Means of the runs' figures, in one order for all rows."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +115,18 @@ class Comparison:
 
 def summarise(groups: Sequence[RunGroup], baseline: RunGroup) -> Comparison:
     """Compares `groups` with `baseline`, which is one of them."""
+    series = find_series([row for group in groups for run in group.runs for row in last_evaluations(run)])
     notes = _general_notes(groups, baseline)
-    reference = [_run_figures(run, baseline.label, None) for run in baseline.runs]
+    if series:
+        notes.append(EVALUATION_NOTE)
+    reference = [_run_figures(run, baseline.label, None, series) for run in baseline.runs]
     rows, runs = [], []
     for group in groups:
         paired = paired_seeds([run.seed for run in group.validated], [run.seed for run in baseline.validated])
         times = _times_to_baseline_loss(group, baseline, paired)
-        figures = [_run_figures(run, group.label, time) for run, time in zip(group.runs, times, strict=True)]
-        row = _summarise_group(group, baseline, figures, reference, paired)
-        notes += group_notes(group, baseline, paired)
+        figures = [_run_figures(run, group.label, time, series) for run, time in zip(group.runs, times, strict=True)]
+        row = _summarise_group(group, baseline, figures, reference, paired, series)
+        notes += group_notes(group, baseline, paired) + evaluation_notes(group, baseline)
         compared = _compared_times(figures, paired)
         reached = [time for time in compared if time is not None]
         if 0 < len(reached) < len(compared):
@@ -173,7 +183,7 @@ def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup) -> list[str]:
     return notes
 
 
-def _run_figures(run: RunData, group: str, time_to_baseline_loss: float | None) -> RunFigures:
+def _run_figures(run: RunData, group: str, time_to_baseline_loss: float | None, series: Sequence[Series]) -> RunFigures:
     has_tflops = all("model_tflops_per_gpu" in row for row in run.train)
     return RunFigures(
         group=group,
@@ -190,6 +200,7 @@ def _run_figures(run: RunData, group: str, time_to_baseline_loss: float | None) 
         kept_fraction=float(steady(run.column("kept_fraction")).mean()),
         train_time_s=float(run.column("step_time_s").sum()),
         time_to_baseline_loss=time_to_baseline_loss,
+        evaluations=evaluation_figures(run, series),
     )
 
 
@@ -199,6 +210,7 @@ def _summarise_group(
     figures: Sequence[RunFigures],
     reference: Sequence[RunFigures],
     paired: Sequence[int] | None,
+    series: Sequence[Series],
 ) -> RunSummary:
     """The row of `group` from the figures of its runs and of the baseline's, `reference`."""
     ideal, realised = _gains(group, baseline, figures, reference)
@@ -228,6 +240,8 @@ def _summarise_group(
         realised_gain=realised,
         gain_ratio=realised / ideal if ideal and realised is not None else None,
         train_time_s=_mean([run.train_time_s for run in figures]),
+        train_time_change=_time_change(group, baseline, figures, reference),
+        evaluations=group_figures(group, baseline, series),
     )
 
 
@@ -246,6 +260,16 @@ def _gains(
     return ideal_speedup(phi, kept) / ideal_speedup(baseline_phi, baseline_kept) - 1, realised
 
 
+def _time_change(
+    group: RunGroup, baseline: RunGroup, figures: Sequence[RunFigures], reference: Sequence[RunFigures]
+) -> float | None:
+    """Training time against the baseline's; None unless all runs are of one model and stand at one iteration."""
+    if group.config.model != baseline.config.model or len({run.iterations for run in [*figures, *reference]}) > 1:
+        return None
+    ours, theirs = (_mean([run.train_time_s for run in runs]) for runs in (figures, reference))
+    return ours / theirs - 1
+
+
 def layers_share(config: Config) -> float | None:
     """phi of equations.md section 7; None where the runs' tokenizer, which gives the vocabulary, is not found."""
     try:
@@ -262,10 +286,9 @@ def _loss_change(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | No
         return None
     if group is baseline:
         return Estimate(0.0, None)
-    if paired is None:
-        return unpaired_difference(*([_last_valid_loss(run) for run in runs.validated] for runs in (group, baseline)))
-    ours, theirs = ({run.seed: _last_valid_loss(run) for run in runs.validated} for runs in (group, baseline))
-    return paired_difference([ours[seed] for seed in paired], [theirs[seed] for seed in paired])
+    seeds, their_seeds = ([run.seed for run in runs.validated] for runs in (group, baseline))
+    losses, their_losses = ([_last_valid_loss(run) for run in runs.validated] for runs in (group, baseline))
+    return difference(seeds, losses, their_seeds, their_losses, paired)
 
 
 def _times_to_baseline_loss(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[float | None]:

@@ -16,9 +16,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megatron_sbld.report.summary import Comparison, RunSummary
+from megatron_sbld.report.evaluation import METRIC_NAMES, EvaluationFigure
+from megatron_sbld.report.summary import Comparison, RunFigures, RunSummary
+
+_Column = tuple[str, Callable[[RunSummary], str]]
 
 _MISSING = "-"
+_STDERR = "s.e."
 _TFLOPS = "TFLOP/s\nper GPU"
 _UNBOUNDED = 10_000  # columns; more than any table needs
 
@@ -58,12 +62,12 @@ def write_markdown(comparison: Comparison, file: Path) -> None:
 
 def write_csv(comparison: Comparison, file: Path) -> None:
     """Writes the unrounded figures of the rows, one a line; what is unknown is empty."""
-    _write_lines([dataclasses.asdict(row) for row in comparison.rows], file)
+    _write_lines([_flat(row) for row in comparison.rows], file)
 
 
 def write_runs_csv(comparison: Comparison, file: Path) -> None:
     """Writes the unrounded figures of the runs behind the rows, one a line; what is unknown is empty."""
-    _write_lines([dataclasses.asdict(run) for run in comparison.runs], file)
+    _write_lines([_flat(run) for run in comparison.runs], file)
 
 
 def write_json(comparison: Comparison, file: Path) -> None:
@@ -71,16 +75,34 @@ def write_json(comparison: Comparison, file: Path) -> None:
     file.write_text(json.dumps(dataclasses.asdict(comparison), indent=2) + "\n")
 
 
-def _columns(comparison: Comparison) -> list[tuple[str, Callable[[RunSummary], str]]]:
-    """Headers, and how a row's cell is written below each. Seeds are shown where a row has several."""
-    stderr = "s.e."
-    columns: list[tuple[str, Callable[[RunSummary], str]]] = [
+def _flat(figures: RunSummary | RunFigures) -> dict[str, Any]:
+    """The fields by name; of evaluations one for every figure, named after its series and metric."""
+    fields = dataclasses.asdict(figures)
+    del fields["evaluations"]
+    for figure in figures.evaluations:
+        name = f"{figure.series} {figure.metric}"
+        fields |= {name: figure.value, f"{name}_stderr": figure.stderr}
+        if isinstance(figures, RunSummary):
+            fields |= {f"{name}_change": figure.change, f"{name}_change_stderr": figure.change_stderr}
+    return fields
+
+
+def _columns(comparison: Comparison) -> list[_Column]:
+    """Headers, and how a row's cell is written below each. Seeds are shown where a row has several.
+
+    Evaluations stand beside the losses, and with them the change of training time, as in the paper's Table 3.
+    """
+    several = any(row.num_seeds > 1 for row in comparison.rows)
+    losses: list[_Column] = [
         ("run", lambda row: row.label),
         ("seeds", lambda row: str(row.num_seeds)),
         ("valid.\nloss", lambda row: _number(row.valid_loss, ".4f")),
-        (stderr, lambda row: _number(row.valid_loss_stderr, ".4f")),
+        (_STDERR, lambda row: _number(row.valid_loss_stderr, ".4f")),
         ("change", lambda row: _number(row.valid_loss_change, "+.4f")),
-        (stderr, lambda row: _number(row.valid_loss_change_stderr, ".4f")),
+        (_STDERR, lambda row: _number(row.valid_loss_change_stderr, ".4f")),
+    ]
+    evaluations = _evaluation_columns(comparison, several)
+    speed: list[_Column] = [
         ("tokens/s", lambda row: _number(row.tokens_per_s, ",.0f")),
         (_TFLOPS, lambda row: _number(row.model_tflops_per_gpu, ".1f")),
         ("mean\nkeep_prob", lambda row: _number(row.mean_keep_prob, ".3f")),
@@ -91,12 +113,59 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[RunSummary], s
         ("time to\nbaseline\nloss", lambda row: _number(row.time_to_baseline_loss, ".1%")),
         ("train\ntime", lambda row: _duration(row.train_time_s)),
     ]
-    left_out = set()
-    if all(row.num_seeds == 1 for row in comparison.rows):
-        left_out |= {"seeds", stderr}
+    if evaluations:
+        speed.append(("change", lambda row: _number(row.train_time_change, "+.1%")))
+    if not several:
+        losses = [column for column in losses if column[0] not in ("seeds", _STDERR)]
     if all(row.model_tflops_per_gpu is None for row in comparison.rows):
-        left_out.add(_TFLOPS)
-    return [column for column in columns if column[0] not in left_out]
+        speed = [column for column in speed if column[0] != _TFLOPS]
+    return [*losses, *evaluations, *speed]
+
+
+def _evaluation_columns(comparison: Comparison, several: bool) -> list[_Column]:
+    """A column for every metric that some row has, its standard error, and for accuracy the change.
+
+    Perplexity is that of words where some row has it, else that of tokens, which depends on the tokenizer.
+    """
+    columns: list[_Column] = []
+    shown = [figure for figure in comparison.rows[0].evaluations if _is_shown(figure, comparison)]
+    for figure in shown:
+        form, scale = (".4f", 1.0) if figure.metric == "bits_per_byte" else (".2f", 1.0)
+        if figure.metric == "accuracy":
+            scale = 100.0
+        wanted = ["value"] + (["stderr"] if figure.metric == "accuracy" or several else [])
+        if figure.metric == "accuracy":
+            wanted += ["change"] + (["change_stderr"] if several else [])
+        headers = {
+            "value": f"{figure.series}\n{METRIC_NAMES[figure.metric].replace(' ', chr(10), 1)}",
+            "stderr": _STDERR,
+            "change": "change",
+            "change_stderr": _STDERR,
+        }
+        columns += [(headers[field], _figure_cell(figure, field, form, scale)) for field in wanted]
+    return columns
+
+
+def _is_shown(figure: EvaluationFigure, comparison: Comparison) -> bool:
+    known = {
+        other.metric
+        for row in comparison.rows
+        for other in row.evaluations
+        if other.series == figure.series and other.value is not None
+    }
+    return figure.metric in known and not (figure.metric == "token_perplexity" and "word_perplexity" in known)
+
+
+def _figure_cell(figure: EvaluationFigure, field: str, form: str, scale: float) -> Callable[[RunSummary], str]:
+    form = "+" + form if field == "change" else form
+
+    def cell(row: RunSummary) -> str:
+        found = next(other for other in row.evaluations if (other.series, other.metric) == key)
+        value = getattr(found, field)
+        return _number(None if value is None else scale * value, form)
+
+    key = (figure.series, figure.metric)
+    return cell
 
 
 def _number(value: float | None, form: str) -> str:

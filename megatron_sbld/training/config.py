@@ -42,6 +42,9 @@ class ModelConfig:
     """Normalisation of the layers' inputs and of the output."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of the normalisation."""
+    activation_func: Literal["gelu", "gelu_tanh"] = "gelu"
+    """GeLU of an MLP without swiglu: exact (gelu), or its tanh approximation (gelu_tanh), which the published GPT-2 has
+    and which Megatron-LM computes on GPUs, where it fuses GeLU with the bias by default. Only gelu_tanh is fused."""
     swiglu: bool = False
     """SwiGLU instead of GeLU in the MLP."""
     add_bias_linear: bool = True
@@ -58,6 +61,12 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer spec; auto takes Transformer Engine where it is installed, else megatron-core's own modules."""
+
+    @property
+    def context(self) -> int:
+        """Most tokens that the model takes at once: its learned positions, or the length that it is trained with."""
+        learned = self.position_embedding_type == "learned_absolute"
+        return self.max_position_embeddings or self.seq_length if learned else self.seq_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +122,12 @@ class DataConfig:
     """Restart positions after an end-of-document token."""
     reset_attention_mask: bool = False
     """Keep attention within documents."""
+    lambada_path: str | None = None
+    """LAMBADA's passages (plain text or JSON lines), scored every training.task_interval iterations and at the end."""
+    perplexity_path: str | None = None
+    """Text or a data set whose perplexity is computed as often: by token, word and byte, in sliding windows."""
+    perplexity_format: Literal["auto", "text", "jsonl", "wikitext", "dataset"] = "auto"
+    """What perplexity_path is; auto goes by names, WikiText has to be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +174,8 @@ class TrainingConfig:
     """Iterations between validations; 0 validates at the end alone."""
     eval_iters: int = 10
     """Global batches of a validation."""
+    task_interval: int = 0
+    """Iterations between evaluations of data.lambada_path and data.perplexity_path; 0 evaluates at the end alone."""
     seed: int = 1234
     """Seed of weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from argparse import ArgumentError
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,18 +18,14 @@ _LARGEST_INTEGER = 2**63 - 1  # beyond, conversions to float or to an array of i
 
 
 def read_config(path: str) -> Config:
-    """The config that a file alone stands for.
-
-    Raises:
-        ValueError: as `check_keys`, or a value of the wrong type.
-    """
+    """The config that a file stands for, without a command line over it. Raises ValueError as `check_keys` does."""
     check_keys(path)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config)
-    values = parser.instantiate(parser.parse_args(["--config", path])).as_dict()
-    del values["config"]
-    return Config(**values)
+    try:
+        return Config(**parser.instantiate(parser.parse_path(path)).as_dict())
+    except ArgumentError as error:
+        raise ValueError(f"config file {path}: {error}") from error
 
 
 def check_keys(path: str) -> None:

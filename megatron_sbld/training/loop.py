@@ -32,6 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy, updates_sensitivity
+from megatron_sbld.evaluation.in_training import TasksInTraining
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
@@ -48,7 +49,7 @@ from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.stage_forecast import stage_forecast, stage_forecast_text
 from megatron_sbld.training.stages import placement_of
 from megatron_sbld.training.start import Start, find_start
-from megatron_sbld.training.step import StepResult, train_step, validation_loss
+from megatron_sbld.training.step import StepResult, evaluating, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
 from megatron_sbld.training.watchdog import POSITION
@@ -77,6 +78,7 @@ def pretrain(config: Config) -> int:
     check_logging(config.logging)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
+    tasks = TasksInTraining(config, tokenizer)
     policy = build_policy(config.drop, config.model.num_layers, train_iterations(config))
     start = find_start(config, tokenizer)
     with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
@@ -84,7 +86,7 @@ def pretrain(config: Config) -> int:
         run = Run(config, tokenizer, policy, start)
         try:
             run.open_run_folder()
-            return run.train(stop)
+            return run.train(stop, tasks)
         finally:
             run.close()
 
@@ -171,8 +173,8 @@ class Run:
         )
         self.writer = self._open_writer() if dist.get_rank() == 0 else None
 
-    def train(self, stop: StopFlag) -> int:
-        """Iterate to the end, validating and saving on the way; the exit status."""
+    def train(self, stop: StopFlag, tasks: TasksInTraining) -> int:
+        """Iterate to the end, validating, evaluating and saving on the way; the exit status."""
         assert self.checkpoints is not None, "open_run_folder comes before train"
         config, first = self.config, self.iteration + 1
         self._announce(first)
@@ -186,6 +188,8 @@ class Run:
             self.checkpoints.poll()
             if config.data.valid_data_path and (done or _is_due(self.iteration, config.training.eval_interval)):
                 self._validate()
+            if tasks and (done or _is_due(self.iteration, config.training.task_interval)):
+                self._evaluate(tasks)
             if self._save_is_due(done, stopping):
                 self._save()
             if stopping and not done:
@@ -283,6 +287,14 @@ class Run:
                     "consumed_tokens": self.consumed_samples * self.config.model.seq_length,
                 }
             )
+
+    def _evaluate(self, tasks: TasksInTraining) -> None:
+        POSITION.enter("evaluating tasks")
+        consumed_tokens = self.consumed_samples * self.config.model.seq_length
+        with evaluating(self.config, self.chunks):
+            metrics = tasks.evaluate(self.chunks, self.iteration, consumed_tokens, self.train_time_s)
+        if self.writer is not None:
+            self.writer.tasks_row({"iteration": self.iteration, **metrics})
 
     def _save_is_due(self, done: bool, stopping: bool) -> bool:
         checkpoint = self.config.checkpoint

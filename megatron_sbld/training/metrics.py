@@ -72,6 +72,18 @@ class MetricsWriter:
         self._write(row)
         self._progress.note(f"iteration {row['iteration']}: validation loss {row['valid_loss']:.4f}")
 
+    def tasks_row(self, row: dict[str, Any]) -> None:
+        """Write a row of LAMBADA and perplexity and show the figures."""
+        self._write(row)
+        shown = {
+            "lambada_accuracy": "LAMBADA accuracy",
+            "lambada_perplexity": "last-word perplexity",
+            "perplexity_word_perplexity": "word perplexity",
+            "perplexity_bits_per_byte": "bits per byte",
+        }
+        figures = [f"{name} {row[metric]:.4g}" for metric, name in shown.items() if row.get(metric) is not None]
+        self._progress.note(f"iteration {row['iteration']}: {', '.join(figures)}")
+
     def sensitivity_row(self, row: dict[str, Any]) -> None:
         """Write an update's row."""
         self._write(row)

@@ -50,6 +50,7 @@ _NOT_NEGATIVE = (
     "optimizer.end_weight_decay",
     "optimizer.clip_grad",
     "training.eval_interval",
+    "training.task_interval",
     "checkpoint.save_interval",
 )
 _POSITIVE = (
@@ -65,6 +66,7 @@ _POSITIVE = (
 )
 _RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 _MAX_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks
+_MAX_RAMP_ITERATIONS = 1_000_000  # they are counted one by one, as Megatron-LM does
 _TIMEOUT_MINUTES = (0.1, 100_000)  # healthy ranks can be silent for seconds while they start
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
@@ -199,6 +201,11 @@ def _model(config: Config) -> list[str]:
     ):
         if value % tensor:
             problems.append(f"{name} = {value}: must be divisible by parallel.tensor_model_parallel_size = {tensor}")
+    if model.swiglu and model.activation_func != "gelu":
+        problems.append(
+            f"model.activation_func = {model.activation_func!r}: has no effect with model.swiglu, whose activation is "
+            "SiLU; leave it out"
+        )
     rotated = int((model.kv_channels or model.hidden_size // model.num_attention_heads) * model.rotary_percent)
     if model.position_embedding_type == "rope" and (rotated % 2 or not rotated):
         problems.append(
@@ -266,7 +273,12 @@ def _length(config: Config) -> list[str]:
         return []
     if len(ramp) != 3 or any(value < 1 for value in ramp):
         return [f"training.rampup_batch_size = {ramp}: must be three positive numbers, [start, increment, samples]"]
-    start, increment, _ = ramp
+    start, increment, ramp_samples = ramp
+    if ramp_samples // start > _MAX_RAMP_ITERATIONS:
+        return [
+            f"training.rampup_batch_size = {ramp}: its samples make more than {_MAX_RAMP_ITERATIONS:,} iterations of "
+            f"{start}; allowed are {start * _MAX_RAMP_ITERATIONS:,} samples"
+        ]
     if start >= training.global_batch_size or (training.global_batch_size - start) % increment:
         return [
             f"training.rampup_batch_size = {ramp}: start plus one or more times the increment must give "
@@ -337,7 +349,7 @@ def _optimizer(config: Config) -> list[str]:
     else:
         unit, decay, warmup = "samples", opt.lr_decay_samples or training.train_samples, opt.lr_warmup_samples
         other = opt.lr_decay_iters or opt.lr_warmup_iters
-    if warmup >= decay:
+    if 0 < decay <= warmup:  # without a length, which is refused, there is nothing to compare with
         problems.append(f"optimizer.lr_warmup_{unit} = {warmup}: must be below the {decay} over which the rate decays")
     if other:
         problems.append(f"optimizer: training is counted in {unit}, so give lr_decay_{unit} and lr_warmup_{unit} alone")
@@ -362,6 +374,10 @@ def _data(config: Config) -> list[str]:
     data, problems = config.data, []
     if not data.train_data_path:
         problems.append("data.train_data_path: is empty; give the prefix of a data set (see `megatron-sbld prepare`)")
+    if config.training.task_interval and data.lambada_path is None and data.perplexity_path is None:
+        problems.append(
+            f"training.task_interval = {config.training.task_interval}: needs data.lambada_path or data.perplexity_path"
+        )
     if config.parallel.context_parallel_size > 1 and data.reset_attention_mask:
         problems.append("data.reset_attention_mask = true: does not work with parallel.context_parallel_size > 1")
     return problems

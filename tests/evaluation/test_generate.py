@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from megatron_sbld import cli
-from megatron_sbld.evaluation.commands import read_prompts
 from megatron_sbld.evaluation.generate import (
     Continuation,
     Sampling,
@@ -24,6 +23,7 @@ from megatron_sbld.evaluation.generate import (
     generate,
 )
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks, read_trained_model
+from megatron_sbld.evaluation.prompts import read_prompts
 from megatron_sbld.evaluation.requests import Request
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.training.config import ParallelConfig
@@ -135,7 +135,7 @@ def test_greedy_is_the_argmax_of_forward_passes_without_a_cache(runs: list[Path]
 
 def argmax_chain(model: torch.nn.Module, trained: TrainedModel, prompt: list[int]) -> list[int]:
     added: list[int] = []
-    limit = min(GREEDY.max_new_tokens, trained.context + 1 - len(prompt))
+    limit = min(GREEDY.max_new_tokens, trained.model.context + 1 - len(prompt))
     while len(added) < limit and added[-1:] != [trained.tokenizer.eod]:
         tokens = torch.tensor([[*prompt, *added]])
         logits = model(tokens, torch.arange(tokens.shape[1])[None], None)[0, -1, : trained.tokenizer.vocab_size]

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sbld.evaluation.lambada import LambadaResult
 from megatron_sbld.evaluation.model import evaluation_config, load_chunks, read_trained_model
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.evaluation.run import evaluate_checkpoints
 from megatron_sbld.evaluation.scoring import plan_calls
+from megatron_sbld.evaluation.tasks import Asked, Task
 from megatron_sbld.training.config import ParallelConfig
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.tokenizer import Tokenizer
@@ -39,22 +41,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Continuations:
-    """A task: pieces of this file, their ends to be predicted, and spaces, which even a model of 8 iterations can."""
+class Continuations(Task):
+    """Pieces of this file, their ends to be predicted, and spaces, which even a model of 8 iterations can."""
 
     name = "continuations"
+    data = __file__
 
-    def requests(self, tokenizer: Tokenizer, context: int) -> list[Request]:
+    def ask(self, tokenizer: Tokenizer, context: int) -> Asked:
         tokens = tokenizer.encode(Path(__file__).read_text())
         lengths = [2, 3, context + 1, 17, 16, 18, 5, 12, context, 31, 30, 2, 9]
         pieces = [
             Request(tuple(tokens[50 * index : 50 * index + length]), 1 + index % (length - 1))
             for index, length in enumerate(lengths)
         ]
-        return [*pieces, *(Request(tuple(tokenizer.encode(" " * length)), 1) for length in (4, 19))]
+        spaces = [Request(tuple(tokenizer.encode(" " * length)), 1) for length in (4, 19)]
+        return Asked([*pieces, *spaces], result=no_figures, files=[__file__], options={})
 
-    def result(self, scores: Sequence[Score]) -> list[Score]:
-        return list(scores)
+
+def no_figures(scores: Sequence[Score]) -> LambadaResult:
+    """Scores alone are looked at here."""
+    return LambadaResult(0.0, None, 0.0, None, len(scores), 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def expected(run_dir: Path) -> list[Score]:
     scores = []
     with distributed_run(config), torch.no_grad():
         (model,) = load_chunks(trained, config)
-        for request in Continuations().requests(trained.tokenizer, trained.context):
+        for request in Continuations().ask(trained.tokenizer, trained.model.context).requests:
             tokens = torch.tensor([request.tokens])
             positions = torch.arange(tokens.shape[1] - 1)[None]
             logits = model(tokens[:, :-1], positions, None)[0, -request.num_targets :, : trained.tokenizer.vocab_size]
@@ -96,8 +102,7 @@ def test_batched_scores_are_those_of_single_requests(run_dir: Path, expected: li
     (evaluated,) = evaluate_checkpoints(
         Continuations(), [read_trained_model(run_dir)], ParallelConfig(), batch_tokens=BATCH_TOKENS
     )
-    assert_equal_scores(evaluated.result, expected)
-    assert evaluated.tokens == sum(length - 1 for length in [2, 3, 33, 17, 16, 18, 5, 12, 32, 31, 30, 2, 9, 4, 19])
+    assert_equal_scores(evaluated.scores, expected)
     assert evaluated.trained.consumed_tokens == 8 * 8 * 32
 
 
@@ -118,7 +123,7 @@ def evaluate_layout(given: tuple[str, dict[str, Any]]) -> list[Score] | str:
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return evaluated.result
+    return evaluated.scores
 
 
 @given(

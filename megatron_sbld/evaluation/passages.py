@@ -1,0 +1,142 @@
+"""LAMBADA's passages out of a file: plain text, one passage a line with spaces between its tokens, or JSON lines.
+
+The target is what follows the last space of the passage as it is scored, and the context is what stands before it:
+the convention of EleutherAI's lm-evaluation-harness. A file with anything wrong in it is refused, because accuracy over
+the passages that happen to be whole would not compare.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_sbld.evaluation.detokenise import detokenise as detokenise_tokens
+
+PassageFormat = Literal["auto", "text", "jsonl"]
+
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage without its last word, and that word."""
+
+    line: int
+    """Of the file, from 1."""
+    context: str
+    """Not empty, and without white space at its end."""
+    target: str
+    """The last word, with the white space before it."""
+    is_glued: bool = False
+    """Whether detokenising put something to the word: an opening quote that the model has to predict as well."""
+
+
+def read_passages(
+    path: str, passage_format: PassageFormat = "auto", *, detokenise: bool | None = None
+) -> tuple[list[Passage], Literal["text", "jsonl"]]:
+    """All passages of a file in order, and its format.
+
+    Args:
+        path: of the file.
+        passage_format: auto takes .jsonl, .ndjson and .json, and what begins with a JSON object, for JSON lines
+            ({"text": passage}), and all else for plain text.
+        detokenise: whether the spaces between tokens are undone (detokenise.py). None: in plain text, which is
+            distributed in tokens, and not in JSON lines, which hold text as it is written.
+
+    Raises:
+        ValueError: the file is missing or empty, or has lines that are no passages; how many and which.
+    """
+    if passage_format not in ("auto", "text", "jsonl"):
+        raise ValueError(f"format = {passage_format!r}; allowed: auto, text, jsonl")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; give LAMBADA as plain text or JSON lines")
+    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not content.strip():
+        raise ValueError(f"{path}: the file is empty")
+    found: Literal["text", "jsonl"]
+    if passage_format == "auto":
+        found = "jsonl" if path.lower().endswith(_JSON_LINES) or content.lstrip().startswith(b'{"') else "text"
+    else:
+        found = passage_format
+    detokenises = found == "text" if detokenise is None else detokenise
+    passages, problems = [], []
+    for number, line in _lines(content):
+        try:
+            text = _text(line, found)
+            passages.append(_detokenised(number, text) if detokenises else _split(number, text))
+        except _ProblemError as problem:
+            problems.append(f"{path}:{number}: {problem}")
+    if problems:
+        raise ValueError(_listed(path, problems))
+    return passages, found
+
+
+class _ProblemError(Exception):
+    """What is wrong with a line."""
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    lines = content.split(b"\n")
+    if not lines[-1]:  # the end of the last line
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        yield number, line.removesuffix(b"\r")
+
+
+def _text(line: bytes, passage_format: str) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _ProblemError(
+            f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
+        ) from error
+    if "\0" in text:
+        raise _ProblemError("a NUL character; the file may be UTF-16, and UTF-8 is needed")
+    if passage_format == "text" or not text.strip():
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _ProblemError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise _ProblemError(f'needs an object {{"text": passage}}; it is {type(record).__name__}')
+    if "text" not in record:
+        raise _ProblemError(f'no key "text"; it has {", ".join(map(repr, record)) or "none"}')
+    value = record["text"]
+    if not isinstance(value, str):
+        raise _ProblemError(f'"text" must be a string; it is {type(value).__name__}')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _ProblemError('"text" has half of a surrogate pair, which is no text')
+    return value
+
+
+def _split(number: int, text: str) -> Passage:
+    if not text or text.isspace():
+        raise _ProblemError("an empty passage")
+    if text[-1].isspace():
+        raise _ProblemError("white space at the end, so that no word follows the last space")
+    before, _, word = text.rpartition(" ")
+    context = before.rstrip()
+    if not context:
+        raise _ProblemError(f"a passage of one word, {word!r}; the last word needs words before it")
+    return Passage(number, context, f"{before[len(context) :]} {word}")
+
+
+def _detokenised(number: int, text: str) -> Passage:
+    _split(number, text)
+    tokens = text.split()
+    passage = _split(number, detokenise_tokens(tokens))
+    return Passage(number, passage.context, passage.target, is_glued=passage.target.strip() != tokens[-1])
+
+
+def _listed(path: str, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    shown = problems[:_SHOWN_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    return f"{path}: {len(problems)} lines are no passages:\n  " + "\n  ".join(shown)
