@@ -35,7 +35,7 @@ SHARED_LAMBADA = REPOSITORY.parent / "shared" / "data" / "lambada_development_pl
 SLICE = 40
 CONTEXT = 128
 MODELS: dict[str, dict[str, Any]] = {
-    # Trained on the very passages, so that it gets some of them right.
+    # Trained on the passages themselves, so that it gets some of the synthetic ones right.
     "trained, GPT-2 format": {
         "model": {"num_layers": 2, "hidden_size": 128, "seq_length": CONTEXT, **NO_DROPOUT},
         "training": {"train_iters": 300, "micro_batch_size": 8},
@@ -75,7 +75,7 @@ def synthetic_passages() -> list[str]:
     things, places = ("lamp", "old map", "café key", "letter"), ("garden", "kitchen", "naïve box")
     passages = []
     for number, (thing, place) in enumerate(itertools.product(things, places)):
-        before = f"it was day {number} , and nobody 's mood was good . " * (1 + 6 * (number % 4 == 3))
+        before = f"it was day {number} , and nobody 's mood was good . " * (12 if number % 4 == 3 else 1)
         passages.append(
             f"{before}`` where is the {thing} ? '' she asked . `` i did n't take it , '' he said ; `` it was in the "
             f"{place} . '' so she went -lrb- again -rrb- to look for the {thing}"
@@ -196,7 +196,7 @@ def assert_same_lambada(ours: Evaluated, theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("form", ["detokenised", "raw", "jsonl"])
 def test_lambada_of_synthetic_passages(ours: Any, theirs: Any, model: str, form: str) -> None:
     found = ours[model][f"synthetic_{form}"]
-    assert found.result.truncated > 0
+    assert 0 < found.result.truncated < found.result.passages
     assert_same_lambada(found, theirs[model][f"synthetic_{form}"])
     if model == "trained, GPT-2 format":
         assert 0 < found.result.accuracy < 1
@@ -208,9 +208,8 @@ def test_lambada_of_synthetic_passages(ours: Any, theirs: Any, model: str, form:
 def test_lambada_of_its_development_split(ours: Any, theirs: Any, model: str, form: str) -> None:
     found = ours[model][f"development_{form}"]
     assert found.result.passages == SLICE
+    assert 0 < found.result.truncated < SLICE
     assert_same_lambada(found, theirs[model][f"development_{form}"])
-    if model == "trained, GPT-2 format":
-        assert 0 < found.result.accuracy < 1
 
 
 @pytest.mark.parametrize("model", MODELS)
