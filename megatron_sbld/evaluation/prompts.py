@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from megatron_sbld.evaluation.generate import Continuation, continuation_text
 from megatron_sbld.evaluation.model import TrainedModel
@@ -51,12 +49,19 @@ def shown(
         texts: the prompts.
         prompts: their tokens.
         num_samples: continuations of each, which have a heading where there are several in all.
-        out: a JSON lines file, which is opened before any work starts.
+        out: a JSON lines file, which is replaced as soon as there is something to write.
+
+    Raises:
+        ValueError: `out` is a folder.
     """
-    began, tokens = time.monotonic(), 0
+    if out is not None:
+        if Path(out).is_dir():
+            raise ValueError(f"out = {out!r}: is a folder; must be a file")
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    began, tokens, mode = time.monotonic(), 0, "w"
 
     def show(continuation: Continuation) -> None:
-        nonlocal tokens
+        nonlocal tokens, mode
         tokens += len(continuation.tokens)
         text, prompt = texts[continuation.prompt], prompts[continuation.prompt]
         follows = continuation_text(trained.tokenizer, prompt, continuation.tokens)
@@ -64,7 +69,7 @@ def shown(
             print(f"--- prompt {continuation.prompt + 1}, sample {continuation.sample + 1}")
         # On a terminal the prompt is bold, so that one sees where the model begins.
         print(f"\033[1m{text}\033[0m{follows}" if sys.stdout.isatty() else f"{text}{follows}", flush=True)
-        if file is not None:
+        if out is not None:
             row = {
                 "prompt": text,
                 "continuation": follows,
@@ -75,17 +80,11 @@ def shown(
                 "log_probs": continuation.log_probs,
                 "iteration": trained.checkpoint.iteration,
             }
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            with Path(out).open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            mode = "a"
 
-    with _opened(out) as file:
-        yield show
+    yield show
     if tokens:
         seconds = time.monotonic() - began
         print(f"iteration {trained.checkpoint.iteration:,}: {tokens} tokens in {seconds:.1f} s", file=sys.stderr)
-
-
-def _opened(out: str | None) -> TextIO | nullcontext[None]:
-    if out is None or os.environ.get("RANK", "0") != "0":
-        return nullcontext()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    return open(out, "w", encoding="utf-8")

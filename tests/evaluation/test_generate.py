@@ -144,34 +144,35 @@ def argmax_chain(model: torch.nn.Module, trained: TrainedModel, prompt: list[int
 
 
 def test_every_layout_gives_the_same_continuations(runs: list[Path]) -> None:
-    expected = [continuations_of(run, {}) for run in runs]
-    assert all(isinstance(found, list) for found in expected), expected
-    cases = [(index, name) for index in range(len(runs)) for name in LAYOUTS]
-    outcomes = call_on_ranks(4, continue_on_layout, [(str(runs[index]), LAYOUTS[name]) for index, name in cases])
-    for (index, name), by_rank in zip(cases, outcomes, strict=True):
+    expected = continuations_of(runs, {})
+    outcomes = call_on_ranks(4, continue_on_layout, [(runs, layout) for layout in LAYOUTS.values()])
+    for name, by_rank in zip(LAYOUTS, outcomes, strict=True):
         for rank, found in enumerate(by_rank):
-            assert not isinstance(found, str), f"model {index}, {name}, rank {rank}: {found}"
-            assert_equal_continuations(found, expected[index])
+            assert not isinstance(found, str), f"{name}, rank {rank}: {found}"
+            assert_equal_continuations(found, expected)
 
 
-def continue_on_layout(given: tuple[str, dict[str, Any]]) -> list[Continuation] | str:
+def continue_on_layout(given: tuple[list[Path], dict[str, Any]]) -> list[Continuation] | str:
     try:
-        return continuations_of(Path(given[0]), given[1])
+        return continuations_of(*given)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def continuations_of(run: Path, layout: dict[str, Any]) -> list[Continuation]:
-    trained = read_trained_model(run)
-    prompts = prompts_of(trained)[1:]  # as many as make replicas wait for each other
-    config = evaluation_config(trained, ParallelConfig(**layout), world_size_from_environment())
-    with distributed_run(config):
-        (model,) = load_chunks(trained, config)
-        return [
-            found
-            for sampling in (GREEDY, DRAWN)
-            for found in continue_prompts(model, trained, prompts, replace(sampling, max_new_tokens=5))
-        ]
+def continuations_of(runs: list[Path], layout: dict[str, Any]) -> list[Continuation]:
+    """Of all models, in the processes of one run."""
+    models = [read_trained_model(run) for run in runs]
+    configs = [
+        evaluation_config(trained, ParallelConfig(**layout), world_size_from_environment()) for trained in models
+    ]
+    found = []
+    with distributed_run(configs[0]):
+        for trained, config in zip(models, configs, strict=True):
+            (model,) = load_chunks(trained, config)
+            prompts = prompts_of(trained)[1:]  # as many as make replicas wait for each other
+            for sampling in (GREEDY, DRAWN):
+                found += continue_prompts(model, trained, prompts, replace(sampling, max_new_tokens=5))
+    return found
 
 
 def assert_equal_continuations(found: list[Continuation], expected: list[Continuation]) -> None:
@@ -291,6 +292,7 @@ def test_half_precision_runs_on_a_cpu_too(alphabet_run: Path, capsys: pytest.Cap
         (["--prompt", "a", "--tensor_model_parallel_size", "2"], "tensor_model_parallel_size"),
         (["--prompt", "a", "--sequence_parallel", "true"], "sequence_parallel"),
         (["--prompts", "no_such_file"], "no_such_file"),
+        (["--prompt", "a", "--out", "/"], "is a folder"),
     ],
 )
 def test_mistakes_are_named(
