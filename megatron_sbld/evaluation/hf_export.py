@@ -131,12 +131,17 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def written_at_once(folder: Path) -> Iterator[Path]:
-    """A folder beside the one that is to be made, which gets its name when all has been written, and is gone else."""
+    """A folder beside the one that is to be made, which gets its name when all has been written, and is gone else.
+
+    Raises:
+        ValueError: a process that was killed has left one, or another one is writing it.
+    """
     folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{folder.name}.incomplete"
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-    unfinished.mkdir()
+    try:
+        unfinished.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"{unfinished}: exists; remove it unless another process is writing it") from None
     try:
         yield unfinished
         if folder.exists():
