@@ -42,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "profile": _profile,
         "schedule": _schedule,
         "evaluate": _evaluate,
+        "generate": _generate,
         "compare": _compare,
         "export": _export,
         "import": _import,
@@ -76,6 +77,7 @@ commands:
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
   evaluate   LAMBADA and perplexity of trained models
+  generate   continue prompts with a trained model
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
   export     write a checkpoint as a folder that Hugging Face's transformers loads
   import     make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's
@@ -300,6 +302,12 @@ def _evaluate(args: list[str]) -> int:
     from megatron_sbld.evaluation import commands
 
     return commands.evaluate(args)
+
+
+def _generate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.generate(args)
 
 
 def _compare(args: list[str]) -> int:
