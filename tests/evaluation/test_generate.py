@@ -191,6 +191,8 @@ def test_draws_depend_on_seed_prompt_and_sample_alone(runs: list[Path]) -> None:
     others = generate(trained, prompts, replace(DRAWN, seed=8), ParallelConfig())
     assert all(one.tokens != other.tokens for one, other in zip(first, others, strict=True))
     assert len({tuple(one.tokens) for one in more}) == len(more)
+    twice = generate(trained, [prompts[0], prompts[0]], DRAWN, ParallelConfig())
+    assert len({tuple(one.tokens) for one in twice}) == len(twice)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
