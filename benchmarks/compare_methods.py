@@ -10,8 +10,9 @@ With `--data-parallel-size 2 --methods undropped layerdrop-balanced layerdrop-di
 data-parallel replicas that drop distinct layers train better than ones that share their decisions.
 
 Runs are single processes, or one for each replica under torchrun, `--jobs` runs at a time, and a program that was
-stopped goes on where it was: complete runs are not repeated. Afterwards `megatron-sbld compare` makes the table and the
-plots. Losses are exact; throughput is worth something only on a machine that does nothing else.
+stopped goes on where it was: complete runs are not repeated. Afterwards `megatron-sbld evaluate` scores LAMBADA and
+WikiText where they are given, and `megatron-sbld compare` makes the table and the plots. Losses are exact; throughput
+is worth something only on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def main() -> None:
             commands[f"{method}/seed-{seed}"] = pretrain(args, config, run_dir, seed, drops[method])
     run_all("train", commands, args.jobs, args.out)
     runs = [str(args.out / name) for name in commands]
+    run_all("evaluate", evaluate(args, runs), 1, args.out)
     run_all("compare", {"compare": cli("compare", *runs, "--out", str(args.out / "comparison"))}, 1, args.out)
     print((args.out / "comparison" / "comparison.md").read_text())
     print(f"in {args.out / 'comparison'}; the command: {shlex.join(['python', *sys.argv])}")
@@ -97,6 +99,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text to train on: a file or folder, also .xz and .gz")
     parser.add_argument("--valid-text", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and the comparison")
+    parser.add_argument("--lambada", type=Path, help="passages on which all checkpoints are evaluated afterwards")
+    parser.add_argument("--wikitext", type=Path, help="WikiText on which the last checkpoints are evaluated afterwards")
     but_replicas = f"default: all but {', '.join(REPLICAS)}"
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=DROP_SECTIONS, help=but_replicas)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, data, decisions" + shown)
@@ -121,8 +125,8 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--lr", type=float, default=2e-3, help="peak learning rate" + shown)
     args = parser.parse_args()
     args.out = args.out.resolve()  # runs start in the repository's root
-    for name in ("text", "valid_text"):
-        if not getattr(args, name).exists():
+    for name in ("text", "valid_text", "lambada", "wikitext"):
+        if getattr(args, name) is not None and not getattr(args, name).exists():
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not exist")
     for name in ("jobs", "iters", "profile_iters", "batch_size", "num_layers", "data_parallel_size"):
         if getattr(args, name) < 1:
@@ -248,6 +252,17 @@ def pretrain(args: argparse.Namespace, config: Path, run_dir: Path, seed: int, d
     if args.data_parallel_size > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.data_parallel_size)]
     return cli("pretrain", "--config", str(config), *arguments, launcher=launcher)
+
+
+def evaluate(args: argparse.Namespace, runs: list[str]) -> dict[str, list[str]]:
+    commands = {}
+    if args.lambada is not None:
+        options = ["--data", str(args.lambada), "--every_checkpoint", "--checkpoint", *runs]
+        commands["evaluate-lambada"] = cli("evaluate", "lambada", *options)
+    if args.wikitext is not None:
+        options = ["--data", str(args.wikitext), "--format", "wikitext", "--checkpoint", *runs]
+        commands["evaluate-wikitext"] = cli("evaluate", "perplexity", *options)
+    return commands
 
 
 def cli(*args: str, launcher: Sequence[str] = ()) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_sbld import __version__
-from megatron_sbld.exit_status import EXIT_MISTAKE, EXIT_RANK_LOST
+from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST
 from megatron_sbld.training.liveness import RankLostError
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "profile": _profile,
         "schedule": _schedule,
         "evaluate": _evaluate,
+        "generate": _generate,
         "compare": _compare,
+        "export": _export,
+        "import": _import,
         "doctor": _doctor,
     }
     if not given or given[0] in ("-h", "--help"):
@@ -54,6 +57,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST if isinstance(error, RankLostError) else EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        print("megatron-sbld: interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]
@@ -66,7 +72,10 @@ commands:
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
   evaluate   LAMBADA and perplexity of trained models
+  generate   continue prompts with a trained model
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
+  export     write a checkpoint as a folder that Hugging Face's transformers loads
+  import     make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's
   doctor     what is installed here, what will be used, what is missing and what mends it
 
 `megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
@@ -290,6 +299,12 @@ def _evaluate(args: list[str]) -> int:
     return commands.evaluate(args)
 
 
+def _generate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.generate(args)
+
+
 def _compare(args: list[str]) -> int:
     from megatron_sbld.report.compare import compare
 
@@ -305,6 +320,18 @@ def _compare(args: list[str]) -> int:
     given: Namespace = parser.parse_args(args)
     compare(given.runs, given.baseline, given.out, given.group)
     return 0
+
+
+def _export(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.export(args)
+
+
+def _import(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.import_(args)
 
 
 def _doctor(args: list[str]) -> int:

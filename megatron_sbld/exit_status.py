@@ -8,3 +8,6 @@ EXIT_TO_BE_CONTINUED = 75
 
 EXIT_RANK_LOST = 76
 """A rank that ends because another one died, stalled or failed: start the run again to go on."""
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C, as shells have it."""

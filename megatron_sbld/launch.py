@@ -23,7 +23,7 @@ from types import FrameType
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_sbld.exit_status import EXIT_MISTAKE, EXIT_RANK_LOST, EXIT_TO_BE_CONTINUED
+from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST, EXIT_TO_BE_CONTINUED
 
 STATUS_FILE = "SBLD_STATUS_FILE"
 """Environment variable: a file that the exit status is written to as well, because of many srun reports the largest."""
@@ -63,14 +63,14 @@ def combined_status(exit_codes: Iterable[int], asked: bool) -> int:
         asked: whether they had been asked to stop.
 
     Returns:
-        EXIT_MISTAKE or another failure of a worker's own; else EXIT_TO_BE_CONTINUED if one has saved, or was asked to
-        before it could; else EXIT_RANK_LOST, also for workers that were killed.
+        EXIT_MISTAKE or another failure of a worker's own; else EXIT_INTERRUPTED after Ctrl-C; else EXIT_TO_BE_CONTINUED
+        if one has saved, or was asked to before it could; else EXIT_RANK_LOST, also for workers that were killed.
 
     >>> combined_status([76, 2], asked=False), combined_status([-9, 76], asked=False), combined_status([-15], True)
     (2, 76, 75)
     """
     codes = set(exit_codes)
-    for status in (EXIT_MISTAKE, *sorted(code for code in codes if 0 < code < EXIT_TO_BE_CONTINUED)):
+    for status in (EXIT_MISTAKE, *sorted(code for code in codes if 0 < code < EXIT_TO_BE_CONTINUED), EXIT_INTERRUPTED):
         if status in codes:
             return status
     return EXIT_TO_BE_CONTINUED if asked or EXIT_TO_BE_CONTINUED in codes else EXIT_RANK_LOST

@@ -131,6 +131,7 @@ class PerplexityTask(Task):
                 "format": texts.text_format,
                 "stride": stride,
                 "separator": self._separator,
+                "text_key": self._text_key,
                 "limit": self._limit,
                 "context": context,
             },

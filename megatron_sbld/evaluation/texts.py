@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -142,12 +142,7 @@ def _dataset_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[np.ndarray
     from megatron_sbld.training.dataset_files import read_metadata, verify_dataset
 
     verify_dataset(prefix)
-    metadata = read_metadata(prefix)
-    if metadata is not None and metadata["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
-        raise ValueError(
-            f"data: {prefix} was prepared with tokenizer {metadata['tokenizer']['spec']!r}, which encodes differently "
-            f"from the model's, {tokenizer.name!r}"
-        )
+    _check_tokenizer(prefix, read_metadata(prefix), tokenizer)
     dataset = IndexedDataset(prefix)
     boundaries = dataset.document_indices
     for first, last in itertools.pairwise(boundaries):
@@ -158,6 +153,21 @@ def _dataset_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[np.ndarray
                 f"{tokenizer.vocab_size - 1}"
             )
         yield ids[:-1] if len(ids) and ids[-1] == tokenizer.eod else ids
+
+
+def _check_tokenizer(prefix: str, metadata: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+    """Data sets that Megatron-LM prepared have no metadata; their ids alone are looked at."""
+    if metadata is None:
+        return
+    try:
+        written_by, fingerprint = metadata["tokenizer"]["spec"], metadata["tokenizer"]["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"data: the metadata (.json) of {prefix} lack {error}; prepare it again") from error
+    if fingerprint != tokenizer.fingerprint():
+        raise ValueError(
+            f"data: {prefix} was prepared with tokenizer {written_by!r}, which encodes differently from the model's, "
+            f"{tokenizer.name!r}"
+        )
 
 
 def _document(ids: np.ndarray, tokenizer: Tokenizer) -> Document:

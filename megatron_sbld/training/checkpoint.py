@@ -301,7 +301,7 @@ def check_compatible(
     Raises:
         ValueError: names every field that differs, its value and the checkpoint's.
     """
-    present, saved = _fields_of_weights(config.model), _fields_of_weights(saved_model_config(saved_config))
+    present, saved = _fields_of_weights(config.model), _fields_of_weights(saved_model(saved_config))
     problems = [
         f"model.{name} is {present[name]!r}, but the checkpoint has {saved[name]!r}"
         for name in present
@@ -313,8 +313,8 @@ def check_compatible(
         raise ValueError("the checkpoint is of another model: " + "; ".join(problems))
 
 
-def saved_model_config(saved_config: Mapping[str, Any]) -> ModelConfig:
-    """The model section of a saved config; fields that either version does not know take their defaults.
+def saved_model(saved_config: Mapping[str, Any]) -> ModelConfig:
+    """The model section of a saved config (`dataclasses.asdict`); what either version does not know takes its default.
 
     Raises:
         ValueError: there is none that can be read.
@@ -336,6 +336,7 @@ def _fields_of_weights(model: ModelConfig) -> dict[str, Any]:
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
         "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
         "ffn_hidden_size": ffn_hidden_size(model),
+        "activation_func": model.activation_func,
         "swiglu": model.swiglu,
         "add_bias_linear": model.add_bias_linear,
         "normalization": model.normalization,

@@ -7,11 +7,13 @@
 
 A checkpoint is written into its `.incomplete` folder and renamed when every rank's files are on disk. `checkpoint.json`
 (the manifest) is written before the renaming and lists every file with its size, so that a file that is lost or cut
-short afterwards is noticed as well. Contents are not checksummed.
+short afterwards is noticed as well. The small files have checksums too: unpickling a damaged one can take all memory
+before it fails. The shards, which hold the tensors, have none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +30,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = "megatron-sbld checkpoint"
 FORMAT_VERSION = 1
 _INCOMPLETE = ".incomplete"
+_SHARD = ".distcp"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -68,6 +71,8 @@ class Manifest:
     train_state: dict[str, Any]
     files: dict[str, int]
     """Sizes in bytes by name."""
+    sha256: dict[str, str]
+    """Checksums by name of the files that are not shards; older checkpoints have none."""
 
 
 def checkpoint_path(directory: Path, iteration: int) -> Path:
@@ -95,13 +100,14 @@ def encode_train_state(train_state: dict[str, Any]) -> dict[str, Any]:
 def publish(directory: Path, iteration: int, layout: Layout, train_state: dict[str, Any]) -> CheckpointInfo:
     """Make a fully written `.incomplete` folder a checkpoint: manifest, then renaming, then Megatron-LM's tracker."""
     folder, final = incomplete_path(directory, iteration), checkpoint_path(directory, iteration)
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    present = sorted(folder.iterdir())
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "iteration": iteration,
         "layout": asdict(layout),
-        "files": sizes,
+        "files": {file.name: file.stat().st_size for file in present},
+        "sha256": {file.name: _sha256(file) for file in present if file.suffix != _SHARD},
         "train_state": train_state,
     }
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
@@ -122,7 +128,7 @@ def verify(path: Path) -> Manifest:
     """The manifest of a complete checkpoint.
 
     Raises:
-        ValueError: it is none, or a file is missing or has another size than when it was saved.
+        ValueError: it is none, or a file is missing or is not what it was when it was saved.
     """
     manifest = _read_manifest(path)
     for name, expected in manifest.files.items():
@@ -134,6 +140,13 @@ def verify(path: Path) -> Manifest:
             raise ValueError(f"checkpoint {path}: {name} cannot be read: {error}") from error
         if found != expected:
             raise ValueError(f"checkpoint {path}: {name} has {found} bytes, but had {expected} when it was saved")
+    for name, digest in manifest.sha256.items():
+        try:
+            changed = _sha256(path / name) != digest
+        except OSError as error:
+            raise ValueError(f"checkpoint {path}: {name} cannot be read: {error}") from error
+        if changed:
+            raise ValueError(f"checkpoint {path}: {name} is damaged: its content is not what was saved")
     return manifest
 
 
@@ -252,9 +265,14 @@ def _read_manifest(path: Path) -> Manifest:
             layout=Layout(**content["layout"]),
             train_state=dict(content["train_state"]),
             files={str(name): int(size) for name, size in content["files"].items()},
+            sha256={str(name): str(digest) for name, digest in content.get("sha256", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: {MANIFEST} is malformed: {error!r}") from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sync(path: Path) -> None:

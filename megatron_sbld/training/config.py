@@ -42,6 +42,9 @@ class ModelConfig:
     """Normalisation of the layers' inputs and of the output."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of the normalisation."""
+    activation_func: Literal["gelu", "gelu_tanh"] = "gelu"
+    """GeLU of an MLP without swiglu: exact (gelu), or its tanh approximation (gelu_tanh), which the published GPT-2 has
+    and which Megatron-LM computes on GPUs, where it fuses GeLU with the bias by default. Only gelu_tanh is fused."""
     swiglu: bool = False
     """SwiGLU instead of GeLU in the MLP."""
     add_bias_linear: bool = True

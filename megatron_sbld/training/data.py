@@ -216,7 +216,9 @@ def _remove_broken_indices(cache: Path) -> None:
     for path in cache.glob("*.npy"):
         try:
             np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
+        except OSError:
+            raise
+        except Exception:  # NumPy parses a header as Python: a damaged one raises whatever Python's parser does
             path.unlink(missing_ok=True)
 
 
@@ -290,14 +292,15 @@ class TrainingData:
         self._replica = parallel_state.get_data_parallel_rank()
         self._replicas = parallel_state.get_data_parallel_world_size()
         self._config = config
+        self._tokenizer = tokenizer
         training, data = config.training, config.data
-        cache_path = data.data_cache_path or str(Path(config.logging.run_dir) / "data_cache")
+        self._cache_path = data.data_cache_path or str(Path(config.logging.run_dir) / "data_cache")
         train, valid = build_datasets(
             config,
             tokenizer,
             train_samples=_samples_to_train(config, train_iters),
             valid_samples=training.eval_iters * training.global_batch_size,
-            cache_path=cache_path,
+            cache_path=self._cache_path,
         )
         self._train_set = train
         self.go_to(consumed_samples)
@@ -306,10 +309,14 @@ class TrainingData:
     def go_to(self, consumed_samples: int) -> None:
         """Let `train_batches` go on after this many samples of the run."""
         self._train: Iterator[Batch] = iter(())  # ends the former's worker processes before there are new ones
-        self._train = iter(self._loader(self._train_set, consumed_samples))
+        self._train = self._checked(iter(self._loader(self._train_set, consumed_samples)), "data.train_data_path")
 
     def train_batches(self, num_microbatches: int) -> Iterator[Batch]:
-        """The next microbatches of the run. Each call goes on where the one before it has been read to."""
+        """The next microbatches of the run. Each call goes on where the one before it has been read to.
+
+        Raises:
+            ValueError: a file is damaged in a way that only shows when it is read.
+        """
         for _ in range(num_microbatches):
             batch = next(self._train, None)
             if batch is None:
@@ -320,13 +327,37 @@ class TrainingData:
         """Microbatches of the validation set from its beginning: every validation of a run sees the same samples.
 
         Raises:
-            ValueError: the run has no validation set.
+            ValueError: the run has no validation set, or a damaged file.
         """
         if self._valid is None:
             raise ValueError("data.valid_data_path is empty: there is nothing to validate on")
-        batches = iter(self._valid)
+        batches = self._checked(iter(self._valid), "data.valid_data_path")
         for _ in range(num_microbatches):
             yield next(batches)
+
+    def _checked(self, batches: Iterator[Batch], field: str) -> Iterator[Batch]:
+        """The batches, if they can be read and hold tokens that the model knows.
+
+        On a GPU an unknown id would end in a device-side assertion that says nothing of the data.
+        """
+        vocab_size = self._tokenizer.vocab_size
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (IndexError, ValueError) as error:
+                raise ValueError(
+                    f"{field}: cannot be read ({str(error).splitlines()[-1]}); the data, or their indices in "
+                    f"{self._cache_path}, are damaged: delete that folder, and if it stays, prepare the data again"
+                ) from error
+            for extreme in (*batch["tokens"].aminmax(), *batch["labels"].aminmax()):
+                if not 0 <= extreme < vocab_size:
+                    raise ValueError(
+                        f"{field}: holds the id {int(extreme)}, but data.tokenizer = {self._tokenizer.name!r} has ids "
+                        f"0 to {vocab_size - 1}: a .bin file is damaged; prepare it again"
+                    )
+            yield batch
 
     def _loader(self, dataset: Dataset, consumed_samples: int) -> DataLoader[Batch]:
         assert isinstance(dataset, Sized), "megatron-core's data sets have a length"

@@ -27,6 +27,7 @@ METADATA_FORMAT = "megatron-sbld data set 1"
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+_CHECKED_AT_ONCE = 1 << 20
 _INTEGER_CODES = tuple(dtype.value for dtype in DType if not dtype.name.startswith("float"))
 
 
@@ -76,12 +77,23 @@ def verify_dataset(prefix: str) -> DatasetFacts:
     _expect(bin_path, "bytes", tokens * DType.size(dtype), os.path.getsize(bin_path))
     pointers = np.memmap(idx_path, np.int64, "r", header + 4 * sequences, (sequences,))
     documents = np.memmap(idx_path, np.int64, "r", header + 12 * sequences, (boundaries,))
-    last_pointer = (tokens - int(lengths[-1])) * DType.size(dtype)
-    if lengths.min() < 0 or pointers[0] != 0 or pointers[-1] != last_pointer:
+    if lengths.min() < 0 or not _are_positions(pointers, lengths, DType.size(dtype)):
         raise ValueError(f"{idx_path}: damaged: lengths and positions of its sequences contradict each other")
-    if boundaries == 0 or documents[0] != 0 or documents[-1] != sequences:
+    if boundaries == 0 or documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
         raise ValueError(f"{idx_path}: damaged: its documents do not cover its {sequences} sequences")
     return DatasetFacts(prefix, dtype, sequences, tokens, zlib.crc32(lengths.tobytes()))
+
+
+def _are_positions(pointers: np.ndarray, lengths: np.ndarray, token_bytes: int) -> bool:
+    """Whether sequences of these lengths lie one after the other at these positions, in bytes."""
+    end = 0
+    for start in range(0, len(lengths), _CHECKED_AT_ONCE):
+        part = slice(start, start + _CHECKED_AT_ONCE)
+        ends = end + np.cumsum(lengths[part], dtype=np.int64) * token_bytes
+        if not np.array_equal(pointers[part], np.concatenate([[end], ends[:-1]])):
+            return False
+        end = int(ends[-1])
+    return True
 
 
 def _read_header(idx_path: str) -> tuple[type[np.integer], int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from megatron.core.utils import get_model_config
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.mcore.optimizer_state import fuse_adam
 from megatron_sbld.residual.choice import library_for
-from megatron_sbld.training.config import Config
+from megatron_sbld.training.config import Config, ModelConfig
 from megatron_sbld.training.flops import ffn_hidden_size
 from megatron_sbld.training.step import this_device
 
@@ -58,6 +58,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     """Megatron's TransformerConfig for this run."""
     model, parallel, training = config.model, config.parallel, config.training
     on_gpu = torch.cuda.is_available()
+    activation_func, bias_activation_fusion = _activation(model, on_gpu)
     interleaved = parallel.num_virtual_stages_per_pipeline_rank is not None
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -69,12 +70,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         normalization=model.normalization,
         layernorm_epsilon=model.layernorm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        activation_func=activation_func,
         add_bias_linear=model.add_bias_linear,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=bias_activation_fusion,
         bias_dropout_fusion=on_gpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -97,6 +98,25 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_num_layers=training.recompute_num_layers,
         recompute_modules=training.recompute_modules,
     )
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GeLU's tanh approximation: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _activation(model: ModelConfig, on_gpu: bool) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
+    """Megatron's activation_func and bias_activation_fusion.
+
+    Its fused GeLU is the tanh approximation, though asked for by F.gelu: fused for that alone, so that a model computes
+    the same on a GPU and elsewhere.
+    """
+    if model.swiglu:
+        return F.silu, on_gpu
+    if model.activation_func == "gelu":
+        return F.gelu, False
+    fused = on_gpu and model.add_bias_linear
+    return F.gelu if fused else gelu_tanh, fused
 
 
 def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from megatron_sbld.placement import (
     iteration_times,
     stage_loads,
 )
-from megatron_sbld.plan import draw_plan, draw_sample_counts
+from megatron_sbld.plan import draw_sample_counts
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.forecast import Forecast, Phase, spread_iterations
@@ -97,7 +96,7 @@ def stage_forecast(
         policy=policy,
         train_iters=outlook.total.last,
         num_microbatches=max(1, training.global_batch_size // (training.micro_batch_size * replicas)),
-        num_samples=training.micro_batch_size if config.drop.granularity == "sample" else None,
+        num_samples=training.micro_batch_size if config.drop.granularity == "sample" else 1,
         # As many as have the output layer's FLOPs (equations.md section 7).
         output_layers=None if phi is None else policy.num_layers * (1.0 - phi) / phi,
         balanced=_fixed_stages(config.drop, placement, balanced),
@@ -154,8 +153,8 @@ class _Run:
     policy: Policy
     train_iters: int
     num_microbatches: int
-    num_samples: int | None
-    """Of a microbatch, with granularity sample."""
+    num_samples: int
+    """Of a microbatch, with granularity sample; else 1, which a layer runs or not."""
     output_layers: float | None
     balanced: list[list[int]] | None
     """Stages that the balanced sampler evens whatever the placement; None where it follows the placement."""
@@ -198,18 +197,18 @@ def _iteration_times(run: _Run, iterations: list[int], placement: Placement) -> 
 
 def _drawn(run: _Run, iteration: int, placement: Placement) -> Floats:
     """What share of each microbatch each layer will run, [m, L]."""
-    drop, keep_probs = run.drop, run.policy.keep_probs(iteration)
-    arguments: dict[str, Any] = {
-        "seed": drop.seed,
-        "iteration": iteration,
-        "num_microbatches": run.num_microbatches,
-        "scope": drop.decision_scope,
-        "sampler": drop.sampler,
-        "stages": (run.balanced or placement.stages) if drop.sampler == "balanced" else None,
-    }
-    if run.num_samples is None:
-        return draw_plan(keep_probs, **arguments).astype(np.float64)
-    return draw_sample_counts(keep_probs, run.num_samples, **arguments) / run.num_samples
+    drop = run.drop
+    counts = draw_sample_counts(
+        run.policy.keep_probs(iteration),
+        num_samples=run.num_samples,
+        seed=drop.seed,
+        iteration=iteration,
+        num_microbatches=run.num_microbatches,
+        scope=drop.decision_scope,
+        sampler=drop.sampler,
+        stages=(run.balanced or placement.stages) if drop.sampler == "balanced" else None,
+    )
+    return counts / run.num_samples
 
 
 def _numbers(layers: list[int]) -> str:

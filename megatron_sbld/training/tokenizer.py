@@ -108,6 +108,11 @@ class FileTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer; not to be changed."""
+        return self._backend
+
     def fingerprint(self) -> str:
         # Not a hash of the files: they differ between formats and library versions that encode alike.
         return _hash([sorted(self._backend.get_vocab().items()), self.eod, self.encode(_PROBE)])

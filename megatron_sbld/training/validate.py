@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, get_args, get_type_hints
 
-from megatron_sbld.drop import replicas_run_alike, validate_drop
+from megatron_sbld.drop import validate_drop
+from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
 from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
@@ -66,6 +67,7 @@ _POSITIVE = (
 )
 _RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 _MAX_SEED = 2**31 - 1  # NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks
+_MAX_RAMP_ITERATIONS = 1_000_000  # they are counted one by one, as Megatron-LM does
 _TIMEOUT_MINUTES = (0.1, 100_000)  # healthy ranks can be silent for seconds while they start
 _BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
@@ -200,6 +202,11 @@ def _model(config: Config) -> list[str]:
     ):
         if value % tensor:
             problems.append(f"{name} = {value}: must be divisible by parallel.tensor_model_parallel_size = {tensor}")
+    if model.swiglu and model.activation_func != "gelu":
+        problems.append(
+            f"model.activation_func = {model.activation_func!r}: has no effect with model.swiglu, whose activation is "
+            "SiLU; leave it out"
+        )
     rotated = int((model.kv_channels or model.hidden_size // model.num_attention_heads) * model.rotary_percent)
     if model.position_embedding_type == "rope" and (rotated % 2 or not rotated):
         problems.append(
@@ -247,7 +254,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
         problems.append(
             "parallel.overlap_param_gather = true: needs use_distributed_optimizer and overlap_grad_reduce as well"
         )
-    if not replicas_run_alike(config.drop) and parallel.overlap_grad_reduce:
+    if not replicas_run_alike(config.drop.replicas, config.drop.granularity) and parallel.overlap_grad_reduce:
         problems.append(
             "drop.replicas = 'distinct': does not work with parallel.overlap_grad_reduce, because replicas would start "
             "their reductions in different orders; use 'shared' or switch the overlap off"
@@ -267,7 +274,12 @@ def _length(config: Config) -> list[str]:
         return []
     if len(ramp) != 3 or any(value < 1 for value in ramp):
         return [f"training.rampup_batch_size = {ramp}: must be three positive numbers, [start, increment, samples]"]
-    start, increment, _ = ramp
+    start, increment, ramp_samples = ramp
+    if ramp_samples // start > _MAX_RAMP_ITERATIONS:
+        return [
+            f"training.rampup_batch_size = {ramp}: its samples make more than {_MAX_RAMP_ITERATIONS:,} iterations of "
+            f"{start}; allowed are {start * _MAX_RAMP_ITERATIONS:,} samples"
+        ]
     if start >= training.global_batch_size or (training.global_batch_size - start) % increment:
         return [
             f"training.rampup_batch_size = {ramp}: start plus one or more times the increment must give "
@@ -338,7 +350,7 @@ def _optimizer(config: Config) -> list[str]:
     else:
         unit, decay, warmup = "samples", opt.lr_decay_samples or training.train_samples, opt.lr_warmup_samples
         other = opt.lr_decay_iters or opt.lr_warmup_iters
-    if warmup >= decay:
+    if 0 < decay <= warmup:  # without a length, which is refused, there is nothing to compare with
         problems.append(f"optimizer.lr_warmup_{unit} = {warmup}: must be below the {decay} over which the rate decays")
     if other:
         problems.append(f"optimizer: training is counted in {unit}, so give lr_decay_{unit} and lr_warmup_{unit} alone")

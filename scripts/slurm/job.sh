@@ -80,11 +80,8 @@ run_step() {
   step=$!
   # shellcheck disable=SC2064  # the process of now
   trap "echo 'asked to stop; passed on to the step'; kill -USR1 $step 2>/dev/null || true" USR1 TERM
-  step_status=0
-  while :; do  # wait returns whenever a signal was handled
-    wait "$step" && step_status=0 || step_status=$?
-    kill -0 "$step" 2>/dev/null || break
-  done
+  while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # it returns whenever a signal was handled
+  wait "$step" && step_status=0 || step_status=$?
   trap : USR1 TERM
 }
 

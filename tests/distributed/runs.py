@@ -102,6 +102,7 @@ class Case:
     residual: str = "stock"
     evaluate: bool = False
     switch_before_wrapping: bool = False
+    switchable: bool = True  # False: stock layers, which drop nothing whatever the policy says
     iterations: int = 10
     relative: float = 1e-4  # tolerance against the reference
 
@@ -155,10 +156,10 @@ def run_case(case: Case) -> Result:
             replica=parallel_state.get_data_parallel_rank(),
         )
         chunks = tiny_gpt(config, **case.build)
-        if case.switch_before_wrapping:
+        if case.switchable and case.switch_before_wrapping:
             make_switchable(chunks, controller)
         models = wrap_ddp(chunks, **case.ddp)
-        if not case.switch_before_wrapping:
+        if case.switchable and not case.switch_before_wrapping:
             make_switchable(models, controller)
         if case.residual == "fused":
             fuse_residual(models)

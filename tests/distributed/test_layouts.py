@@ -108,6 +108,21 @@ EVALUATED = {
         policy="extreme", ddp={**BOTH_OVERLAPS, "bucket_size": 1}, evaluate=True
     ),
 }
+KEPT_ALL = {
+    "TP 2": Case(tp=2, policy="full"),
+    "PP 2": Case(pp=2, policy="full"),
+    "PP 2 interleaved, full recomputation, microbatch": Case(
+        pp=2, vpp=2, policy="full", scope="microbatch", config=FULL_RECOMPUTE
+    ),
+    "DP 2": Case(policy="full"),
+    "DP 2, both overlaps": Case(policy="full", ddp=BOTH_OVERLAPS),
+}
+# The same sums in the same order: overlapping them with backward may change no bit.
+SAME_ARITHMETIC = {
+    "DP 2, overlapped reduction": "DP 2",
+    "DP 2, overlapped reduction, extreme": "DP 2, extreme",
+    "DP 2, both overlaps": "DP 2, distributed optimizer",
+}
 FOUR_PROCESSES = {
     "TP 2 x PP 2": Case(tp=2, pp=2),
     "TP 2 x PP 2, microbatch": Case(tp=2, pp=2, scope="microbatch"),
@@ -138,7 +153,10 @@ def one_process() -> dict[str, Result]:
 def two_processes() -> list[dict[str, Result]]:
     replicas = {"DP 2, microbatch": Case(scope="microbatch"), **TWO_REPLICAS_MICROBATCH}
     evaluated = {f"evaluated {name}": case for name, case in EVALUATED.items()}
-    return run_distributed(run_cases, 2, _long({**TWO_PROCESSES, **replicas, **evaluated}), timeout=900)
+    kept_all = {f"kept all, {name}": case for name, case in KEPT_ALL.items()}
+    stock = {f"stock, {name}": replace(case, switchable=False) for name, case in KEPT_ALL.items()}
+    cases = _long({**TWO_PROCESSES, **replicas, **evaluated, **kept_all, **stock})
+    return run_distributed(run_cases, 2, cases, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +184,24 @@ def test_two_processes_equal_one(
     for rank in two_processes:
         assert [rows[0] for rows in rank[name].decisions] == [rows[0] for rows in reference.decisions]
         assert_equal_runs(rank[name], reference)
+
+
+@pytest.mark.parametrize("name", SAME_ARITHMETIC)
+def test_overlaps_change_no_bit(two_processes: list[dict[str, Result]], name: str) -> None:
+    for rank in two_processes:
+        assert rank[name].losses == rank[SAME_ARITHMETIC[name]].losses
+        assert rank[name].gradients == rank[SAME_ARITHMETIC[name]].gradients
+
+
+@pytest.mark.parametrize("name", KEPT_ALL)
+def test_nothing_dropped_is_stock_bit_for_bit_on_two_processes(
+    two_processes: list[dict[str, Result]], name: str
+) -> None:
+    for rank in two_processes:
+        kept_all, stock = rank[f"kept all, {name}"], rank[f"stock, {name}"]
+        assert kept_all.losses == stock.losses
+        assert kept_all.grad_norms == stock.grad_norms
+        assert kept_all.gradients == stock.gradients
 
 
 @pytest.mark.parametrize("name", TWO_REPLICAS_MICROBATCH)

@@ -109,6 +109,11 @@ def _edit_manifest(path: Path, **changes: object) -> None:
 DAMAGES = {
     "truncated": (_truncate, "__0_0.distcp has 5 bytes, but had 23 when it was saved"),
     "file lost": (_lose_a_file, r"\.metadata is missing \(20 bytes when it was saved\)"),
+    "other content": (
+        lambda path: (path / ".metadata").write_bytes(b"x" * 20),
+        r"\.metadata is damaged: its content is not what was saved",
+    ),
+    "checksums not a table": (lambda path: _edit_manifest(path, sha256=[3]), "malformed"),
     "manifest lost": (_lose_the_manifest, "not a checkpoint of megatron-sbld"),
     "manifest cut": (_cut_the_manifest, "checkpoint.json cannot be read"),
     "manifest of another program": (lambda path: _edit_manifest(path, format="x"), "does not begin with format"),
@@ -136,6 +141,14 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_refused_by_name(
     with pytest.raises(ValueError, match=message) as refusal:
         files.verify(damaged)
     assert str(damaged) in str(refusal.value)
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_complete(tmp_path: Path) -> None:
+    path = make(tmp_path, 2).path
+    content = json.loads((path / files.MANIFEST).read_text())
+    assert sorted(content.pop("sha256")) == [".metadata", "common.pt", "metadata.json"]
+    (path / files.MANIFEST).write_text(json.dumps(content))
+    assert files.verify(path).iteration == 2
 
 
 def test_a_damaged_checkpoint_is_replaced_when_its_iteration_is_saved_again(tmp_path: Path) -> None:

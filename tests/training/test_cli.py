@@ -171,6 +171,19 @@ def test_a_malformed_command_line_is_refused(capsys: pytest.CaptureFixture[str],
     assert_matches(refused(capsys, *args), message)
 
 
+def test_an_interrupted_command_says_so_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["doctor"])
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "megatron-sbld: interrupted\n"
+
+
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("pretrian") == cli.EXIT_MISTAKE
     assert "unknown command 'pretrian'; allowed are prepare, pretrain" in capsys.readouterr().err

@@ -222,6 +222,42 @@ def test_a_set_prepared_anew_under_its_old_name_is_not_read_with_its_old_indices
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ids_that_the_model_does_not_know_are_found_when_they_are_read(tmp_path, corpus, num_workers):
+    """Metadata vouch for the tokenizer, not for bytes that were overwritten later."""
+    path = Path(f"{corpus}.bin")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    config = run_config(tmp_path, [corpus], [corpus], num_workers=num_workers)
+    check_data(config, TOKENIZER)
+    data = TrainingData(config, TOKENIZER, 6, 0)
+    for batches, field in ((data.train_batches(1), "train"), (data.valid_batches(1), "valid")):
+        with pytest.raises(ValueError, match=rf"data\.{field}_data_path: holds the id 65535, but .* ids 0 to 258"):
+            next(batches)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_indices_that_point_beyond_the_data_are_named_when_they_are_read(tmp_path, corpus):
+    config = run_config(tmp_path, [corpus])
+    all_tokens(config, 0, 1)
+    (index,) = Path(config.data.data_cache_path).glob("*document_index.npy")
+    documents = np.load(index)
+    np.save(index, np.full_like(documents, 10_000))
+    with pytest.raises(ValueError, match=r"data\.train_data_path: cannot be read \(.*10000.*/cache, are damaged"):
+        all_tokens(config, 0, 1)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_index_with_a_damaged_header_is_built_again(tmp_path, corpus):
+    """NumPy's parser of headers raises whatever Python's tokenizer does, here no ValueError."""
+    config = run_config(tmp_path, [corpus])
+    before = all_tokens(config, 0, 24)
+    for index in Path(config.data.data_cache_path).glob("*.npy"):
+        content = index.read_bytes()
+        index.write_bytes(content.replace(b"}", b" ", 1))
+        assert all_tokens(config, 0, 24) == before
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("left", [0, 60, 200])
 def test_an_index_that_a_killed_run_left_half_written_is_built_again(tmp_path, corpus, left):
     config = run_config(tmp_path, [corpus])

@@ -45,6 +45,9 @@ def test_a_truncated_bin_is_refused_with_both_sizes(prepared):
         (lambda content: content[:18] + b"\xff" * 8 + content[26:], "cut short or damaged"),
         (lambda content: content[:34] + b"\x01\0\0\0" + content[38:], r"out_train\.bin: cut short or damaged"),
         (lambda content: content[:-8] + b"\0" * 8, "documents do not cover"),
+        (lambda content: content[:-16] + b"\xff" * 8 + content[-8:], "documents do not cover"),
+        # The position of the third of 9 sequences: header of 34 bytes, 9 lengths, 2 positions.
+        (lambda content: content[:86] + b"\x01" + content[87:], "positions of its sequences contradict"),
     ],
 )
 def test_a_damaged_index_is_refused(prepared, damage, message):
@@ -52,6 +55,13 @@ def test_a_damaged_index_is_refused(prepared, damage, message):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=message):
         verify_dataset(prepared)
+
+
+def test_a_sound_index_is_checked_in_parts(prepared, monkeypatch):
+    whole = verify_dataset(prepared)
+    for at_once in (1, 2, 8, 9):
+        monkeypatch.setattr("megatron_sbld.training.dataset_files._CHECKED_AT_ONCE", at_once)
+        assert verify_dataset(prepared) == whole
 
 
 def test_a_prefix_given_with_its_suffix_is_refused_with_a_hint(prepared):

@@ -53,6 +53,10 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"model": {"hidden_size": 1000}},
         r"model.hidden_size = 1000: must be divisible by model.num_attention_heads = 16",
     ),
+    (
+        {"model": {"activation_func": "gelu_tanh", "swiglu": True}},
+        r"model.activation_func = 'gelu_tanh': has no effect with model.swiglu",
+    ),
     ({"model": {"num_query_groups": 5}}, r"model.num_query_groups = 5: must divide model.num_attention_heads = 16"),
     (
         {"model": {"num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}},
@@ -160,6 +164,10 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         },
         r"training.global_batch_size = 2: must be divisible by .* = 8 \(the interleaved schedule",
     ),
+    (
+        {"training": {"rampup_batch_size": [8, 8, 10**15], "global_batch_size": 32}},
+        r"training.rampup_batch_size = .*: its samples make more than 1,000,000 iterations of 8",
+    ),
     ({"training": {"rampup_batch_size": [8]}}, r"training.rampup_batch_size = \[8\]: must be three positive numbers"),
     (
         {"training": {"rampup_batch_size": [8, 0, 8]}},
@@ -262,14 +270,20 @@ def test_a_mistake_is_named(sections: dict[str, dict[str, Any]], message: str) -
         validate(change(VALID, **sections), world_size=8)
 
 
+def test_a_run_without_a_length_is_one_problem() -> None:
+    with pytest.raises(ValueError) as error:
+        validate(change(VALID, training={"train_iters": None}), world_size=8)
+    assert str(error.value).count("\n") == 0
+
+
 def test_where_nothing_is_trained_data_may_be_missing_and_the_processes_are_as_many_as_the_layout_needs() -> None:
     layout = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3}
     config = change(VALID, data={"train_data_path": []}, parallel=layout)
-    validate(config, None)
+    validate(config, None, trains=False)
     with pytest.raises(ValueError, match=r"data.train_data_path: is empty"):
         validate(config, world_size=12)
     with pytest.raises(ValueError, match=r"model.num_layers = 12: must be divisible by the 5 pipeline stages"):
-        validate(change(config, parallel={"pipeline_model_parallel_size": 5}), None)
+        validate(change(config, parallel={"pipeline_model_parallel_size": 5}), None, trains=False)
 
 
 @pytest.mark.parametrize(
