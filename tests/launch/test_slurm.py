@@ -125,6 +125,7 @@ def test_a_run_that_is_preempted_and_then_asked_to_stop_continues_bit_for_bit(
     assert f"stopped as asked after iteration {stopped_at} of {ITERATIONS}" in node_logs(cluster, job, 0)
     assert "status 75" in log_of(cluster, job)
 
+    cluster.release(job)
     wait_for_iteration(cluster, job, run_dir, stopped_at + 20)
     assert f"iterations {stopped_at + 1} to {ITERATIONS}" in node_logs(cluster, job, 1), "nothing was done twice"
     cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@600 does near the time limit
@@ -132,6 +133,7 @@ def test_a_run_that_is_preempted_and_then_asked_to_stop_continues_bit_for_bit(
     stopped_again_at = written(run_dir)
     assert stopped_at + 20 <= stopped_again_at < ITERATIONS
 
+    cluster.release(job)
     cluster.wait_for_state(job, "COMPLETED")
     assert f"iterations {stopped_again_at + 1} to {ITERATIONS}" in node_logs(cluster, job, 2)
     assert losses(run_dir) == undisturbed
@@ -146,6 +148,7 @@ def test_a_run_that_loses_a_node_is_requeued_and_continues_bit_for_bit(
     cluster.wait_for_requeue(job, restarts=1)
     assert 20 <= written(run_dir) < ITERATIONS
     cluster.start_node(NODES[1])
+    cluster.release(job)
     cluster.wait_for_state(job, "COMPLETED")
     assert losses(run_dir) == undisturbed
 
