@@ -1,9 +1,9 @@
 """GPUs and the links between them: peaks from the vendor's data sheets, and which of them a group of ranks shares.
 
-Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM (dense bf16, the sheets give Hopper's with sparsity,
-twice as much; NVLink in one direction, the sheets give the sum of both); the network is that of a DGX A100 (one ConnectX-6
-of 200 Gbit/s a GPU) and of a DGX H100 and H200 (one ConnectX-7 of 400 Gbit/s a GPU). The efficiencies are assumptions:
-what copies and collectives commonly reach of a peak.
+Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM (dense bf16, where the sheets give Hopper's with
+sparsity, twice as much; NVLink in one direction, where the sheets give the sum of both); the network is that of a DGX
+A100 (one ConnectX-6 of 200 Gbit/s a GPU) and of a DGX H100 and H200 (one ConnectX-7 of 400 Gbit/s a GPU). The
+efficiencies are assumptions: what copies and collectives commonly reach of a peak.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ class Hardware:
     def group_rate(self, size: int, stride: int) -> float:
         """Bytes/s and rank of a ring over `size` ranks that are `stride` apart, all such groups at work at once.
 
-        Within a node it is the node's links. Over several, a ring enters and leaves each node once, and as many rings as
-        the group has ranks on a node share the group's part of the network.
+        Within a node it is the node's links. Over several, a ring enters and leaves each node once, and as many rings
+        as the group has ranks on a node share the group's part of the network.
         """
         if size * stride <= self.gpus_per_node:
             bandwidth = self.intra_bandwidth
         else:
             on_a_node = min(size, max(1, self.gpus_per_node // stride))
-            bandwidth = min(self.intra_bandwidth, on_a_node * self.inter_bandwidth)
-            if on_a_node == 1:
-                bandwidth = self.inter_bandwidth
+            bandwidth = on_a_node * self.inter_bandwidth
+            if on_a_node > 1:
+                bandwidth = min(bandwidth, self.intra_bandwidth)
         return bandwidth * 1e9 * self.link_efficiency
 
     def link_rate(self, size: int, stride: int) -> float:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_sbld.pipeline import Floats, one_f_one_b
 
@@ -86,9 +85,9 @@ def run_schedule(
     """Runs a schedule.
 
     forward, backward: seconds of each pass, [n, m, chunks].
-    transfer: seconds from one rank to another; holds: whether it keeps the sender from computing (the plain schedule) or
-        runs beside it (the interleaved one with overlap_p2p_comm).
-    first_forward: (chunk, start) -> seconds of the first microbatch's forward pass, where they depend on when it starts.
+    transfer: seconds from one rank to another.
+    holds: whether it keeps the sender from computing (the plain schedule) or runs beside it (overlap_p2p_comm).
+    first_forward: (chunk, start) -> end of the first microbatch's forward pass, where it waits for parameters.
     record: keep every pass.
     """
     leading, (num_microbatches, num_chunks) = forward.shape[:-2], forward.shape[-2:]
@@ -112,9 +111,9 @@ def run_schedule(
                     break
                 start = free[rank] if begins else np.maximum(free[rank], arrived.pop(what))
                 seconds = (forward if is_forward else backward)[..., microbatch, chunk]
-                if is_forward and microbatch == 0 and first_forward is not None:
-                    seconds = first_forward(chunk, start)
                 end = start + seconds
+                if is_forward and microbatch == 0 and first_forward is not None:
+                    end = first_forward(chunk, start)
                 busy[rank] = busy[rank] + seconds
                 free[rank] = end
                 after = chunk + (1 if is_forward else -1)
@@ -139,13 +138,11 @@ def run_schedule(
     )
 
 
-def most_in_flight(
-    amounts: Floats, rank: int, num_ranks: int, num_microbatches: int
-) -> tuple[Floats, NDArray[np.int64]]:
+def most_in_flight(amounts: Floats, rank: int, num_ranks: int, num_microbatches: int) -> tuple[Floats, int]:
     """The most that a rank holds at one time of what forward passes leave for the backward passes.
 
-    amounts: what a pass through each chunk leaves, [n, m or 1, chunks]. Returns the most, [n], and how many passes were
-    in flight when it was reached without regard to amounts, [1].
+    amounts: what a pass through each chunk leaves, [n, m or 1, chunks]. Returns the most, [n], and how many passes are in
+    flight at most.
     """
     chunks = amounts.shape[-1]
     held = np.zeros(amounts.shape[:-2])
@@ -155,4 +152,4 @@ def most_in_flight(
         held = held + amount if is_forward else held - amount
         passes += 1 if is_forward else -1
         most, most_passes = np.maximum(most, held), max(most_passes, passes)
-    return most, np.array([most_passes])
+    return most, most_passes
