@@ -328,8 +328,8 @@ def _predict(args: list[str]) -> int:
 
     parser = _parser(
         "predict --config FILE --gpus N [options] [--section.field VALUE ...]",
-        "Predict what a run takes on a cluster: iteration time, memory, hours, the gain of its drop section with either "
-        "sampler, what pipeline imbalance costs, and a placement of the layers that evens it. A model of matrix "
+        "Predict what a run takes on a cluster: iteration time, memory, hours, the gain of its drop section with "
+        "either sampler, what pipeline imbalance costs, and a placement of the layers that evens it. A model of matrix "
         "products, memory traffic, communication and the pipeline's schedule, calibrated on the undropped run's "
         "throughput alone. Nothing is trained and no data is read; neither GPUs nor Megatron are needed.",
     )

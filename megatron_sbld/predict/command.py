@@ -50,7 +50,7 @@ class PredictOptions:
     gpus_per_node: int | None = None
     """GPUs of a node; None is the hardware's, 8."""
     attention: str = "flash"
-    """flash: fused, half of the causal matrix computed and none stored; unfused: all computed and stored (before 2022)."""
+    """flash: fused, half of the causal matrix computed and none stored; unfused: all of it computed and stored."""
     baseline_tokens_per_s: float | None = None
     """Measured throughput of the undropped run on all GPUs, that the model is calibrated on; None takes mfu."""
     mfu: float | None = None

@@ -1,8 +1,9 @@
 """Calibration on the undropped baseline, and what a drop section gains over it in a run.
 
 One number is calibrated, the share of the peak that matrix products reach, so that the undropped model has the given
-throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take; their mean
-time gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during a batch-size ramp.
+throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take. Their mean
+time, corrected for how many layers the sampled decisions happen to keep more or less than expected (a control variate),
+gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during a batch-size ramp.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ASSUMED_MFU = 0.4
 LOWEST_THETA = 0.4
 """The paper's recommended range of theta is [0.4, 1] (equations.md section 1)."""
 
-_SAMPLED = 1000  # iterations of a run that are simulated
+_SAMPLED = 500  # iterations of a run that are simulated
 _SAMPLED_ROWS = 2**16  # microbatches whose decisions are drawn, where each has its own
 _MOST_REPLICAS = 8  # that are simulated where each decides for itself
 _LOWEST_EFFICIENCY = 1e-6
@@ -57,7 +58,8 @@ class Prediction:
     gain_stderr: float
     """Of sampling iterations; says nothing about the model's own error."""
     lost_to_imbalance: float
-    """Share of the iterations' time that an even spread of the same work over the stages would save."""
+    """Share of the iterations' time that the same work of the layers, spread evenly over the stages, would save; below 0
+    where the placement makes up for the output layer."""
     iteration_s: float
     tokens_per_s: float
     hours: float
@@ -99,8 +101,10 @@ class Predictor:
         means = [policy.keep_probs(iteration) for iteration in iterations]
         replicas = self.shares(drop, policy, iterations, model.setup.placement)
         times = model.times(replicas).total
-        even = model.times([model.spread_evenly(shares) for shares in replicas], ran=model.layers_run(replicas)).total
-        mean = float(times.mean())
+        even = model.times(replicas, evenly=True).total
+        kept = np.mean([shares.mean(axis=(-1, -2)) for shares in replicas], axis=0)
+        surplus = kept - np.mean(means, axis=1)
+        mean, stderr = _expected(times, surplus)
         gain = self.baseline_s / mean - 1.0
         mean_keep_prob = min(float(np.mean(means)), 1.0)
         return Prediction(
@@ -109,11 +113,11 @@ class Predictor:
             sampler=drop.sampler,
             layout=model.setup.placement.layout,
             mean_keep_prob=mean_keep_prob,
-            kept_fraction=float(np.mean(replicas)),
+            kept_fraction=float(kept.mean()),
             ideal_gain=ideal_speedup(self.phi, mean_keep_prob) - 1.0,
             gain=gain,
-            gain_stderr=(1.0 + gain) * float(times.std()) / mean / math.sqrt(len(times)),
-            lost_to_imbalance=1.0 - float(even.mean()) / mean,
+            gain_stderr=(1.0 + gain) * stderr / mean,
+            lost_to_imbalance=1.0 - float(even.mean() / times.mean()),
             iteration_s=mean,
             tokens_per_s=self.setup.tokens / mean,
             hours=self.hours(mean),
@@ -166,6 +170,17 @@ class Predictor:
         layer = costs.layer_forward.total + float(self.model.layer_backward.mean())
         output = (costs.output_forward + costs.output_backward).total / layer
         return best_placement(keep_probs, placement.num_ranks, output)
+
+
+def _expected(times: Floats, surplus: Floats) -> tuple[float, float]:
+    """Mean time at a surplus of 0 and its standard error: where a line through the pairs (surplus, time) is there.
+
+    times: [n].  surplus: by how much more than expected an iteration keeps; its expectation is 0, [n].
+    """
+    spread = float(np.sum((surplus - surplus.mean()) ** 2))
+    slope = 0.0 if spread == 0.0 else float(np.sum((surplus - surplus.mean()) * times)) / spread
+    corrected = times - slope * surplus
+    return float(corrected.mean()), float(corrected.std()) / math.sqrt(len(times))
 
 
 def calibrate(setup: Setup, tokens_per_s: float) -> float:

@@ -1,10 +1,11 @@
 """An iteration's time, put together: passes with the drawn decisions, the schedule, reductions, the step and gathers.
 
-The passes run in the pipeline's schedule (simulate.py). Each rank then reduces its gradients: after its last pass, or with
-overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped are left
-out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the optimizer
-steps, and with the distributed optimizer parameters are gathered, or with overlap_param_gather while the next forward pass
-runs, each layer waiting for its buckets. With replicas `distinct` the slowest replica decides when a stage is done.
+The passes run in the pipeline's schedule (simulate.py). Each rank then reduces its gradients: after its last pass, or
+with overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped
+are left out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the
+optimizer steps, and with the distributed optimizer parameters are gathered, or with overlap_param_gather while the next
+forward pass runs, each layer waiting for its buckets. With replicas `distinct` the slowest replica decides when a
+stage is done.
 """
 
 from __future__ import annotations
@@ -116,29 +117,35 @@ class IterationModel:
             buckets.append(make_buckets(params, size if bucketed else np.inf))
         return buckets
 
-    def passes(self, shares: Floats) -> tuple[Floats, Floats]:
-        """Seconds of each pass: shares of the microbatches that layers run [n, m, L] -> forward, backward [n, m, C]."""
+    def passes(self, shares: Floats, evenly: bool = False) -> tuple[Floats, Floats]:
+        """Seconds of each pass: shares of the microbatches that layers run [n, m, L] -> forward, backward [n, m, C].
+
+        evenly: as if all chunks had the same part of the layers' work.
+        """
         costs = self.costs
         columns = [np.array(layers, dtype=int) - 1 for layers in self.chunk_layers]
         forward, backward = (
             np.stack([shares[..., column] @ seconds[column] for column in columns], axis=-1)
             for seconds in (self.layer_forward, self.layer_backward)
         )
+        if evenly:
+            forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
         forward[..., 0] += costs.embedding_forward.total
         backward[..., 0] += costs.embedding_backward.total
         forward[..., -1] += costs.output_forward.total
         backward[..., -1] += costs.output_backward.total
         return forward, backward
 
-    def run(self, shares: Floats, record: bool = False) -> Run:
-        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches."""
+    def run(self, shares: Floats, evenly: bool = False, record: bool = False) -> Run:
+        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`."""
         leading, count = shares.shape[:-2], self.setup.num_microbatches
         forward, backward = (
-            np.broadcast_to(seconds, (*leading, count, self.num_chunks)) for seconds in self.passes(shares)
+            np.broadcast_to(seconds, (*leading, count, self.num_chunks)) for seconds in self.passes(shares, evenly)
         )
         waits = None
         if self.setup.config.parallel.overlap_param_gather:
-            waits = functools.partial(self._first_forward, shares[..., 0, :], self._gathered())
+            first = (self.spread_evenly(shares) if evenly else shares)[..., 0, :]
+            waits = functools.partial(self._first_forward, first, self._gathered())
         return run_schedule(
             forward,
             backward,
@@ -173,14 +180,15 @@ class IterationModel:
             clock = np.maximum(clock, ready[last]) + self.costs.output_forward.total
         return clock
 
-    def times(self, replicas: Sequence[Floats], ran: NDArray[np.bool_] | None = None) -> IterationTimes:
+    def times(self, replicas: Sequence[Floats], evenly: bool = False) -> IterationTimes:
         """The iterations: of each replica that decides for itself, shares of the microbatches, [n, m or 1, L].
 
-        ran: layers whose gradients are reduced, [n, L]; None is `layers_run`.
+        evenly: as in `passes`; the same buckets are left out.
         """
-        runs = [self.run(shares) for shares in replicas]
-        skip = self._skipped(self.layers_run(replicas) if ran is None else ran)
-        reduced = np.max([self._reduced(rank, runs, replicas[0], skip) for rank in range(self.num_ranks)], axis=0)
+        runs = [self.run(shares, evenly) for shares in replicas]
+        skip = self._skipped(np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0))
+        last = (self.spread_evenly(replicas[0]) if evenly else replicas[0])[..., -1, :]
+        reduced = np.max([self._reduced(rank, runs, last, skip) for rank in range(self.num_ranks)], axis=0)
         schedule = np.max([run.end for run in runs], axis=0)
         parallel = self.setup.config.parallel
         sizes = [
@@ -201,14 +209,17 @@ class IterationModel:
             for buckets in self.buckets
         ]
 
-    def _reduced(self, rank: int, runs: Sequence[Run], shares: Floats, skip: Sequence[NDArray[np.bool_]]) -> Floats:
-        """When a rank's gradients are reduced, [n]. Overlapped reductions need equal replicas: the first one's run."""
+    def _reduced(self, rank: int, runs: Sequence[Run], last: Floats, skip: Sequence[NDArray[np.bool_]]) -> Floats:
+        """When a rank's gradients are reduced, [n]. Overlapped reductions need equal replicas: the first one's run.
+
+        last: shares of the last microbatch, [n, L].  skip: buckets that are left out, [n, buckets] of each chunk.
+        """
         chunks = range(rank, self.num_chunks, self.num_ranks)
         done = np.max([run.last_backward[chunk][1] for run in runs for chunk in chunks], axis=0)
         overlap = self.setup.config.parallel.overlap_grad_reduce
         end = np.zeros_like(done) if overlap else done
         for chunk in reversed(chunks):
-            ready = self._owners_done(runs[0], chunk, shares[..., -1, :]) if overlap else {}
+            ready = self._owners_done(runs[0], chunk, last) if overlap else {}
             for index, bucket in enumerate(self.buckets[chunk]):
                 seconds = np.where(skip[chunk][:, index], 0.0, bucket.size * self.step_costs.second_per_reduced)
                 after = np.maximum(end, ready[min(bucket.owners)]) if overlap else end
@@ -227,13 +238,8 @@ class IterationModel:
             done[layer] = clock
         return done
 
-    @staticmethod
-    def layers_run(replicas: Sequence[Floats]) -> NDArray[np.bool_]:
-        """Which layers ran at all, [n, L]: in some microbatch of some replica."""
-        return np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0)
-
     def spread_evenly(self, shares: Floats) -> Floats:
-        """The same work with every layer running the mean share of its microbatch: what no imbalance would leave."""
+        """Every layer with the mean share of its microbatch."""
         return np.broadcast_to(shares.mean(axis=-1, keepdims=True), shares.shape)
 
     @property

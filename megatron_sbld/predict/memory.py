@@ -1,11 +1,11 @@
-"""Bytes on each pipeline rank: weights, gradients, optimizer state and activations (arXiv 2205.05198, sections 4 and 5).
+"""Bytes on each pipeline rank: weights, gradients, optimizer state and activations (arXiv 2205.05198, sections 4, 5).
 
 Weights, gradients and Adam's state take 18 bytes a parameter in bf16 or fp16 (2 + 4 + 12; the 12 are sharded by the
 distributed optimizer) and 16 in fp32. A layer leaves s b h (34 + 5 a s / h) bytes of activations for its backward pass
 (16 bits), spread over tensor-parallel ranks as far as the paper says; the 5 a s / h of the scores only where the
 attention is neither fused nor recomputed. The formula is written here by tensor, so that it holds for SwiGLU,
-grouped-query attention, fp32 and models without dropout as well. A rank holds the activations of as many microbatches as
-its schedule has in flight; a dropped layer leaves none. Not counted: the allocator's fragmentation, workspaces,
+grouped-query attention, fp32 and models without dropout as well. A rank holds the activations of as many microbatches
+as its schedule has in flight; a dropped layer leaves none. Not counted: the allocator's fragmentation, workspaces,
 communication buffers and the context, for which `MARGIN` of the memory is set aside.
 """
 

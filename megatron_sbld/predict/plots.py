@@ -16,7 +16,7 @@ from megatron_sbld.predict.simulate import Run
 from megatron_sbld.report.plots import DPI
 
 _MOST_PASSES = 4000  # of a timeline: more cannot be told apart
-_THETAS = 13
+_THETAS = 9
 
 
 def plot_timeline(predictor: Predictor, file: Path) -> None:

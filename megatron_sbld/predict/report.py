@@ -47,8 +47,8 @@ def _head(outcome: Outcome) -> str:
             f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{context} x DP "
             f"{setup.replicas}{interleaved}; {setup.num_microbatches} microbatches of {training.micro_batch_size} a "
             f"replica, {setup.tokens:,} tokens an iteration",
-            f"{basis} ({per_gpu:.1f} model TFLOP/s a GPU); calibrated on it: matrix products at {outcome.efficiency:.1%} "
-            f"of {hardware.peak_tflops:g} TFLOP/s",
+            f"{basis} ({per_gpu:.1f} model TFLOP/s a GPU); calibrated on it: matrix products at "
+            f"{outcome.efficiency:.1%} of {hardware.peak_tflops:g} TFLOP/s",
         ]
     )
 
