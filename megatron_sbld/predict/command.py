@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sbld.checks import check_choice, check_integer
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
 from megatron_sbld.placement import Placement
 from megatron_sbld.predict.gain import (
@@ -182,7 +183,7 @@ def _own_predictions(predictor: Predictor) -> list[Prediction]:
     return predictions
 
 
-def _balanced(predictor: Predictor) -> Any:
+def _balanced(predictor: Predictor) -> DropConfig:
     drop = predictor.setup.config.drop
     return drop if drop.sampler == "balanced" else dataclasses.replace(drop, sampler="balanced")
 
@@ -218,8 +219,11 @@ def _write(predictor: Predictor, outcome: Outcome, folder: Path) -> None:
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The outcome as JSON's types, with what it was predicted for."""
     setup = outcome.setup
-    values = dataclasses.asdict(dataclasses.replace(outcome, setup=None))  # type: ignore[type-var]
-    del values["setup"]
+    values = {
+        field.name: _plain(getattr(outcome, field.name))
+        for field in dataclasses.fields(outcome)
+        if field.name != "setup"
+    }
     config = dataclasses.asdict(setup.config)
     return {
         "hardware": dataclasses.asdict(setup.hardware),
@@ -231,3 +235,9 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "num_microbatches": setup.num_microbatches,
         **values,
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

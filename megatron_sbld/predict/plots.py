@@ -15,7 +15,7 @@ from megatron_sbld.predict.gain import LOWEST_THETA, Predictor
 from megatron_sbld.predict.simulate import Run
 from megatron_sbld.report.plots import DPI
 
-_MOST_PASSES = 4000  # of a timeline: more cannot be told apart
+_SHOWN_MICROBATCHES = 32  # of a timeline: more cannot be told apart
 _THETAS = 9
 
 
@@ -34,9 +34,13 @@ def plot_timeline(predictor: Predictor, file: Path) -> None:
     for each, (title, shares) in zip(axes, cases, strict=True):
         run = model.run(shares, record=True)
         _draw_run(each, run)
-        end = float(run.end[0])
+        end, count = float(run.end[0]), predictor.setup.num_microbatches
+        shown = min(1.0, (_SHOWN_MICROBATCHES + model.num_ranks) / (count + model.num_ranks))
+        if shown < 1.0:
+            title += f"; first {shown:.0%}"
+        each.set_xlim(0, end * shown)
         busy = float(run.busy.sum()) / (end * model.num_ranks)
-        each.set_title(f"{title}; {end:.3g} s, stages busy for {busy:.0%} of it", loc="left")
+        each.set_title(f"{title}; {end:.3g} s, stages busy for {busy:.0%} of them", loc="left")
     axes[-1].set_xlabel("seconds since the first forward pass (reductions and optimizer follow)")
     axes[0].legend(handles=[Patch(color="C0", label="forward"), Patch(color="C1", label="backward")], loc="upper right")
     figure.savefig(file, dpi=DPI)
@@ -44,8 +48,7 @@ def plot_timeline(predictor: Predictor, file: Path) -> None:
 
 def _draw_run(axes: Axes, run: Run) -> None:
     num_ranks = run.busy.shape[-1]
-    shown = run.events[:_MOST_PASSES]
-    for event in shown:
+    for event in run.events:
         start, end = float(event.start[0]), float(event.end[0])
         color = "C0" if event.what.is_forward else "C1"
         shade = 1.0 if event.what.chunk < num_ranks else max(0.35, 1.0 - 0.25 * (event.what.chunk // num_ranks))
@@ -59,7 +62,6 @@ def _draw_run(axes: Axes, run: Run) -> None:
         )
     axes.set(ylim=(num_ranks - 0.5, -0.5), yticks=range(num_ranks))
     axes.set_yticklabels([f"stage {rank + 1}" for rank in range(num_ranks)])
-    axes.set_xlim(0, max(float(event.end[0]) for event in shown))
 
 
 def plot_gain(predictor: Predictor, file: Path) -> None:

@@ -118,7 +118,7 @@ def _memory(outcome: Outcome) -> str:
         lines.append(f"DOES NOT FIT: stage {worst.rank} needs {worst.total:.1f} GB of {capacity:g} GB")
     elif worst.total > (1 - MARGIN) * capacity:
         lines.append(
-            f"TIGHT: stage {worst.rank} needs {worst.total:.1f} GB of {capacity:g} GB, without fragmentation and buffers"
+            f"TIGHT: stage {worst.rank} needs {worst.total:.1f} GB of {capacity:g} GB, fragmentation and buffers apart"
         )
     else:
         lines.append(f"fits into {capacity:g} GB ({worst.total / capacity:.0%} at most)")

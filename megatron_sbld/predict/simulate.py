@@ -53,8 +53,8 @@ class Run:
 def pass_order(rank: int, num_ranks: int, num_microbatches: int, chunks_per_rank: int = 1) -> list[Pass]:
     """In which order a pipeline rank runs its passes. Interleaved, microbatches go in groups of num_ranks."""
     if chunks_per_rank == 1:
-        order = one_f_one_b(rank, num_ranks, num_microbatches)
-        return [Pass(name == "forward", microbatch, rank) for name, microbatch in order]
+        plain = one_f_one_b(rank, num_ranks, num_microbatches)
+        return [Pass(name == "forward", microbatch, rank) for name, microbatch in plain]
     table = [
         (microbatch, chunk)
         for first in range(0, num_microbatches, num_ranks)
@@ -141,8 +141,8 @@ def run_schedule(
 def most_in_flight(amounts: Floats, rank: int, num_ranks: int, num_microbatches: int) -> tuple[Floats, int]:
     """The most that a rank holds at one time of what forward passes leave for the backward passes.
 
-    amounts: what a pass through each chunk leaves, [n, m or 1, chunks]. Returns the most, [n], and how many passes are in
-    flight at most.
+    amounts: what a pass through each chunk leaves, [n, m or 1, chunks].
+    Returns the most, [n], and how many passes are in flight at most.
     """
     chunks = amounts.shape[-1]
     held = np.zeros(amounts.shape[:-2])
