@@ -180,7 +180,8 @@ def _expected(times: Floats, surplus: Floats) -> tuple[float, float]:
     spread = float(np.sum((surplus - surplus.mean()) ** 2))
     slope = 0.0 if spread == 0.0 else float(np.sum((surplus - surplus.mean()) * times)) / spread
     corrected = times - slope * surplus
-    return float(corrected.mean()), float(corrected.std()) / math.sqrt(len(times))
+    apart = corrected - corrected[0]  # so that equal times have exactly their mean
+    return float(corrected[0] + apart.mean()), float(apart.std()) / math.sqrt(len(times))
 
 
 def calibrate(setup: Setup, tokens_per_s: float) -> float:

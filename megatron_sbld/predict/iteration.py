@@ -125,7 +125,8 @@ class IterationModel:
         costs = self.costs
         columns = [np.array(layers, dtype=int) - 1 for layers in self.chunk_layers]
         forward, backward = (
-            np.stack([shares[..., column] @ seconds[column] for column in columns], axis=-1)
+            # Not a matrix product, whose rounding depends on the number of rows.
+            np.stack([(np.ascontiguousarray(shares[..., i]) * seconds[i]).sum(axis=-1) for i in columns], axis=-1)
             for seconds in (self.layer_forward, self.layer_backward)
         )
         if evenly:
