@@ -76,9 +76,7 @@ def test_what_runs_beside_a_product_counts_only_where_it_exceeds_it():
 
 def test_full_recomputation_repeats_the_forward_pass_and_selective_the_attention_alone():
     none = costs(attention="unfused")
-    full = costs(
-        attention="unfused", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-    )
+    full = costs(attention="unfused", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     selective = costs(attention="unfused", recompute_granularity="selective")
     assert none.recomputed.total == 0
     assert full.recomputed == none.layer_forward

@@ -222,4 +222,6 @@ def test_every_policy_is_compared_and_the_configs_own_as_it_is(sensitivity):
     assert {section.policy for section in sections} == {"pld", "layerdrop", "stochastic_depth"}
     assert all(section.seed == 7 and section.recovery_fraction == 0.1 for section in sections)
     assert [section.gamma for section in sections[:4]] == [0.5, 0.5, 0.5, None]
-    assert "sbld" in {section.policy for section in compared_sections(dataclasses.replace(own, sensitivity=sensitivity))}
+    assert "sbld" in {
+        section.policy for section in compared_sections(dataclasses.replace(own, sensitivity=sensitivity))
+    }
