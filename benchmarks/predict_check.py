@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -230,8 +231,8 @@ def measured_lines(checks: list[Check]) -> Iterator[str]:
     yield summary([check for check in checks if check.row.keep_prob >= 0.7], "Keep_prob 0.7 and above")
     yield ""
     yield (
-        "Where it misses, it is nearly always above, and the more the larger the gain: what an iteration does outside of "
-        "its layers is more here than the model's bytes and FLOPs say, and stays when layers are dropped. Five points "
+        "Where it misses, it is mostly above, and the more the larger the gain: what an iteration does outside of its "
+        "layers is more here than the model's bytes and FLOPs say, and stays when layers are dropped. Five points "
         "of an iteration are nine points of gain at keep_prob 0.5. The layers' share of an undropped iteration (on a "
         "pipeline: what of it the schedule would save without them):"
     )
@@ -284,7 +285,8 @@ class Assumption:
 ASSUMPTIONS = (
     Assumption("A: 100 Gbit/s a GPU, no recomputation", 12.5, False),
     Assumption("B: 100 Gbit/s a GPU, full recomputation, counted in TFLOP/s", 12.5, True),
-    Assumption("C: 100 Gbit/s a node, no recomputation", 12.5 / 8, False),
+    # Twice the network for fp32 gradients is the network for 16-bit ones.
+    Assumption("C: 100 Gbit/s a node, gradients in 16 bits, no recomputation", 2 * 12.5 / 8, False),
 )
 PAPER = {  # name: (layers, hidden, heads, TP, GPUs, TFLOP/s of the baseline, (theta, PLD's gain, SBLD's gain)...)
     "1.7B": (24, 2304, 24, 1, 32, 127.29, ((0.9, 4.19, 8.36), (0.7, 14.35, 20.74), (0.5, 26.97, 34.69))),
@@ -331,9 +333,9 @@ def paper_lines() -> Iterator[str]:
     yield ""
     yield (
         "Which mean keep probability each gain needs by this model on A100-80GB, under three assumptions on what the "
-        "paper leaves open (microbatches of 4; gradients in fp32; reductions after the backward pass), and what ours "
-        "has and is predicted to gain (assumption A) at the same theta over 10,000 iterations. Ours: PLD's keep "
-        "probabilities follow from theta; SBLD with this repository's defaults and the quickstart's sensitivity, of "
+        "paper leaves open (microbatches of 4; reductions after the backward pass; gradients in fp32 but for C), and "
+        "what ours has and is predicted to gain (assumption A) at the same theta over 10,000 iterations. Ours: PLD's "
+        "keep probabilities follow from theta; SBLD with this repository's defaults and the quickstart's sensitivity, of "
         "another model and for 30 layers interpolated. The paper's S, alpha, beta and schedule are unpublished: a "
         "difference to ours says how much it dropped, not how well."
     )
@@ -351,9 +353,12 @@ def paper_lines() -> Iterator[str]:
         for assumption in ASSUMPTIONS:
             try:
                 predictors.append(paper_predictor(name, assumption))
-            except ValueError as error:
+            except ValueError:
                 predictors.append(None)
-                notes.append(f"- {name}, {assumption.name[0]}: not possible by this model: {error}.")
+                notes.append(
+                    f"- {name}, {assumption.name[0]}: by this model the baseline cannot be reached, not even with "
+                    "matrix products at the full peak: reducing the gradients takes too long."
+                )
         first = predictors[0]
         assert first is not None, "assumption A allows the paper's baseline"
         for theta, pld, sbld in rows:
@@ -417,9 +422,9 @@ def large_lines() -> Iterator[str]:
     yield ""
     yield (
         "96 layers of width 12288, sequence parallel, distributed optimizer, 1,536 samples in microbatches of 1, "
-        "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the undropped "
-        "model on equal stages; in brackets the share of the time lost to imbalance. Placed: with the placement that "
-        "evens the stages' expected work. SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess."
+        "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the "
+        "undropped model on equal stages; in brackets the share of the time lost to imbalance. Placed: with the "
+        "placement that evens the stages' expected work. SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess."
     )
     for hardware, chunks in (("a100-80gb", None), ("h100", None), ("a100-80gb", 4)):
         predictor = large_predictor(hardware, chunks)
@@ -427,7 +432,8 @@ def large_lines() -> Iterator[str]:
         yield (
             f"### {predictor.setup.hardware.name}"
             + (f", interleaved with {chunks} chunks a stage" if chunks else "")
-            + f": {predictor.baseline_s:.1f} s an iteration, {predictor.hours(predictor.baseline_s) / 24:.1f} days undropped"
+            + f": {predictor.baseline_s:.1f} s an iteration, {predictor.hours(predictor.baseline_s) / 24:.1f} days"
+            + " undropped"
         )
         yield ""
         yield (
@@ -466,6 +472,14 @@ def large_row(name: str, section: DropConfig, predictor: Predictor) -> str:
     )
 
 
+def commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "megatron_sbld", "benchmarks/predict_check.py")
+    return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="markdown file to write")
@@ -473,10 +487,11 @@ def main() -> None:
     lines = [
         "# What `megatron-sbld predict` says, beside measurements, the paper and for 175B",
         "",
-        "A model, not a measurement; the method: docstrings of `benchmarks/predict_check.py` and `megatron_sbld/predict/`.",
+        "A model, not a measurement; the method: docstrings of `benchmarks/predict_check.py` and "
+        "`megatron_sbld/predict/`.",
         "",
         f"- Command: `{shlex.join(['python', 'benchmarks/predict_check.py', *sys.argv[1:]])}`",
-        f"- Date: {time.strftime('%Y-%m-%d')}; seed 1234",
+        f"- Commit: {commit()}; date: {time.strftime('%Y-%m-%d')}; seed: 1234",
         "",
         *measured_lines(check_measured()),
         "",

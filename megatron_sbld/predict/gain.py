@@ -58,8 +58,8 @@ class Prediction:
     gain_stderr: float
     """Of sampling iterations; says nothing about the model's own error."""
     lost_to_imbalance: float
-    """Share of the iterations' time that the layers' same work, spread evenly over the stages, would save; below 0 where
-    the placement makes up for the output layer."""
+    """Share of the iterations' time that the layers' same work, spread evenly over the stages, would save; below 0
+    where the placement makes up for the output layer."""
     iteration_s: float
     tokens_per_s: float
     hours: float
