@@ -335,8 +335,8 @@ def paper_lines() -> Iterator[str]:
         "Which mean keep probability each gain needs by this model on A100-80GB, under three assumptions on what the "
         "paper leaves open (microbatches of 4; reductions after the backward pass; gradients in fp32 but for C), and "
         "what ours has and is predicted to gain (assumption A) at the same theta over 10,000 iterations. Ours: PLD's "
-        "keep probabilities follow from theta; SBLD with this repository's defaults and the quickstart's sensitivity, of "
-        "another model and for 30 layers interpolated. The paper's S, alpha, beta and schedule are unpublished: a "
+        "keep probabilities follow from theta; SBLD with this repository's defaults and the quickstart's sensitivity, "
+        "of another model and for 30 layers interpolated. The paper's S, alpha, beta and schedule are unpublished: a "
         "difference to ours says how much it dropped, not how well."
     )
     yield ""
@@ -424,7 +424,8 @@ def large_lines() -> Iterator[str]:
         "96 layers of width 12288, sequence parallel, distributed optimizer, 1,536 samples in microbatches of 1, "
         "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the "
         "undropped model on equal stages; in brackets the share of the time lost to imbalance. Placed: with the "
-        "placement that evens the stages' expected work. SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess."
+        "placement that evens the stages' expected work. SBLD's sensitivity is the quickstart's, interpolated to 96 "
+        "layers: a guess."
     )
     for hardware, chunks in (("a100-80gb", None), ("h100", None), ("a100-80gb", 4)):
         predictor = large_predictor(hardware, chunks)

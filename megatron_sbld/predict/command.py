@@ -21,7 +21,7 @@ from megatron_sbld.predict.gain import (
     find_target,
     mfu_tokens_per_s,
 )
-from megatron_sbld.predict.hardware import load_hardware
+from megatron_sbld.predict.hardware import KNOWN, load_hardware
 from megatron_sbld.predict.iteration import Setup
 from megatron_sbld.predict.memory import RankMemory, rank_memory
 from megatron_sbld.predict.report import print_report
@@ -154,6 +154,11 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
     )
     if options.baseline_tokens_per_s is not None:
         return Predictor(setup, options.baseline_tokens_per_s), None
+    if config.training.precision == "fp32" and options.hardware in KNOWN and options.peak_tflops is None:
+        raise ValueError(
+            f"training.precision = 'fp32': the peak of {options.hardware} is that of bf16; give --peak_tflops, or a "
+            "measured --baseline_tokens_per_s"
+        )
     mfu = ASSUMED_MFU if options.mfu is None else options.mfu
     return Predictor(setup, mfu_tokens_per_s(setup, mfu)), mfu
 

@@ -3,7 +3,8 @@
 One number is calibrated, the share of the peak that matrix products reach, so that the undropped model has the given
 throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take. Their mean
 time, corrected for how many layers the sampled decisions happen to keep more or less than expected (a control variate),
-gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during a batch-size ramp.
+gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during a batch-size ramp;
+with sensitivity_update dynamic the sensitivity counts as what the file says throughout.
 """
 
 from __future__ import annotations
@@ -241,7 +242,8 @@ def find_target(predictor: Predictor, drop: DropConfig, target: float) -> Target
     if drop.policy == "none":
         raise ValueError("--target_gain needs drop.policy sbld, pld, layerdrop or stochastic_depth: none drops nothing")
     note = ""
-    lowest, highest = LOWEST_THETA, min(1.0, drop.peak_theta or 1.0)
+    highest = min(1.0, drop.peak_theta or 1.0)
+    lowest = min(LOWEST_THETA, highest)
     most = _at(predictor, drop, lowest)
     if most.gain < target and _lists_are_free(drop):
         wider = dataclasses.replace(drop, block_fraction=0.10, allow_fraction=0.20)
@@ -253,7 +255,7 @@ def find_target(predictor: Predictor, drop: DropConfig, target: float) -> Target
         return _target(predictor, drop, target, lowest, False, note)
     least = _at(predictor, drop, highest)
     if least.gain >= target and _lists_are_free(drop):
-        for fraction in (0.10, 0.05, 0.0):
+        for fraction in (each for each in (0.10, 0.05, 0.0) if each < drop.allow_fraction):
             narrower = dataclasses.replace(drop, allow_fraction=fraction)
             if (found := _at(predictor, narrower, highest)).gain < target:
                 drop, least = narrower, found

@@ -70,7 +70,8 @@ def plot_gain(predictor: Predictor, file: Path) -> None:
     samplers = [drop.sampler]
     if predictor.setup.placement.num_ranks > 1 and drop.replicas == "shared":
         samplers = ["bernoulli", "balanced"]
-    thetas = np.linspace(LOWEST_THETA, drop.peak_theta or 1.0, _THETAS)
+    highest = min(1.0, drop.peak_theta or 1.0)
+    thetas = np.linspace(min(LOWEST_THETA, highest), highest, _THETAS)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     ideal: Floats | None = None

@@ -100,6 +100,7 @@ def test_a_model_that_does_not_fit_is_said_not_to(config, capsys):
         (("--gpus", 2, "--mfu", 0.4, "--baseline_tokens_per_s", 1e5), "exclude each other"),
         (("--gpus", 2, "--mfu", 1.4), "mfu = 1.4 is not allowed"),
         (("--gpus", 2, "--baseline_tokens_per_s", 1e9), "with matrix products at the full peak"),
+        (("--gpus", 2, "--training.precision", "fp32"), "the peak of a100-80gb is that of bf16"),
         (("--gpus", 2, "--iterations", 0), "--iterations = 0 is not allowed"),
         (("--gpus", 2, "--vocab_size", 0), "--vocab_size = 0 is not allowed"),
         (("--gpus", 2, "--data.tokenizer", "nowhere"), "or give --vocab_size"),

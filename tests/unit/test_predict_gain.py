@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_a_lower_theta_gains_more(fields, policy):
     predictor = make_predictor(**fields)
     gains = [predictor.predict(DropConfig(policy=policy, theta=theta)).gain for theta in (1.0, 0.9, 0.7, 0.5, 0.4)]
     assert gains[0] == 0.0
-    assert all(before < after for before, after in zip(gains[:-1], gains[1:], strict=True))
+    assert all(before < after for before, after in itertools.pairwise(gains))
 
 
 def test_two_seeds_agree_within_the_standard_error():
