@@ -423,7 +423,8 @@ def large_lines() -> Iterator[str]:
     yield (
         "96 layers of width 12288, sequence parallel, distributed optimizer, 1,536 samples in microbatches of 1, "
         "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the "
-        "undropped model on equal stages; in brackets the share of the time lost to imbalance. Placed: with the "
+        "undropped model on equal stages; in brackets the share of the time that an even spread of the same work would save, part of which "
+        "is the output layer's. Placed: with the "
         "placement that evens the stages' expected work. SBLD's sensitivity is the quickstart's, interpolated to 96 "
         "layers: a guess."
     )
@@ -434,7 +435,7 @@ def large_lines() -> Iterator[str]:
             f"### {predictor.setup.hardware.name}"
             + (f", interleaved with {chunks} chunks a stage" if chunks else "")
             + f": {predictor.baseline_s:.1f} s an iteration, {predictor.hours(predictor.baseline_s) / 24:.1f} days"
-            + " undropped"
+            + f" undropped, {predictor.baseline_imbalance:.1%} lost to imbalance"
         )
         yield ""
         yield (

@@ -77,13 +77,15 @@ class Outcome:
     """None where a throughput was measured."""
     efficiency: float
     baseline_s: float
+    baseline_imbalance: float
     tokens_per_s: float
     hours: float
     parts: dict[str, float]
     """Seconds of an undropped iteration on the busiest rank."""
     train_iters: int
     predictions: list[Prediction]
-    """Of the config's drop section, with each sampler and placement that there is a choice of."""
+    """Of the config's drop section, with each sampler and placement that there is a choice of; policy none is the
+    undropped model on another placement."""
     undropped_placement: tuple[str, float] | None
     """The placement that evens the undropped model, and the share of its iterations that it saves."""
     compared: list[Prediction]
@@ -107,6 +109,7 @@ def predict(config: Config, options: PredictOptions) -> Outcome:
         assumed_mfu=assumed_mfu,
         efficiency=predictor.efficiency,
         baseline_s=predictor.baseline_s,
+        baseline_imbalance=predictor.baseline_imbalance,
         tokens_per_s=predictor.setup.tokens / predictor.baseline_s,
         hours=predictor.hours(predictor.baseline_s),
         parts=predictor.model.undropped_parts(),
@@ -184,7 +187,8 @@ def _own_predictions(predictor: Predictor) -> list[Prediction]:
     predictions = [own if section == drop else predictor.predict(section) for section in sections]
     proposed = predictor.propose_placement(drop)
     if proposed is not None and proposed != placement:
-        predictions += [predictor.predict(section, proposed) for section in sections]
+        nothing = dataclasses.replace(drop, policy="none")
+        predictions += [predictor.predict(section, proposed) for section in [nothing, *sections]]
     return predictions
 
 

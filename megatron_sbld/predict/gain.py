@@ -59,8 +59,8 @@ class Prediction:
     gain_stderr: float
     """Of sampling iterations; says nothing about the model's own error."""
     lost_to_imbalance: float
-    """Share of the iterations' time that the layers' same work, spread evenly over the stages, would save; below 0
-    where the placement makes up for the output layer."""
+    """Share of the iterations' time that the same work, spread evenly over the stages, would save. Part of it is the
+    output layer's, which makes the last stage busier with nothing dropped as well."""
     iteration_s: float
     tokens_per_s: float
     hours: float
@@ -85,6 +85,12 @@ class Predictor:
     def baseline_s(self) -> float:
         """Seconds of an undropped iteration."""
         return float(self.baseline.total[0])
+
+    @property
+    def baseline_imbalance(self) -> float:
+        """`Prediction.lost_to_imbalance` of an undropped iteration."""
+        every = np.ones((1, 1, self.setup.config.model.num_layers))
+        return 1.0 - float(self.model.times([every], evenly=True).total[0]) / self.baseline_s
 
     def policy(self, drop: DropConfig) -> Policy:
         """The policy of a drop section in this run."""

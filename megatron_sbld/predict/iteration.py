@@ -120,7 +120,7 @@ class IterationModel:
     def passes(self, shares: Floats, evenly: bool = False) -> tuple[Floats, Floats]:
         """Seconds of each pass: shares of the microbatches that layers run [n, m, L] -> forward, backward [n, m, C].
 
-        evenly: as if all chunks had the same part of the layers' work.
+        evenly: as if all chunks had the same part of the work, the embedding's and the output layer's included.
         """
         costs = self.costs
         columns = [np.array(layers, dtype=int) - 1 for layers in self.chunk_layers]
@@ -129,12 +129,12 @@ class IterationModel:
             np.stack([(np.ascontiguousarray(shares[..., i]) * seconds[i]).sum(axis=-1) for i in columns], axis=-1)
             for seconds in (self.layer_forward, self.layer_backward)
         )
-        if evenly:
-            forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
         forward[..., 0] += costs.embedding_forward.total
         backward[..., 0] += costs.embedding_backward.total
         forward[..., -1] += costs.output_forward.total
         backward[..., -1] += costs.output_backward.total
+        if evenly:
+            forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
         return forward, backward
 
     def run(self, shares: Floats, evenly: bool = False, record: bool = False) -> Run:

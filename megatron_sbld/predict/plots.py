@@ -31,17 +31,17 @@ def plot_timeline(predictor: Predictor, file: Path) -> None:
         cases.append((f"{drop.policy}, sampler {drop.sampler}, iteration {iteration}: {kept}", shares))
     figure = Figure(figsize=(12, 1.5 + len(cases) * (0.8 + 0.35 * model.num_ranks)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(cases), 1, sharex=True))
+    limit = 0.0
     for each, (title, shares) in zip(axes, cases, strict=True):
         run = model.run(shares, record=True)
         _draw_run(each, run)
         end, count = float(run.end[0]), predictor.setup.num_microbatches
         shown = min(1.0, (_SHOWN_MICROBATCHES + model.num_ranks) / (count + model.num_ranks))
-        if shown < 1.0:
-            title += f"; first {shown:.0%}"
-        each.set_xlim(0, end * shown)
+        limit = max(limit, end * shown)
         busy = float(run.busy.sum()) / (end * model.num_ranks)
-        each.set_title(f"{title}; {end:.3g} s, stages busy for {busy:.0%} of them", loc="left")
-    axes[-1].set_xlabel("seconds since the first forward pass (reductions and optimizer follow)")
+        each.set_title(f"{title}; {end:.3g} s, stages busy for {busy:.0%} of the time", loc="left")
+    axes[0].set_xlim(0, limit)
+    axes[-1].set_xlabel("seconds since the first forward pass; reductions and optimizer follow")
     axes[0].legend(handles=[Patch(color="C0", label="forward"), Patch(color="C1", label="backward")], loc="upper right")
     figure.savefig(file, dpi=DPI)
 

@@ -110,18 +110,20 @@ def test_the_balanced_sampler_loses_less_to_imbalance():
     predictor = make_predictor(**PIPELINE)
     bernoulli = predictor.predict(dataclasses.replace(LAYERDROP, theta=0.5))
     balanced = predictor.predict(dataclasses.replace(LAYERDROP, theta=0.5, sampler="balanced"))
-    assert balanced.lost_to_imbalance < 0.01 < bernoulli.lost_to_imbalance
+    assert predictor.baseline_imbalance < balanced.lost_to_imbalance < bernoulli.lost_to_imbalance - 0.05
     assert balanced.gain > bernoulli.gain + 0.05
 
 
 def test_imbalance_is_measured_against_the_same_work_spread_evenly():
-    # Two stages of four layers: one keeps all and the other none, against two on each.
+    # Two stages of four layers: one keeps all and the other none, or each keeps two; the same work, spread evenly.
     predictor = make_predictor(gpus=2, pipeline_model_parallel_size=2)
     model = predictor.model
     shares = np.array([[[1, 1, 1, 1, 0, 0, 0, 0.0]]])
     halves = np.array([[[1, 1, 0, 0, 1, 1, 0, 0.0]]])
-    assert model.run(shares, evenly=True).end == pytest.approx(model.run(halves).end)
-    assert model.run(shares).end > model.run(halves).end
+    even = model.run(shares, evenly=True).end
+    assert even == pytest.approx(model.run(halves, evenly=True).end)
+    assert model.run(shares).end > model.run(halves).end > even  # the output layer is on the last stage
+    assert model.run(shares, evenly=True).busy.sum() == pytest.approx(model.run(shares).busy.sum())
 
 
 def test_a_placement_is_proposed_for_policies_that_drop_deep_layers():
@@ -210,9 +212,9 @@ def test_a_target_below_what_the_allow_list_gains_shrinks_it(sensitivity):
 
 
 def test_a_target_is_checked():
-    with pytest.raises(ValueError, match="needs drop.policy"):
+    with pytest.raises(ValueError, match=r"needs drop\.policy"):
         find_target(make_predictor(), DropConfig(), 0.2)
-    with pytest.raises(ValueError, match="target_gain = -0.1"):
+    with pytest.raises(ValueError, match=r"target_gain = -0\.1"):
         find_target(make_predictor(), DropConfig(policy="pld"), -0.1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -36,7 +38,7 @@ def test_busy_time_is_the_sum_of_the_passes_and_events_on_a_rank_do_not_overlap(
     assert len(run.events) == 2 * 8 * 8
     for rank in range(4):
         own = [event for event in run.events if event.rank == rank]
-        for before, after in zip(own[:-1], own[1:], strict=True):
+        for before, after in itertools.pairwise(own):
             assert (before.end <= after.start + 1e-12).all()
     assert (run.end >= run.busy.max(axis=-1) - 1e-12).all()
 
