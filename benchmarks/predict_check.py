@@ -423,10 +423,9 @@ def large_lines() -> Iterator[str]:
     yield (
         "96 layers of width 12288, sequence parallel, distributed optimizer, 1,536 samples in microbatches of 1, "
         "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the "
-        "undropped model on equal stages; in brackets the share of the time that an even spread of the same work would save, part of which "
-        "is the output layer's. Placed: with the "
-        "placement that evens the stages' expected work. SBLD's sensitivity is the quickstart's, interpolated to 96 "
-        "layers: a guess."
+        "undropped model on equal stages; in brackets the share of the time that an even spread of the same work would "
+        "save, part of which is the output layer's. Placed: with the placement that evens the stages' expected work. "
+        "SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess."
     )
     for hardware, chunks in (("a100-80gb", None), ("h100", None), ("a100-80gb", 4)):
         predictor = large_predictor(hardware, chunks)
