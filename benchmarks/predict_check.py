@@ -425,7 +425,9 @@ def large_lines() -> Iterator[str]:
         "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the "
         "undropped model on equal stages; in brackets the share of the time that an even spread of the same work would "
         "save, part of which is the output layer's. Placed: with the placement that evens the stages' expected work. "
-        "SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess."
+        "SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess. What the balanced sampler is worth: "
+        "balanced less bernoulli. Decisions per microbatch are another method, whose loss is another matter; balancing "
+        "chunks instead of ranks (drop.balance_stages) is what interleaved stages need."
     )
     for hardware, chunks in (("a100-80gb", None), ("h100", None), ("a100-80gb", 4)):
         predictor = large_predictor(hardware, chunks)
@@ -437,39 +439,43 @@ def large_lines() -> Iterator[str]:
             + f" undropped, {predictor.baseline_imbalance:.1%} lost to imbalance"
         )
         yield ""
-        yield (
-            "| policy | mean keep_prob | ideal | bernoulli | balanced | bernoulli, per microbatch | bernoulli, placed "
-            "| balanced, placed | balanced is worth, equal / placed | placed, GPU hours saved |"
-        )
-        yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+        names = [name for name, _ in variants(LARGE[0][1], predictor)]
+        yield "| policy | mean keep_prob | ideal | " + " | ".join(names) + " | GPU hours saved at best |"
+        yield "| --- |" + " ---: |" * (len(names) + 3)
         for name, section in LARGE:
             yield large_row(name, section, predictor)
 
 
-def large_row(name: str, section: DropConfig, predictor: Predictor) -> str:
+def variants(section: DropConfig, predictor: Predictor) -> list[tuple[str, Prediction]]:
+    """The ways to draw and place that there are for a drop section, by name."""
+    placement = predictor.setup.placement
+    chunks = len(placement.layers_per_chunk)
     balanced = dataclasses.replace(section, sampler="balanced")
-    proposed = predictor.propose_placement(section)
-    found = [
-        predictor.predict(section),
-        predictor.predict(balanced),
-        predictor.predict(dataclasses.replace(section, decision_scope="microbatch")),
+    best = dataclasses.replace(balanced, balance_stages=chunks) if placement.is_interleaved else balanced
+    found = [("bernoulli", section), ("balanced", balanced)]
+    if placement.is_interleaved:
+        found.append((f"balanced, balance_stages {chunks}", best))
+    found += [
+        ("bernoulli, per microbatch", dataclasses.replace(section, decision_scope="microbatch")),
+        (f"{found[-1][0]}, per microbatch", dataclasses.replace(best, decision_scope="microbatch")),
     ]
-    placed = [] if proposed is None else [predictor.predict(each, proposed) for each in (section, balanced)]
+    predictions = [(name, predictor.predict(each)) for name, each in found]
+    proposed = predictor.propose_placement(section)
+    if proposed is not None:
+        predictions += [(f"{name}, placed", predictor.predict(each, proposed)) for name, each in found[:2]]
+    return predictions
 
-    def cell(prediction: Prediction) -> str:
-        return f"{prediction.gain:+.1%} ({prediction.lost_to_imbalance:.1%})"
 
-    cells = [cell(prediction) for prediction in [*found, *placed]] + ["-"] * (2 - len(placed))
-    worth = f"{100 * (found[1].gain - found[0].gain):+.1f}"
-    worth += f" / {100 * (placed[1].gain - placed[0].gain):+.1f} points" if placed else " points"
-    best = (placed or found)[1]
+def large_row(name: str, section: DropConfig, predictor: Predictor) -> str:
+    predictions = [prediction for _, prediction in variants(section, predictor)]
+    cells = [f"{prediction.gain:+.1%} ({prediction.lost_to_imbalance:.1%})" for prediction in predictions]
     undropped = predictor.hours(predictor.baseline_s) * predictor.setup.gpus
-    saved = f"{(undropped - best.gpu_hours) / 1e3:,.0f} of {undropped / 1e3:,.0f} thousand"
-    first = found[0]
+    saved = undropped - min(prediction.gpu_hours for prediction in predictions)
+    first = predictions[0]
     return (
         f"| {name} | {first.mean_keep_prob:.3f} | {first.ideal_gain:+.1%} | "
         + " | ".join(cells)
-        + f" | {worth} | {saved} |"
+        + f" | {saved / 1e3:,.0f} of {undropped / 1e3:,.0f} thousand |"
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sbld.checks import check_choice, check_integer
-from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
 from megatron_sbld.placement import Placement
 from megatron_sbld.predict.gain import (
@@ -176,25 +175,24 @@ def _vocab_size(config: Config, options: PredictOptions) -> int:
 
 
 def _own_predictions(predictor: Predictor) -> list[Prediction]:
-    """The config's drop section, on a pipeline with either sampler and on the placement proposed for it as well."""
+    """The config's drop section, on a pipeline with either sampler and on the placement proposed for it as well.
+
+    Interleaved, the balanced sampler evens what ranks hold; that it can even chunks instead (balance_stages) is shown.
+    """
     drop, placement = predictor.setup.config.drop, predictor.setup.placement
-    own = predictor.predict(drop)
-    if placement.num_ranks == 1:
-        return [own]
-    sections = [dataclasses.replace(drop, sampler="bernoulli", balance_stages=None), _balanced(predictor)]
-    if drop.replicas == "distinct":  # needs the sampler that it has
-        sections = [drop]
-    predictions = [own if section == drop else predictor.predict(section) for section in sections]
+    sections = [drop]
+    if placement.num_ranks > 1 and drop.replicas == "shared":
+        balanced = drop if drop.sampler == "balanced" else dataclasses.replace(drop, sampler="balanced")
+        sections = [dataclasses.replace(drop, sampler="bernoulli", balance_stages=None), balanced]
+        chunks = len(placement.layers_per_chunk)
+        if placement.is_interleaved and placement.is_even and drop.balance_stages is None:
+            sections.append(dataclasses.replace(balanced, balance_stages=chunks))
+    predictions = [predictor.predict(section) for section in sections]
     proposed = predictor.propose_placement(drop)
     if proposed is not None and proposed != placement:
         nothing = dataclasses.replace(drop, policy="none")
         predictions += [predictor.predict(section, proposed) for section in [nothing, *sections]]
     return predictions
-
-
-def _balanced(predictor: Predictor) -> DropConfig:
-    drop = predictor.setup.config.drop
-    return drop if drop.sampler == "balanced" else dataclasses.replace(drop, sampler="balanced")
 
 
 def _undropped_placement(predictor: Predictor) -> tuple[str, float] | None:

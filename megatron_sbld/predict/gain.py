@@ -48,6 +48,7 @@ class Prediction:
     policy: str
     theta: float
     sampler: str
+    """With the number of stages that it balances, where that is set."""
     layout: str
     """Which layers the stages hold, in Megatron's notation."""
     mean_keep_prob: float
@@ -117,7 +118,7 @@ class Predictor:
         return Prediction(
             policy=drop.policy,
             theta=drop.theta,
-            sampler=drop.sampler,
+            sampler=drop.sampler + (f" {drop.balance_stages}" if drop.balance_stages else ""),
             layout=model.setup.placement.layout,
             mean_keep_prob=mean_keep_prob,
             kept_fraction=float(kept.mean()),

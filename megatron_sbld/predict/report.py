@@ -81,19 +81,19 @@ def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str
     layouts = list(dict.fromkeys([outcome.setup.placement.layout, *(entry.layout for entry in predictions)]))
     several = len(layouts) > 1
     header = (
-        f"{'policy':<17}{'theta':>6} {'sampler':<10}{'keep_prob':>9}{'ideal':>8}{'gain':>8}{'+-':>6}"
+        f"{'policy':<17}{'theta':>6} {'sampler':<12}{'keep_prob':>9}{'ideal':>8}{'gain':>8}{'+-':>6}"
         f"{'imbalance':>10}{'s/iter.':>9}{'hours':>9}{'GPU hours':>11}" + ("  layout" if several else "")
     )
     first = (
-        f"{'undropped':<17}{'-':>6} {'-':<10}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}{outcome.baseline_imbalance:>10.1%}"
+        f"{'undropped':<17}{'-':>6} {'-':<12}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}{outcome.baseline_imbalance:>10.1%}"
         f"{outcome.baseline_s:>9.3f}{outcome.hours:>9.1f}{outcome.hours * outcome.setup.gpus:>11,.0f}"
         + ("  A" if several else "")
     )
     lines = [header, first]
     for entry in predictions:
-        name = f"{entry.policy:<17}{entry.theta:>6.3g} {entry.sampler:<10}"
+        name = f"{entry.policy:<17}{entry.theta:>6.3g} {entry.sampler:<12}"
         lines.append(
-            (f"{'undropped':<17}{'-':>6} {'-':<10}" if entry.policy == "none" else name)
+            (f"{'undropped':<17}{'-':>6} {'-':<12}" if entry.policy == "none" else name)
             + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{entry.gain:>+8.1%}{100 * entry.gain_stderr:>6.1f}"
             f"{entry.lost_to_imbalance:>10.1%}{entry.iteration_s:>9.3f}{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
             + (f"  {chr(ord('A') + layouts.index(entry.layout))}" if several else "")

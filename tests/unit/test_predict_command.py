@@ -73,6 +73,15 @@ def test_options_may_have_dashes_and_compare_needs_no_value(config, capsys):
     assert "stochastic_depth" in shown
 
 
+def test_interleaved_stages_are_shown_with_their_chunks_balanced_as_well(config, capsys):
+    arguments = ("--gpus", 2, "--parallel.num_virtual_stages_per_pipeline_rank", 2, "--drop.policy", "layerdrop")
+    assert predict("--config", config, *arguments) == 0
+    shown = capsys.readouterr().out
+    samplers = [line.split()[2] for line in shown.splitlines() if line.startswith("layerdrop")]
+    assert samplers == ["bernoulli", "balanced", "balanced"]
+    assert "balanced 4 " in shown
+
+
 def test_with_policy_none_the_baseline_alone_is_shown(config, capsys):
     assert predict("--config", config, "--gpus", 2, "--drop.policy", "none") == 0
     shown = capsys.readouterr().out
