@@ -425,7 +425,7 @@ def large_lines() -> Iterator[str]:
         "95,000 iterations (300 billion tokens). The baseline's MFU of 40 % is assumed, not measured. Gains over the "
         "undropped model on equal stages; in brackets the share of the time that an even spread of the same work would "
         "save, part of which is the output layer's. Placed: with the placement that evens the stages' expected work. "
-        "SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess. What the balanced sampler is worth: "
+        "SBLD's sensitivity is the quickstart's, interpolated to 96 layers: a guess. The balanced sampler is worth "
         "balanced less bernoulli. Decisions per microbatch are another method, whose loss is another matter; balancing "
         "chunks instead of ranks (drop.balance_stages) is what interleaved stages need."
     )
