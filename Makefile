@@ -7,11 +7,19 @@ TORCH ?= torch==2.13.0
 
 .PHONY: setup quickstart test test-slow lint clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready-dev
 
-$(VENV)/.ready: pyproject.toml setup.py scripts/setup_venv.sh $(wildcard csrc/*.*)
-	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash scripts/setup_venv.sh
+SOURCES := pyproject.toml setup.py scripts/setup_venv.sh $(wildcard csrc/*.*)
+SET_UP = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash scripts/setup_venv.sh
+
+# What trains; tests and linters need more, lm-eval with its 0.5 GB above all.
+$(VENV)/.ready: $(SOURCES)
+	$(SET_UP)
 	touch $@
+
+$(VENV)/.ready-dev: $(SOURCES)
+	EXTRAS=dev $(SET_UP)
+	touch $(VENV)/.ready $@
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
@@ -24,5 +32,5 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-quickstart: setup
+quickstart: $(VENV)/.ready
 	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--profile)

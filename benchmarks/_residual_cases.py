@@ -2,8 +2,9 @@
 
 Bytes are counted per element of the residual stream [s, b, hidden], x being bf16. "Needed" is what the function cannot
 do without: forward reads x and the residual and writes y, and rows that x does not have are copied; backward reads d_y
-on the rows of x and writes d_x (the residual's gradient is d_y itself). An implementation moves more where it runs in
-several passes, stores a mask, or clones. bias, index and seeds are not counted: they are a hidden-th or a row-th of it.
+on the rows of x and writes d_x. The residual's gradient is d_y itself, and so is d_x where x has all rows, is of the
+residual's dtype and nothing is dropped: then d_y is read for the bias alone. An implementation moves more where it runs
+in several passes, stores a mask, or clones. bias, index and seeds are not counted: they are a hidden-th or a row-th.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ class Implementation:
 def needed(case: Case) -> Traffic:
     """What the function cannot do without."""
     chosen, r = case.share, case.residual_bytes
-    return Traffic(chosen * (X_BYTES + 2 * r) + (1 - chosen) * 2 * r, chosen * (r + X_BYTES))
+    d_x = 0 if case.rows == "all" and not case.dropout_prob and not case.wide else X_BYTES
+    return Traffic(chosen * (X_BYTES + 2 * r) + (1 - chosen) * 2 * r, chosen * (r + d_x))
 
 
 def implementations() -> tuple[list[Implementation], list[str]]:
@@ -298,7 +300,10 @@ def _norm_traffic(case: Case) -> Traffic:
 
 
 def _eager_traffic(case: Case) -> Traffic:
-    """Operand and result bytes of each of its operations, counted on tensors without storage."""
+    """Operand and result bytes of each of its operations, counted on tensors without storage.
+
+    Where d_x is d_y, the operations for the bias's gradient alone.
+    """
     meta = partial(torch.empty, device="meta")
     rows, x_rows = case.s * case.b, round(case.share * case.s * case.b)
     residual_dtype = torch.float32 if case.wide else torch.bfloat16
@@ -314,7 +319,8 @@ def _eager_traffic(case: Case) -> Traffic:
     with ByteCounter() as forward:
         eager.forward(x, residual, bias, index, seed, eager.multiplier(1.0, threshold), threshold)
     with ByteCounter() as backward:
-        eager.backward(residual, index, seed, eager.multiplier(1.0, threshold), threshold, torch.bfloat16, True)
+        with_x = needed(case).backward > case.share * case.residual_bytes
+        eager.backward(residual, index, seed, eager.multiplier(1.0, threshold), threshold, torch.bfloat16, with_x, True)
     return Traffic(forward.bytes / case.elements, backward.bytes / case.elements)
 
 

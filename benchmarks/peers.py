@@ -40,6 +40,7 @@ from _gain_report import environment_lines, number_text, percent_text, publish
 from _layer_times import ModuleTimer
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_load
 from _measure import DISTINCT_BATCHES, progress_bar, random_batches
+from _options import SHOWN, add_model_options, check_at_least, check_named_once, check_one_process
 from _peer_models import TRANSFORMERS_HINT, HuggingFaceOPT, MegatronSbld, Peer, PlainTorch, deepspeed_note
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
@@ -193,17 +194,12 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS), recompute_granularity=None)
-    add, shown = parser.add_argument, "; default here: %(default)s"
+    parser.set_defaults(
+        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS), num_layers=24, recompute_granularity=None
+    )
+    add, shown = parser.add_argument, SHOWN
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="what is measured" + shown)
-    add("--num-layers", type=int, default=24, help="transformer layers" + shown)
-    add("--hidden-size", type=int, help="width" + shown)
-    add("--num-attention-heads", type=int, help="attention heads" + shown)
-    add("--seq-length", type=int, help="tokens of a sample" + shown)
-    add("--vocab-size", type=int, help="vocabulary" + shown)
-    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
-    add("--global-batch-size", type=int, help="samples of an iteration" + shown)
-    add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
+    add_model_options(parser)
     add("--keep-probs", type=float, nargs="+", default=[0.7, 0.5], help="of every layer" + shown)
     add(
         "--dropped-update",
@@ -223,16 +219,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name, least in (("rounds", 2), ("block_iterations", 1), ("warmup", 1), ("threads", 1), ("vocab_size", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least {least}")
+    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=1, threads=1, vocab_size=2)
     if not all(0 < keep_prob < 1 for keep_prob in args.keep_probs):
         parser.error(f"--keep-probs {args.keep_probs}: each must be in (0, 1)")
-    for name in ("keep_probs", "peers"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: each may be named once")
-    if "RANK" in os.environ:
-        parser.error("runs in one process: leave out torchrun")
+    check_named_once(parser, args, "keep_probs", "peers")
+    check_one_process(parser)
     if "opt" in args.peers and find_spec("transformers") is None:
         parser.error(f"--peers opt: {TRANSFORMERS_HINT}; or leave out opt")
 

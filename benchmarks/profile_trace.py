@@ -30,6 +30,7 @@ from _gain_report import environment_lines, publish
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
 from _measure import random_batches, switch_layers
 from _operations import device_operations, difference, host_operations, record, synchronisations
+from _options import SHOWN, add_model_options, check_at_least, check_one_process
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     get_num_microbatches,
@@ -132,16 +133,10 @@ def parse_args() -> argparse.Namespace:
         **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
         # one iteration of each kind is traced; make_config counts those of a measurement
         **{"recompute_granularity": None, "rounds": 1, "keep_probs": [], "warmup": WARMUP, "block_iterations": 1},
+        num_layers=24,
     )
-    add, shown = parser.add_argument, "; default here: %(default)s"
-    add("--num-layers", type=int, default=24, help="transformer layers" + shown)
-    add("--hidden-size", type=int, help="width" + shown)
-    add("--num-attention-heads", type=int, help="attention heads" + shown)
-    add("--seq-length", type=int, help="tokens of a sample" + shown)
-    add("--vocab-size", type=int, help="vocabulary" + shown)
-    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
-    add("--global-batch-size", type=int, help="samples of an iteration" + shown)
-    add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
+    add, shown = parser.add_argument, SHOWN
+    add_model_options(parser)
     add("--keep-prob", type=float, default=0.5, help="of the iteration that drops layers" + shown)
     add("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
     add("--threads", type=int, default=1, help="torch's CPU threads" + shown)
@@ -150,9 +145,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.keep_prob < 1:
         parser.error(f"--keep-prob {args.keep_prob} is not allowed: must be in (0, 1)")
-    for name in ("threads", "vocab_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least 1")
+    check_at_least(parser, args, threads=1, vocab_size=1)
+    check_one_process(parser)
     return args
 
 

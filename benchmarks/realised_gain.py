@@ -62,6 +62,7 @@ from _layouts import (
     warn_of_load,
 )
 from _measure import RankMeasurement, Run
+from _options import SHOWN, add_model_options, check_at_least, check_named_once
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
@@ -93,8 +94,8 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS))
-    shown = "; default here: %(default)s"
+    parser.set_defaults(**(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS), num_layers=24)
+    shown = SHOWN
 
     layout = parser.add_argument_group("layout (under torchrun; what these leave of the processes is data-parallel)")
     layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="default: 1")
@@ -126,14 +127,7 @@ def parse_args() -> argparse.Namespace:
     layout.add_argument("--all-layouts", action="store_true", help=f"the same as --layouts {' '.join(ALL_LAYOUTS)}")
 
     model = parser.add_argument_group("model and batch")
-    model.add_argument("--num-layers", type=int, default=24, help="transformer layers" + shown)
-    model.add_argument("--hidden-size", type=int, help="width" + shown)
-    model.add_argument("--num-attention-heads", type=int, help="attention heads" + shown)
-    model.add_argument("--seq-length", type=int, help="tokens of a sample" + shown)
-    model.add_argument("--vocab-size", type=int, help="vocabulary, padded already" + shown)
-    model.add_argument("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
-    model.add_argument("--global-batch-size", type=int, help="samples of an iteration" + shown)
-    model.add_argument("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
+    add_model_options(model)
     model.add_argument(
         "--recompute-granularity",
         choices=("full", "selective"),
@@ -159,9 +153,7 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what the trainer's own checks do not know of."""
-    for name, least in (("rounds", 2), ("block_iterations", 1), ("warmup", 0), ("threads", 1), ("vocab_size", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least {least}")
+    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=0, threads=1, vocab_size=1)
     if not all(0 < keep_prob < 1 for keep_prob in args.keep_probs):
         parser.error(f"--keep-probs {args.keep_probs}: each must be in (0, 1); 1 is always measured as well")
     if args.all_layouts and args.layouts:
@@ -171,10 +163,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         args.layouts = list(ALL_LAYOUTS)
     if args.layouts and ("RANK" in os.environ or own_layout != Layout(1)):
         parser.error("--layouts starts its own processes: leave out torchrun, parallel sizes, overlap and sampler")
-    for name in ("sampler", "layouts", "keep_probs"):
-        values = getattr(args, name) or []
-        if len(set(values)) < len(values):
-            parser.error(f"--{name.replace('_', '-')} {values}: each may be named once")
+    check_named_once(parser, args, "sampler", "layouts", "keep_probs")
     layouts = [LAYOUTS[name] for name in args.layouts] if args.layouts else [own_layout]
     if args.bucket_size is not None and not any(layout.overlap for layout in layouts):
         parser.error(f"--bucket-size {args.bucket_size}: Megatron has one bucket without --overlap; leave it out")

@@ -33,6 +33,7 @@ import torch
 from _gain import Interval
 from _gain_report import environment_lines, number_text, publish
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, warn_of_load
+from _options import SHOWN, add_model_options, check_at_least, check_named_once, check_one_process
 from _residual_cases import ROWS, Case, Implementation, implementations, versions
 from _residual_step import measure_step, step_config
 from _residual_timing import Measurement, Timer, time_ratio
@@ -105,20 +106,15 @@ def parse_args() -> argparse.Namespace:
         **{**(GPU_DEFAULTS if on_gpu else CPU_DEFAULTS), **(ON_GPU if on_gpu else ON_CPU)},
         **{"keep_probs": [], "recompute_granularity": None},  # make_config counts iterations
     )
-    add, shown = parser.add_argument, "; default here: %(default)s"
+    add, shown = parser.add_argument, SHOWN
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the add by itself, a model's step" + shown)
-    add("--seq-length", type=int, help="tokens of a sample" + shown)
-    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
     add("--hidden-sizes", type=int, nargs="+", help="of the add" + shown)
     add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="that x has" + shown)
     add("--dropout-probs", type=float, nargs="+", default=[0.0, 0.1], help="of the add and the step" + shown)
     add("--without", nargs="+", metavar="NAME", help="implementations to leave out, as the report names them")
-    add("--num-layers", type=int, help="of the step's model" + shown)
-    add("--hidden-size", type=int, help="of the step's model" + shown)
-    add("--num-attention-heads", type=int, help="of the step's model" + shown)
-    add("--vocab-size", type=int, help="of the step's model" + shown)
-    add("--global-batch-size", type=int, help="samples of a step" + shown)
-    add("--precision", choices=("fp32", "bf16"), help="of the step's model; default here: %(default)s")
+    add_model_options(
+        parser.add_argument_group("the step's model; --seq-length and --micro-batch-size are the add's as well")
+    )
     add("--rounds", type=int, default=20, help="of each case, and pairs of blocks of steps" + shown)
     add("--block-iterations", type=int, default=3, help="steps of a block" + shown)
     add("--warmup", type=int, default=4, help="steps of each kind before the first block" + shown)
@@ -131,22 +127,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name, least in (("rounds", 2), ("block_iterations", 1), ("warmup", 1), ("threads", 1), ("micro_batch_size", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed: at least {least}")
-    if min(args.hidden_sizes) < 1 or args.seq_length < 2:
-        parser.error("--hidden-sizes must be at least 1, --seq-length at least 2")
+    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=1, threads=1, micro_batch_size=2)
+    check_at_least(parser, args, seq_length=2, vocab_size=2)
+    if min(args.hidden_sizes) < 1:
+        parser.error(f"--hidden-sizes {args.hidden_sizes}: each must be at least 1")
     if not all(0 <= prob < 1 for prob in args.dropout_probs):
         parser.error(f"--dropout-probs {args.dropout_probs}: each must be in [0, 1)")
-    for name in ("parts", "hidden_sizes", "rows", "dropout_probs"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: each may be named once")
+    check_named_once(parser, args, "parts", "hidden_sizes", "rows", "dropout_probs", "without")
     names = [one.name for one in implementations()[0]]
     for name in args.without or []:
         if name not in names[1:]:  # the first is what this is about
             parser.error(f"--without {name!r}: can leave out {', '.join(names[1:])}")
-    if "RANK" in os.environ:
-        parser.error("runs in one process: leave out torchrun")
+    check_one_process(parser)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,7 +304,7 @@ def forecast() -> list[str]:
         f"[{s}, {b}, hidden], bf16 residual: the bytes that each has to move, at {FORECAST_BANDWIDTH / 1e12:g} TB/s "
         "for a clone (assumed: 90 % of the peak). Share: needed bytes by moved ones, for any hidden size. us: hidden "
         + ", ".join(map(str, FORECAST_HIDDEN_SIZES))
-        + ". No launch, no index and no bias is counted.",
+        + ". No launch, no index and no reading of the bias is counted.",
         "",
         "| rows of x | dropout | implementation | forward: bytes | share | us | backward: bytes | share | us |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const sbld_residual_
   d_x.store(static_cast<X *>(args.d_x) + x_row * args.hidden + column, size);
 }
 
-// Also sums the rows of its chunk, in their order, into partial [chunks, hidden].
+// Sums the rows of its chunk, in their order, into partial [chunks, hidden]; d_x may be null.
 template <typename X, typename R, bool kVector>
 __global__ void __launch_bounds__(kThreads) backward_bias_kernel(const sbld_residual_args args, float *partial) {
   const int64_t group = group_of_thread(), chunk = row_of_thread();
@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(kThreads) backward_bias_kernel(const sbld_resi
         values[i] = backward_element(d_y[k].get(i), args.multiplier, mask >> i & 1u);
         sums[i] = add(sums[i], values[i]);
       }
+      if (args.d_x == nullptr) continue;
       Group<X, kVector> d_x;
       d_x.set(values);
       d_x.store(static_cast<X *>(args.d_x) + (first + k) * args.hidden + column, size);
@@ -320,6 +321,7 @@ template <typename X, typename R, bool kVector>
 void launch_backward(const sbld_residual_args &args, cudaStream_t stream) {
   const int64_t x_rows = num_x_rows(args);
   if (args.d_bias == nullptr) {
+    if (args.d_x == nullptr) return;
     const Launch launch = launch_over(num_groups(args), x_rows);
     backward_kernel<X, R, kVector><<<launch.grid, launch.block, 0, stream>>>(args);
     return;
@@ -354,17 +356,21 @@ void backward(const sbld_residual_args &args, cudaStream_t stream) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device) cudaSetDevice(device);
-    changed_ = previous_ != device;
+    status_ = cudaGetDevice(&previous_);
+    if (status_ != cudaSuccess || previous_ == device) return;
+    status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
   }
 
+  cudaError_t status() const { return status_; }
+
  private:
   int previous_ = 0;
   bool changed_ = false;
+  cudaError_t status_;
 };
 
 using Function = void (*)(const sbld_residual_args &, cudaStream_t);
@@ -374,6 +380,10 @@ const char *run(const sbld_residual_args &args, Function fp32, Function fp16, Fu
   if (const char *error = check(args)) return error;
   const bool wide = args.residual_dtype != args.x_dtype;
   const DeviceGuard guard(args.device);
+  if (guard.status() != cudaSuccess) {
+    cudaGetLastError();  // which the next call would report as its own
+    return cudaGetErrorString(guard.status());
+  }
   const Function function = args.x_dtype == SBLD_FLOAT32   ? fp32
                             : args.x_dtype == SBLD_FLOAT16 ? (wide ? fp16_wide : fp16)
                                                            : (wide ? bf16_wide : bf16);

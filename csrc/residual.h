@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SBLD_RESIDUAL_ABI 1  // counts up with every change of this file
+#define SBLD_RESIDUAL_ABI 2  // counts up with every change of this file
 
 #ifdef __cplusplus
 extern "C" {
@@ -39,7 +39,7 @@ struct sbld_residual_args {
   const void *residual;  // forward only
   void *y;               // forward: written; may be residual itself
   const void *d_y;       // backward only
-  void *d_x;             // backward: written
+  void *d_x;             // backward: written, or null
   void *d_bias;          // backward: [hidden] written, or null
   const int64_t *index;  // or null
   const int64_t *seed;   // one number; read only if drop_threshold > 0

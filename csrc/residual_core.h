@@ -220,6 +220,9 @@ inline const char *check(const sbld_residual_args &args) {
   if (args.index == nullptr && (args.x_rows0 != args.rows0 || args.x_rows1 != args.rows1))
     return "without an index x must have the rows of residual";
   if (args.index_dim != 0 && args.index_dim != 1) return "index_dim must be 0 or 1";
+  if (args.index_dim == 0 ? args.x_rows0 > args.rows0 || args.x_rows1 != args.rows1
+                          : args.x_rows1 > args.rows1 || args.x_rows0 != args.rows0)
+    return "x must have no more rows than residual along index_dim, and as many along the other";
   if (args.drop_threshold > 65535u) return "drop_threshold must be at most 65535";
   if (args.drop_threshold > 0 && args.seed == nullptr) return "dropout needs a seed";
   if (num_rows(args) > 0x7fffffffll) return "there are more than 2^31 - 1 rows";

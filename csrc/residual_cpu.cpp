@@ -53,7 +53,7 @@ const char *backward(const sbld_residual_args &args) {
     for (int i = 0; i < size; ++i) {
       const int64_t column = first + i;
       const float d = backward_element(to_float(d_y[row * args.hidden + column]), args.multiplier, mask >> i & 1u);
-      d_x[x_row * args.hidden + column] = from_float<X>(d);
+      if (d_x != nullptr) d_x[x_row * args.hidden + column] = from_float<X>(d);
       if (d_bias != nullptr) {
         float &sum = partial[x_row / rows_of_chunk * args.hidden + column];
         sum = add(sum, d);

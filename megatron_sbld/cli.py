@@ -42,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "profile": _profile,
         "schedule": _schedule,
         "evaluate": _evaluate,
+        "generate": _generate,
         "compare": _compare,
         "predict": _predict,
         "export": _export,
@@ -77,6 +78,7 @@ commands:
   profile    measure how much each layer matters: the sensitivity file of drop.policy sbld
   schedule   show a config's keep probabilities before training; fit PWEGD to two runs
   evaluate   LAMBADA and perplexity of trained models
+  generate   continue prompts with a trained model
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
   predict    what a config will take on a cluster, and what dropping layers gains there; nothing is trained
   export     write a checkpoint as a folder that Hugging Face's transformers loads
@@ -302,6 +304,12 @@ def _evaluate(args: list[str]) -> int:
     from megatron_sbld.evaluation import commands
 
     return commands.evaluate(args)
+
+
+def _generate(args: list[str]) -> int:
+    from megatron_sbld.evaluation import commands
+
+    return commands.generate(args)
 
 
 def _compare(args: list[str]) -> int:

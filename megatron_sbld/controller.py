@@ -20,7 +20,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_sbld.checks import check_choice, check_integer
-from megatron_sbld.plan import MAX_SAMPLES, Granularity, Sampler, Scope, draw_plan, draw_sample_counts, draw_samples
+from megatron_sbld.plan import (
+    MAX_SAMPLES,
+    Granularity,
+    Replicas,
+    Sampler,
+    Scope,
+    draw_sample_counts,
+    draw_samples,
+    replicas_run_alike,
+)
 from megatron_sbld.policy import Policy
 
 _RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers", "seed")
@@ -66,14 +75,14 @@ class DropController:
         stages: int | Sequence[Sequence[int]] | None = None,
         granularity: Granularity = "layer",
         num_samples: int | None = None,
-        replicas: Literal["shared", "distinct"] = "shared",
+        replicas: Replicas = "shared",
         replica: int = 0,
         residual_scale: Literal["none", "inverse_keep_prob"] | None = None,
         window: int = 64,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         _check_granularity(granularity, num_samples, replicas)
-        if replicas == "distinct" and sampler != "balanced" and granularity == "layer":
+        if not replicas_run_alike(replicas, granularity) and sampler != "balanced":
             raise ValueError(f"replicas 'distinct' needs sampler 'balanced', got sampler {sampler!r}")
         if sampler == "bernoulli" and stages is not None:
             raise ValueError(f"stages = {stages!r} is used by sampler 'balanced' only, got sampler 'bernoulli'")
@@ -127,7 +136,7 @@ class DropController:
     @property
     def replicas_run_alike(self) -> bool:
         """Whether all data-parallel replicas run the same layers, each on as many samples."""
-        return self.replicas == "shared" or self.granularity == "sample"
+        return replicas_run_alike(self.replicas, self.granularity)
 
     def begin_iteration(self, iteration: int, num_microbatches: int) -> None:
         """Draw the decisions of `iteration` (1..T); call on every rank before each forward-backward pass.
@@ -260,28 +269,17 @@ class DropController:
 
     def _draw(self, iteration: int, num_microbatches: int, keep_probs: np.ndarray, replica: int) -> NDArray[np.int64]:
         """How many samples of each microbatch run each layer, or 1 and 0 for granularity `layer`, [microbatches, L]."""
-        if self.num_samples is not None:
-            return draw_sample_counts(
-                keep_probs,
-                num_samples=self.num_samples,
-                seed=self.seed,
-                iteration=iteration,
-                num_microbatches=num_microbatches,
-                scope=self.scope,
-                sampler=self.sampler,
-                stages=self.stages,
-            )
-        kept = draw_plan(
+        return draw_sample_counts(
             keep_probs,
+            num_samples=self.num_samples or 1,
             seed=self.seed,
             iteration=iteration,
             num_microbatches=num_microbatches,
             scope=self.scope,
             sampler=self.sampler,
             stages=self.stages,
-            replica=replica if self.replicas == "distinct" else 0,
+            replica=0 if self.replicas_run_alike else replica,
         )
-        return kept.astype(np.int64)
 
     def _is_verified(self, iteration: int, num_microbatches: int) -> bool:
         if self._verified is None:

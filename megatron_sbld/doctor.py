@@ -101,7 +101,7 @@ def examine() -> Iterator[Finding]:
     yield _nccl(torch)
     gpus, findings = _gpus(torch)
     if torch is not None:  # the residual add's package needs it
-        findings += _libraries(gpus, _driver_cuda(torch))
+        findings += _libraries(gpus)
     yield from findings
     yield from _choices(torch, core)
     built = any(finding.name == "cuda library" and finding.status == "ok" for finding in findings)
@@ -270,16 +270,10 @@ def _nvidia_smi() -> list[tuple[str, str, str]]:
     return [(row[0], row[1], row[2]) for row in rows if len(row) == 3 and re.fullmatch(r"\d+\.\d", row[1])]
 
 
-def _driver_cuda(torch: Any) -> int | None:
-    """The newest CUDA that the driver knows, as its major version; None without a driver."""
-    if torch is None or not torch.cuda.is_available():
-        return None
-    return torch._C._cuda_getDriverVersion() // 1000
-
-
-def _libraries(gpus: Sequence[Gpu], driver_cuda: int | None) -> Iterator[Finding]:
+def _libraries(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """The residual add's libraries: whether they are built, load, and have code for these GPUs and this driver."""
     from megatron_sbld.residual import native
+    from megatron_sbld.residual.choice import driver_cuda
 
     for name in native.NAMES:
         row: dict[str, Any] = {"section": "residual add", "name": f"{name} library"}
@@ -293,7 +287,7 @@ def _libraries(gpus: Sequence[Gpu], driver_cuda: int | None) -> Iterator[Finding
             else:
                 yield Finding(**row, value="not built", status="missing", mend=error.mend)
             continue
-        obstacle = _obstacle(library.build, gpus, driver_cuda) if name == "cuda" else None
+        obstacle = _obstacle(library.build, gpus, driver_cuda()) if name == "cuda" else None
         if obstacle:
             value, mend = f"{library.build}; {obstacle[0]}", obstacle[1]
             yield Finding(**row, value=value, status="broken", mend=mend)
@@ -303,10 +297,9 @@ def _libraries(gpus: Sequence[Gpu], driver_cuda: int | None) -> Iterator[Finding
 
 def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple[str, str] | None:
     """Why a library that was built for `cuda 13.0; sm_90 compute_90` does not run here, and what mends it."""
-    from megatron_sbld.residual.native import runs_on
+    from megatron_sbld.residual.native import fits_driver, runs_on
 
-    cuda = re.match(r"cuda (\d+)", build)
-    if cuda and driver_cuda and int(cuda[1]) > driver_cuda:
+    if driver_cuda and not fits_driver(build, driver_cuda):
         reason = f"the driver knows CUDA up to {driver_cuda} only"
         return reason, f"with CUDA_HOME set to a toolkit of CUDA {driver_cuda}, {_REINSTALL}"
     for gpu in gpus:

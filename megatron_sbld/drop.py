@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_sbld.checks import check_integer, check_layers
 from megatron_sbld.drop_config import DropConfig, ScheduleName, check_ranges, default_of, drop_field_names
+from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.policy import (
     FullDepthPolicy,
     LayerDropPolicy,
@@ -109,7 +110,7 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
             "drop.replicas = 'distinct' does not work with drop.sensitivity_update dynamic: the loss is a mean over "
             "replicas, which took different decisions; use shared"
         )
-    if config.dropped_update == "freeze" and not replicas_run_alike(config):
+    if config.dropped_update == "freeze" and not replicas_run_alike(config.replicas, config.granularity):
         raise ValueError(
             "drop.replicas = 'distinct' does not work with drop.dropped_update freeze: whether every replica dropped a "
             "layer is known to none of them; use shared or apply"
@@ -126,11 +127,6 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
 def updates_sensitivity(config: DropConfig) -> bool:
     """Whether the section asks for an estimate of the sensitivity while the model trains."""
     return config.policy == "sbld" and config.sensitivity_update == "dynamic"
-
-
-def replicas_run_alike(config: DropConfig) -> bool:
-    """Whether all data-parallel replicas run the same layers: then they can wait for each other inside of them."""
-    return config.replicas == "shared" or config.granularity == "sample"
 
 
 def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
@@ -204,7 +200,7 @@ def _check_sampler(config: DropConfig, num_layers: int, num_stages: int | None) 
         return
     if config.balance_stages is not None:
         raise ValueError(f"drop.balance_stages = {config.balance_stages} needs drop.sampler balanced")
-    if not replicas_run_alike(config):
+    if not replicas_run_alike(config.replicas, config.granularity):
         raise ValueError(
             "drop.replicas = 'distinct' needs drop.sampler balanced, or replicas would wait for each other"
         )

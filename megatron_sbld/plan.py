@@ -6,7 +6,8 @@ decision is the same on every machine, rank, NumPy version and resume. The key i
 microbatch, layer, stream). Microbatches count from 0, as in Megatron's schedules; layers count from 1.
 
 With `granularity: sample` a decision is about a sample of a microbatch: how many of the b samples run a layer
-(`draw_sample_counts`, the same on every rank), and which (`draw_samples`). With one sample that is `draw_plan`.
+(`draw_sample_counts`, the same on every rank), and which (`draw_samples`). With one sample that is `draw_plan`: a layer
+that runs a microbatch or not has one sample of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_sbld.checks import check_choice, check_integer, check_layers
 Scope = Literal["iteration", "microbatch"]
 Sampler = Literal["bernoulli", "balanced"]
 Granularity = Literal["layer", "sample"]
+Replicas = Literal["shared", "distinct"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed: what fits the signed 64 bits of checkpoints and messages."""
@@ -37,6 +39,14 @@ _MAX_REPLICA = 2 ** (32 - _REPLICA_SHIFT) - 1
 
 _ONE = 2**48
 """Fixed-point 1 of the balanced sampler; sums over up to 2^15 layers stay exact in 64 bits."""
+
+
+def replicas_run_alike(replicas: Replicas, granularity: Granularity) -> bool:
+    """Whether all data-parallel replicas run the same layers, each on as many samples.
+
+    Then they can wait for each other inside of a layer. Distinct ones do where only the samples are their own.
+    """
+    return replicas == "shared" or granularity == "sample"
 
 
 def draw_plan(
@@ -93,6 +103,7 @@ def draw_sample_counts(
     scope: Scope = "iteration",
     sampler: Sampler = "bernoulli",
     stages: int | Sequence[Sequence[int]] | None = None,
+    replica: int = 0,
 ) -> NDArray[np.int64]:
     """Draw how many samples of each microbatch run each layer: int64 [num_microbatches, L], from 0 to num_samples.
 
@@ -107,7 +118,7 @@ def draw_sample_counts(
     _check_samples(num_samples, len(probs))
     expected = probs * num_samples
     whole = np.floor(expected)  # keep_prob 1 leaves no rest: all samples, always
-    one_more = draw_plan(expected - whole, seed, iteration, num_microbatches, scope, sampler, stages)
+    one_more = draw_plan(expected - whole, seed, iteration, num_microbatches, scope, sampler, stages, replica)
     return whole.astype(np.int64) + one_more
 
 

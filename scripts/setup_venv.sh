@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up the virtual environment that the Makefile's targets use: VENV (folder), PYTHON (3.10+), TORCH (what pip installs).
+# Sets up the virtual environment that the Makefile's targets use: VENV (folder), PYTHON (3.10+), TORCH (what pip installs),
+# EXTRAS (of pyproject.toml, as dev).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH:=torch==2.13.0}"
+: "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH:=torch==2.13.0}" "${EXTRAS:=}"
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
   echo "error: $PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is needed (set PYTHON=...)" >&2
@@ -28,7 +29,7 @@ if [ "${MEGATRON_SBLD_CUDA:-auto}" = force ]; then
   [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || "$VENV/bin/python" -m pip install --quiet --group nvcc
   "$VENV/bin/python" -m pip install --quiet --group disassembler
 fi
-"$VENV/bin/python" -m pip install --quiet --editable ".[dev]"
+"$VENV/bin/python" -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
 "$VENV/bin/python" 2>/dev/null - <<'EOF'
 import megatron.core, torch
 from megatron_sbld.residual.native import NAMES, library_path

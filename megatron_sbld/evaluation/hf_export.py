@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sbld.evaluation.hf_format import EMBEDDING, OUTPUT, Format, Rule, positions
 from megatron_sbld.evaluation.hf_formats import format_of_model
 from megatron_sbld.evaluation.hf_tokenizer import write_tokenizer
+from megatron_sbld.evaluation.model import is_anonymous, read_trained_model
 from megatron_sbld.evaluation.safetensors_files import ShardWriter, parse_size
 from megatron_sbld.evaluation.stored_weights import StoredWeights
-from megatron_sbld.training.checkpoint import saved_model
-from megatron_sbld.training.checkpoint_files import MANIFEST, find_checkpoint, read_train_state, verify_weights
 from megatron_sbld.training.config import Config, ModelConfig, TrainingConfig
-from megatron_sbld.training.config_file import check_keys
-from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.training.config_file import read_config
+from megatron_sbld.training.tokenizer import Tokenizer
 from megatron_sbld.training.validate import validate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,7 +93,7 @@ def export_hf(
     check_free(target)
     source = _open(Path(checkpoint), tokenizer, config)
     form, vocab_size = format_of_model(source.model), source.tokenizer.vocab_size
-    plan = list(_plan(source, form, vocab_size))
+    plan = list(_plan(source, form))
     source.weights.refuse_others()
     with written_at_once(target) as folder:
         writer = ShardWriter(folder, shard_bytes)
@@ -131,12 +129,17 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def written_at_once(folder: Path) -> Iterator[Path]:
-    """A folder beside the one that is to be made, which gets its name when all has been written, and is gone else."""
+    """A folder beside the one that is to be made, which gets its name when all has been written, and is gone else.
+
+    Raises:
+        ValueError: a process that was killed has left one, or another one is writing it.
+    """
     folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f"{folder.name}.incomplete"
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-    unfinished.mkdir()
+    try:
+        unfinished.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"{unfinished}: exists; remove it unless another process is writing it") from None
     try:
         yield unfinished
         if folder.exists():
@@ -160,72 +163,25 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[], None]]:
 def check_model(model: ModelConfig, described_in: str) -> None:
     """Refuse sizes that no model of ours can have. Raises ValueError naming the file and the field."""
     try:
-        validate(Config(model=model, training=TrainingConfig(train_iters=1)), None)
+        validate(Config(model=model, training=TrainingConfig(train_iters=1)), None, trains=False)
     except ValueError as error:
         raise ValueError(f"{described_in}: describes a model that cannot be held: {error}") from error
 
 
-def _open(path: Path, tokenizer: str | None, config: str | None) -> _Source:
-    is_megatron_lm = (path / "metadata.json").exists() and not (path / MANIFEST).exists()
-    if not is_megatron_lm:
-        if config is not None:
-            raise ValueError(f"--config {config}: checkpoint {path} says itself what it is; leave the option out")
-        found = find_checkpoint(path).path
-        state = read_train_state(found)
-        model = saved_model(state.get("config", {}))
-        loaded = _saved_tokenizer(found, state, tokenizer)
-    else:
-        if config is None:
-            raise ValueError(f"checkpoint {path}: does not say what model it holds; give --config FILE")
-        verify_weights(path)
-        found = path
-        described = _read_config(config)
-        model = described.model
-        check_model(model, config)
-        loaded = load_tokenizer(described.data.tokenizer if tokenizer is None else tokenizer)
-    return _Source(StoredWeights(found), model, loaded)
+def _open(path: Path, tokenizer: str | None, config_file: str | None) -> _Source:
+    if config_file is not None and not is_anonymous(path):
+        raise ValueError(f"--config {config_file}: checkpoint {path} says itself what it is; leave the option out")
+    config = None if config_file is None else read_config(config_file)
+    trained = read_trained_model(path, tokenizer, config)
+    if config_file is not None:
+        check_model(trained.model, config_file)
+    return _Source(StoredWeights(trained.checkpoint.path), trained.model, trained.tokenizer)
 
 
-def _read_config(path: str) -> Config:
-    """A config file of ours. Raises ValueError as the trainer's command line does."""
-    check_keys(path)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config)
-    values = parser.instantiate(parser.parse_args(["--config", path])).as_dict()
-    values.pop("config")
-    return Config(**values)
-
-
-def _saved_tokenizer(path: Path, state: Mapping[str, Any], spec: str | None) -> Tokenizer:
-    """The tokenizer that a run was trained with. Raises ValueError if this is another one, or it is not there."""
-    try:
-        trained_with, tokens = state["config"]["data"]["tokenizer"], state["vocab_size"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: {MANIFEST} does not say which tokenizer it is of ({error})") from error
-    try:
-        loaded = load_tokenizer(trained_with if spec is None else spec)
-    except ValueError as error:
-        if spec is not None:
-            raise
-        raise ValueError(f"checkpoint {path}: {error}; give --tokenizer SPEC") from error
-    if loaded.fingerprint() != state.get("tokenizer", loaded.fingerprint()) or loaded.vocab_size != tokens:
-        raise ValueError(
-            f"tokenizer {loaded.name!r}: encodes differently from the one that checkpoint {path} was trained with "
-            f"({trained_with!r}, {tokens} tokens)"
-        )
-    return loaded
-
-
-def _plan(source: _Source, form: Format, vocab_size: int) -> Iterator[tuple[str, int | None, Rule]]:
+def _plan(source: _Source, form: Format) -> Iterator[tuple[str, int | None, Rule]]:
     """Where each weight is stored, and its rule; all of them are looked up before the first is read."""
     weights, model = source.weights, source.model
     rows = weights.shape(EMBEDDING)[0]
-    if rows < vocab_size:
-        raise ValueError(
-            f"checkpoint {weights.path}: its word embeddings have {rows} rows, but tokenizer "
-            f"{source.tokenizer.name!r} has {vocab_size} tokens"
-        )
     for rule in [*form.vocabulary_rules(model, rows), *form.outer_rules(model)]:
         weights.check(rule.ours, None, rule.shape)
         yield rule.ours, None, rule

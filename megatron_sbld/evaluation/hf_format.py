@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
@@ -210,6 +210,6 @@ class FieldReader:
             if found is not None and found != value:
                 self.refuse(name, found, f"{value!r} or left out; anything else cannot be held")
 
-    def refuse(self, name: str, value: Any, allowed: str) -> None:
+    def refuse(self, name: str, value: Any, allowed: str) -> NoReturn:
         """Raise ValueError for a field."""
         raise ValueError(f"{self._path}: {name} = {value!r}: must be {allowed}")

@@ -177,9 +177,7 @@ class _Weights:
         if unused:
             names = sorted(unused)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"{self._form.title} weights: nobody knows what is to become of {', '.join(names[:5])}{more}"
-            )
+            raise ValueError(f"{self._form.title} weights: config.json has no place for {', '.join(names[:5])}{more}")
 
 
 def _read_config(folder: Path) -> FieldReader:
@@ -247,15 +245,14 @@ def _piece(weights: _Weights, layer: int | None, rule: Rule, rows: int, dtype: t
 
 
 def _write_yaml(path: Path, config: Config, source: str) -> None:
-    """The fields that the source decides; the others keep their defaults."""
-    defaults = dataclasses.asdict(Config())
-    sections: dict[str, dict[str, Any]] = {}
-    for section, fields in dataclasses.asdict(config).items():
-        changed = {name: value for name, value in fields.items() if value != defaults[section][name]}
-        if section == "model":
-            changed = {name: value for name, value in fields.items() if value is not None}
-        if changed:
-            sections[section] = changed
+    """What the source decides; everything else keeps its defaults."""
+    model = dataclasses.asdict(config.model)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {name: value for name, value in model.items() if value is not None},
+        "data": {"tokenizer": config.data.tokenizer},
+        "training": {"precision": config.training.precision},
+        "checkpoint": {"load": config.checkpoint.load},
+    }
     head = f"# Made of {source} by megatron-sbld import hf. Give data, training and a run folder of your own.\n"
     path.write_text(head + yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
 

@@ -123,19 +123,13 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
         ValueError: no complete checkpoint, none that says what its model is, or another tokenizer than it was trained
             with.
     """
-    if (path / "metadata.json").exists() and not (path / MANIFEST).exists():
+    if is_anonymous(path):
         return _read_without_manifest(path, tokenizer, config)
     found = find_checkpoint(path)
     state = read_train_state(found.path)
     saved: Mapping[str, Any] = state.get("config", {})
     model = saved_model(saved)
-    spec = tokenizer or saved.get("data", {}).get("tokenizer", "byte")
-    loaded = load_tokenizer(spec)
-    if state.get("tokenizer") not in (None, loaded.fingerprint()):
-        raise ValueError(
-            f"checkpoint {found.path}: tokenizer {spec!r} encodes differently from the one that the model was trained "
-            "with; name that one with --tokenizer"
-        )
+    loaded = _saved_tokenizer(found.path, state, tokenizer)
     samples = state.get("consumed_samples")
     return TrainedModel(
         checkpoint=found,
@@ -149,11 +143,36 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
     )
 
 
+def is_anonymous(path: Path) -> bool:
+    """Whether a folder is a checkpoint that does not say what model it holds, as Megatron-LM's."""
+    return (path / "metadata.json").exists() and not (path / MANIFEST).exists()
+
+
+def _saved_tokenizer(path: Path, state: Mapping[str, Any], spec: str | None) -> Tokenizer:
+    """The tokenizer that a run was trained with. Raises ValueError if this is another one, or it is not there."""
+    try:
+        trained_with, fingerprint = state["config"]["data"]["tokenizer"], state["tokenizer"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: {MANIFEST} does not say which tokenizer it is of ({error})") from error
+    try:
+        loaded = load_tokenizer(spec or trained_with)
+    except ValueError as error:
+        if spec is not None:
+            raise
+        raise ValueError(f"checkpoint {path}: {error}; give --tokenizer SPEC") from error
+    if loaded.fingerprint() != fingerprint:
+        raise ValueError(
+            f"tokenizer {loaded.name!r}: encodes differently from the one that checkpoint {path} was trained with "
+            f"({trained_with!r})"
+        )
+    return loaded
+
+
 def _read_without_manifest(path: Path, tokenizer: str | None, config: Config | None) -> TrainedModel:
     if config is None:
         raise ValueError(
-            f"checkpoint {path}: it does not say what its model is, as Megatron-LM's do not; give --config FILE with "
-            "its model section and its data.tokenizer"
+            f"checkpoint {path}: does not say what model it holds; give --config FILE with its model section and its "
+            "data.tokenizer"
         )
     loaded = load_tokenizer(tokenizer or config.data.tokenizer)
     name = path.name.removeprefix("iter_")

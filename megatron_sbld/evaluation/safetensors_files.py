@@ -71,7 +71,11 @@ class ShardWriter:
         return names
 
     def _flush(self) -> None:
-        save_file(self._pending, self._unnamed(len(self._shards)), metadata={"format": "pt"})
+        file = self._unnamed(len(self._shards))
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(self._pending, file, metadata={"format": "pt"})
+        file.chmod(mode)  # the library's files are for their owner alone
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -89,8 +93,9 @@ class TensorFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._where = self._find()
         self._open: dict[str, Any] = {}
+        self._where: dict[str, str] = {}
+        self._where = self._find()
 
     def names(self) -> list[str]:
         """Of all tensors."""
@@ -119,7 +124,6 @@ class TensorFolder:
                 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(f"{self._folder / index}: cannot be read: {error!r}") from error
             if (self._folder / single).is_file():
-                self._where, self._open = {}, {}
                 with self._errors(single):
                     return dict.fromkeys(self._open_file(single).keys(), single)
         raise ValueError(
@@ -144,11 +148,12 @@ class TensorFolder:
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
         file = self._where.get(name, name)
+        what = "" if file == name else f"{name} "
         try:
             yield
         except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
             text = str(error).split("\n", maxsplit=1)[0]
-            raise ValueError(f"{self._folder / file}: {name} cannot be read: {text}") from error
+            raise ValueError(f"{self._folder / file}: {what}cannot be read: {text}") from error
         except Exception as error:
             if type(error).__name__ != "UnpicklingError":
                 raise

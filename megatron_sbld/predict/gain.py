@@ -149,7 +149,7 @@ class Predictor:
         by_sample = drop.granularity == "sample"
         distinct = drop.replicas == "distinct" and not by_sample
         rows = self.setup.num_microbatches if drop.decision_scope == "microbatch" else 1
-        samples = config.training.micro_batch_size if by_sample else None
+        samples = config.training.micro_batch_size if by_sample else 1
         return [
             np.array(
                 [

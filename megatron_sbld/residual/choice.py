@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from megatron_sbld.residual.native import Library, load, runs_on
+from megatron_sbld.residual.native import Library, fits_driver, load, runs_on
 
 VARIABLE = "MEGATRON_SBLD_RESIDUAL"
 SETTINGS = ("auto", "cuda", "cpu", "eager")
@@ -41,6 +41,14 @@ def describe_choice(device: torch.device) -> str:
     return f"residual add on {device.type}: {'the library' if library else 'eager torch'} ({reason})"
 
 
+def driver_cuda() -> int | None:
+    """The newest CUDA that the driver knows, as its major version; None without a driver."""
+    if not torch.cuda.is_available():
+        return None
+    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return version // 1000
+
+
 def _setting() -> str:
     setting = os.environ.get(VARIABLE, "auto")
     if setting not in SETTINGS:
@@ -57,6 +65,7 @@ def _library_for(setting: str, device_type: str, device_index: int, dtype: torch
             raise ValueError(
                 f"{VARIABLE}={setting} computes in float32, float16 and bfloat16, not in {dtype}: use eager"
             )
+        logger.info("residual add on %s in %s: eager torch (no library computes in it)", device_type, dtype)
         return None
     library, _ = _choose(setting, device_type, device_index)
     return library
@@ -85,6 +94,11 @@ def _load(name: str, device_index: int) -> Library:
     """The library, if it runs on this device."""
     library = load(name)
     if name == "cuda":
+        driver = driver_cuda()
+        if driver is not None and not fits_driver(library.build, driver):
+            raise RuntimeError(
+                f"the CUDA library was built for {library.build}, but the driver knows CUDA {driver} only"
+            )
         major, minor = torch.cuda.get_device_capability(device_index)
         if not runs_on(library.build, major * 10 + minor):
             raise RuntimeError(

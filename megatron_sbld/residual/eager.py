@@ -85,14 +85,16 @@ def backward(
     multiplier: float,
     threshold: int,
     x_dtype: torch.dtype,
+    with_x: bool,
     with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(d_x [rows of x, hidden], d_bias [hidden] or None) in x's dtype; the residual's gradient is d_y itself."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(d_x [rows of x, hidden], d_bias [hidden]) in x's dtype, or None; the residual's gradient is d_y itself."""
     compute = _compute_dtype(d_y.dtype)
     d_branch = (d_y if rows is None else d_y[rows]).to(compute) * _rounded(multiplier, compute)
     if threshold:
         d_branch = torch.where(_kept(d_branch, rows, seed, threshold), d_branch, 0.0)
-    return d_branch.to(x_dtype), ordered_sum(d_branch).to(x_dtype) if with_bias else None
+    d_x = d_branch.to(x_dtype) if with_x else None
+    return d_x, ordered_sum(d_branch).to(x_dtype) if with_bias else None
 
 
 def ordered_sum(values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import functools
 import re
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 """SBLD_RESIDUAL_ABI of the header that `Args` mirrors."""
 
 NAMES = ("cuda", "cpu")
@@ -110,7 +110,7 @@ class Library:
             raise RuntimeError(f"residual add, forward ({self.build}): {error.decode()}")
 
     def backward(self, args: Args) -> None:
-        """d_x = multiplier * mask * d_y[row], d_bias its sum over the rows. Raises as `forward` does."""
+        """d_x = multiplier * mask * d_y[row], d_bias its sum over rows; each may be null. Raises as `forward` does."""
         error = self._backward(args)
         if error is not None:
             raise RuntimeError(f"residual add, backward ({self.build}): {error.decode()}")
@@ -147,6 +147,15 @@ def runs_on(build: str, capability: int) -> bool:
     return any(sm // 10 == capability // 10 and sm <= capability for sm in machine) or any(
         sm <= capability for sm in ptx
     )
+
+
+def fits_driver(build: str, driver_cuda: int) -> bool:
+    """Whether the CUDA runtime in a library works with a driver that knows CUDA up to this major version.
+
+    A driver works with every minor version of its major one, and with older ones.
+    """
+    cuda = re.match(r"cuda (\d+)", build)
+    return cuda is None or int(cuda[1]) <= driver_cuda
 
 
 def library_path(name: str) -> Path:

@@ -69,8 +69,8 @@ def residual_skip_add_(
 ) -> torch.Tensor:
     """`residual_skip_add` into the residual's own storage: rows that x does not have are not even read.
 
-    The residual must be contiguous and its values no longer needed: where another operator has saved it for backward
-    (the norm at the head of a branch does), torch raises at backward.
+    The residual must be contiguous, share no memory with x, and its values be no longer needed: where another operator
+    has saved it for backward (the norm at the head of a branch does), torch raises at backward.
     """
     _check(x, residual, bias, index, dim)
     if not residual.is_contiguous():
@@ -92,6 +92,8 @@ def _check(
 ) -> None:
     if x.dtype not in _DTYPES:
         raise ValueError(f"x is {x.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
+    if x.dim() < 1 or x.size(-1) == 0:
+        raise ValueError(f"x is {list(x.shape)}: must be [..., hidden] with hidden > 0")
     if residual.dtype != x.dtype and (residual.dtype != torch.float32 or x.dtype == torch.float64):
         raise ValueError(f"residual is {residual.dtype} and x {x.dtype}: must be of x's dtype or float32")
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
@@ -99,19 +101,21 @@ def _check(
     for name, tensor in (("residual", residual), ("bias", bias), ("index", index)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: must be on one device")
-    if x.dim() < 1 or x.size(-1) == 0:
-        raise ValueError(f"x is {list(x.shape)}: must be [..., hidden] with hidden > 0")
+    if dim not in (0, 1):
+        raise ValueError(f"dim is {dim}: must be 0 or 1")
     if index is None:
         if x.shape != residual.shape:
             raise ValueError(f"x is {list(x.shape)}, residual {list(residual.shape)}: must be equal without an index")
         return
     if index.dtype != torch.int64:
         raise ValueError(f"index is {index.dtype}: must be int64")
-    if x.dim() != 3 or residual.dim() != 3 or dim not in (0, 1) or index.dim() not in (1, 2):
+    if x.dim() != 3 or residual.dim() != 3 or index.dim() not in (1, 2):
         raise ValueError(
-            f"x is {list(x.shape)}, residual {list(residual.shape)}, index {list(index.shape)}, dim {dim}: with an "
-            "index x and residual have 3 dimensions, dim is 0 or 1, and index has 1 or 2 dimensions"
+            f"x is {list(x.shape)}, residual {list(residual.shape)}, index {list(index.shape)}: with an index x and "
+            "residual have 3 dimensions, and index has 1 or 2"
         )
+    if index.size(-1) > residual.size(dim):
+        raise ValueError(f"index has {index.size(-1)} positions of {residual.size(dim)}: it names one twice")
     others = residual.size(1 - dim)
     expected = [index.size(-1), others, residual.size(2)] if dim == 0 else [others, index.size(-1), residual.size(2)]
     if list(x.shape) != expected or (index.dim() == 2 and index.size(0) != others):
@@ -124,14 +128,19 @@ def _check(
 # ----------------------------------------------------------------------------------------------------------------------
 # The operators
 
+# Inductor's cache on disk knows an operator by its name: one whose arguments change after a release needs another.
 _operators = Operators("megatron_sbld", "DEF")
 _operators.define(
     "residual_skip_add(Tensor x, Tensor residual, Tensor? bias, Tensor? index, Tensor? seed, float multiplier, "
     "int threshold, int dim) -> Tensor"
 )
 _operators.define(
+    "residual_skip_add_(Tensor x, Tensor(a!) residual, Tensor? bias, Tensor? index, Tensor? seed, float multiplier, "
+    "int threshold, int dim) -> ()"
+)
+_operators.define(
     "residual_skip_add_backward(Tensor d_y, Tensor? index, Tensor? seed, float multiplier, int threshold, int dim, "
-    "SymInt[] x_shape, ScalarType x_dtype, bool with_bias) -> (Tensor, Tensor)"
+    "SymInt[] x_shape, ScalarType x_dtype, bool with_x, bool with_bias) -> (Tensor, Tensor)"
 )
 
 
@@ -144,6 +153,7 @@ def _forward(
     multiplier: float,
     threshold: int,
     dim: int,
+    *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     residual = residual.contiguous()
@@ -162,6 +172,18 @@ def _forward(
     return out
 
 
+def _forward_in_place(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> None:
+    if _share_memory(x, residual):  # a row would be read after it is written
+        raise ValueError("x shares memory with residual, which cannot be written in place then")
+    _forward(x, residual, *args, out=residual)
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors do; of others copies are made."""
+    (a_begin, a_end), (b_begin, b_end) = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    return a.is_contiguous() and a_begin < b_end and b_begin < a_end
+
+
 def _backward(
     d_y: torch.Tensor,
     index: torch.Tensor | None,
@@ -171,20 +193,25 @@ def _backward(
     dim: int,
     x_shape: list[int],
     x_dtype: torch.dtype,
+    with_x: bool,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d_x, d_bias), the latter empty if it is not asked for."""
+    """(d_x, d_bias); what is not asked for is empty."""
     d_y, hidden = d_y.contiguous(), x_shape[-1]
+    d_x = d_y.new_empty(x_shape if with_x else 0, dtype=x_dtype)
+    d_bias = d_y.new_empty(hidden if with_bias else 0, dtype=x_dtype)
     if 0 in x_shape:
-        return d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_zeros(hidden if with_bias else 0, dtype=x_dtype)
+        return d_x, d_bias.zero_()
+    wanted = d_x if with_x else None, d_bias if with_bias else None
     library = library_for(d_y.device, x_dtype)
-    if library is None:
-        rows = _rows(index, d_y.shape, dim)
-        d_x, d_bias = eager.backward(d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_bias)
-        return d_x.view(x_shape), d_x.new_empty(0) if d_bias is None else d_bias
-    d_x, d_bias = d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_empty(hidden if with_bias else 0, dtype=x_dtype)
-    launch.backward(library, d_y, index, seed, multiplier, threshold, dim, d_x, d_bias if with_bias else None)
-    return d_x, d_bias
+    if library is not None:
+        launch.backward(library, d_y, index, seed, multiplier, threshold, dim, x_shape, x_dtype, *wanted)
+        return d_x, d_bias
+    rows = _rows(index, d_y.shape, dim)
+    made_x, made_bias = eager.backward(
+        d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_x, with_bias
+    )
+    return d_x if made_x is None else made_x.view(x_shape), d_bias if made_bias is None else made_bias
 
 
 def _rows(index: torch.Tensor | None, shape: torch.Size, dim: int) -> torch.Tensor | None:
@@ -214,64 +241,71 @@ def _fake_forward(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> torch.
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
+def _fake_forward_in_place(*args: Any) -> None:
+    """The residual keeps shape and dtype."""
+
+
 def _fake_backward(d_y: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x_shape, x_dtype, with_bias = args[-3:]
-    return d_y.new_empty(x_shape, dtype=x_dtype), d_y.new_empty(x_shape[-1] if with_bias else 0, dtype=x_dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, _, bias, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
-    ctx.save_for_backward(index, seed)
-    ctx.x_shape, ctx.x_dtype, ctx.with_bias = x.shape, x.dtype, bias is not None
-
-
-def _gradients(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-    index, seed = ctx.saved_tensors
-    d_x = d_bias = None
-    with_bias = ctx.with_bias and ctx.needs_input_grad[2]
-    if ctx.needs_input_grad[0] or with_bias:
-        d_x, d_bias = torch.ops.megatron_sbld.residual_skip_add_backward(
-            d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim, ctx.x_shape, ctx.x_dtype, with_bias
-        )
-    return d_x, d_y, d_bias if with_bias else None, None, None, None, None, None
+    x_shape, x_dtype, with_x, with_bias = args[-4:]
+    d_x = d_y.new_empty(x_shape if with_x else 0, dtype=x_dtype)
+    return d_x, d_y.new_empty(x_shape[-1] if with_bias else 0, dtype=x_dtype)
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of the operator. torch.library.register_autograd would do, at three times the host time a call."""
+    """Backward of both forms. torch.library.register_autograd would do for one, at three times the host time a call."""
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+        x, residual, _, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
+        ctx.save_for_backward(index, seed)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.plain_sum = index is None and (ctx.threshold, ctx.multiplier) == (0, 1.0) and x.dtype == residual.dtype
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
+        index, seed = ctx.saved_tensors
+        needs_x, _, with_bias, *_ = ctx.needs_input_grad
+        with_x = needs_x and not ctx.plain_sum
+        d_x = d_y if ctx.plain_sum else None  # the same tensor for both operands, as of torch's own sum
+        d_bias = None
+        if with_x or with_bias:
+            made_x, made_bias = torch.ops.megatron_sbld.residual_skip_add_backward(
+                *(d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim),
+                *(ctx.x_shape, ctx.x_dtype, with_x, with_bias),
+            )
+            d_x, d_bias = made_x if with_x else d_x, made_bias if with_bias else None
+        return d_x, d_y, d_bias, None, None, None, None, None
+
+
+class _Functional(_Gradient):
+    """The operator's autograd."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             y: torch.Tensor = torch.ops.megatron_sbld.residual_skip_add(*inputs)
-        _save(ctx, inputs)
+        _Gradient.save(ctx, inputs)
         return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, d_y)
 
-
-for _device in ("CPU", "CUDA"):
-    _operators.impl("residual_skip_add", _forward, _device)
-    _operators.impl("residual_skip_add_backward", _backward, _device)
-_operators.impl("residual_skip_add", _Gradient.apply, "Autograd")
-torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
-torch.library.register_fake("megatron_sbld::residual_skip_add_backward", _fake_backward, lib=_operators)
-
-
-class _InPlace(torch.autograd.Function):
+class _InPlace(_Gradient):
     """A custom operator that writes into its input can have no gradient; an autograd function can."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        x, residual, bias, index, seed, multiplier, threshold, dim = inputs
-        _save(ctx, inputs)
+        residual: torch.Tensor = inputs[1]
+        _Gradient.save(ctx, inputs)
         ctx.mark_dirty(residual)
-        _forward(x, residual, bias, index, seed, multiplier, threshold, dim, out=residual)
+        torch.ops.megatron_sbld.residual_skip_add_(*inputs)
         return residual
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, d_y)
+
+for _device in ("CPU", "CUDA"):
+    _operators.impl("residual_skip_add", _forward, _device)
+    _operators.impl("residual_skip_add_", _forward_in_place, _device)
+    _operators.impl("residual_skip_add_backward", _backward, _device)
+_operators.impl("residual_skip_add", _Functional.apply, "Autograd")
+torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
+torch.library.register_fake("megatron_sbld::residual_skip_add_", _fake_forward_in_place, lib=_operators)
+torch.library.register_fake("megatron_sbld::residual_skip_add_backward", _fake_backward, lib=_operators)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from megatron_sbld.placement import (
     iteration_times,
     stage_loads,
 )
-from megatron_sbld.plan import draw_plan, draw_sample_counts
+from megatron_sbld.plan import draw_sample_counts
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.forecast import Forecast, Phase, spread_iterations
@@ -97,7 +96,7 @@ def stage_forecast(
         policy=policy,
         train_iters=outlook.total.last,
         num_microbatches=max(1, training.global_batch_size // (training.micro_batch_size * replicas)),
-        num_samples=training.micro_batch_size if config.drop.granularity == "sample" else None,
+        num_samples=training.micro_batch_size if config.drop.granularity == "sample" else 1,
         # As many as have the output layer's FLOPs (equations.md section 7).
         output_layers=None if phi is None else policy.num_layers * (1.0 - phi) / phi,
         balanced=_fixed_stages(config.drop, placement, balanced),
@@ -154,8 +153,8 @@ class _Run:
     policy: Policy
     train_iters: int
     num_microbatches: int
-    num_samples: int | None
-    """Of a microbatch, with granularity sample."""
+    num_samples: int
+    """Of a microbatch, with granularity sample; else 1, which a layer runs or not."""
     output_layers: float | None
     balanced: list[list[int]] | None
     """Stages that the balanced sampler evens whatever the placement; None where it follows the placement."""
@@ -208,25 +207,26 @@ def drawn_shares(
     iteration: int,
     num_microbatches: int,
     stages: list[list[int]],
-    num_samples: int | None = None,
+    num_samples: int = 1,
     replica: int = 0,
 ) -> Floats:
     """What share of each microbatch each layer runs, with the decisions that a run takes, [m, L].
 
-    stages: layers that the balanced sampler balances.  num_samples: of a microbatch, with granularity sample.
+    stages: layers that the balanced sampler balances.  num_samples: of a microbatch; 1 unless granularity is sample.
     replica: with replicas distinct, whose decisions.
     """
-    arguments: dict[str, Any] = {
-        "seed": drop.seed,
-        "iteration": iteration,
-        "num_microbatches": num_microbatches,
-        "scope": drop.decision_scope,
-        "sampler": drop.sampler,
-        "stages": stages if drop.sampler == "balanced" else None,
-    }
-    if num_samples is None:
-        return draw_plan(keep_probs, **arguments, replica=replica).astype(np.float64)
-    return draw_sample_counts(keep_probs, num_samples, **arguments) / num_samples
+    counts = draw_sample_counts(
+        keep_probs,
+        num_samples=num_samples,
+        seed=drop.seed,
+        iteration=iteration,
+        num_microbatches=num_microbatches,
+        scope=drop.decision_scope,
+        sampler=drop.sampler,
+        stages=stages if drop.sampler == "balanced" else None,
+        replica=replica,
+    )
+    return counts / num_samples
 
 
 def _numbers(layers: list[int]) -> str:

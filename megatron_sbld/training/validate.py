@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, get_args, get_type_hints
 
-from megatron_sbld.drop import replicas_run_alike, validate_drop
+from megatron_sbld.drop import validate_drop
+from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
 from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
@@ -253,7 +254,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
         problems.append(
             "parallel.overlap_param_gather = true: needs use_distributed_optimizer and overlap_grad_reduce as well"
         )
-    if not replicas_run_alike(config.drop) and parallel.overlap_grad_reduce:
+    if not replicas_run_alike(config.drop.replicas, config.drop.granularity) and parallel.overlap_grad_reduce:
         problems.append(
             "drop.replicas = 'distinct': does not work with parallel.overlap_grad_reduce, because replicas would start "
             "their reductions in different orders; use 'shared' or switch the overlap off"

@@ -53,6 +53,7 @@ _WAITS = (
     "/megatron_sbld/training/step.py",
     "/megatron_sbld/training/checkpoint.py",
     "/megatron_sbld/evaluation/scoring.py",
+    "/megatron_sbld/evaluation/generate.py",
 )
 """Parts of paths of code that blocks for other ranks, in collectives or for what they put on the GPU's queue."""
 _DOES_NOT_WAIT = ("/torch/utils/", "/megatron/core/datasets/")

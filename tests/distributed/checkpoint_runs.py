@@ -109,7 +109,7 @@ class Run:
 
 
 @contextmanager
-def run(config: Config, seed: int = 1234) -> Iterator[Run]:
+def run(config: Config, seed: int = 1234, vocab_size: int = VOCAB) -> Iterator[Run]:
     """A fresh run on the config's layout."""
     from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
 
@@ -120,7 +120,7 @@ def run(config: Config, seed: int = 1234) -> Iterator[Run]:
         vpp=parallel.num_virtual_stages_per_pipeline_rank,
         seed=seed,
     ):
-        chunks = build_model(config, VOCAB)
+        chunks = build_model(config, vocab_size)
         optimizer = build_optimizer(config, chunks)
         yield Run(chunks, optimizer, build_param_scheduler(config, optimizer, 20))
 

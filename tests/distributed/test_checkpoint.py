@@ -300,6 +300,12 @@ def test_the_model_that_a_config_describes_is_compared_with_the_saved_one() -> N
     resolved = dataclasses.replace(CONFIG.model, ffn_hidden_size=128, kv_channels=8, max_position_embeddings=16)
     check_compatible(saved, dataclasses.replace(CONFIG, model=resolved), saved_vocab_size=VOCAB, vocab_size=VOCAB)
 
+    del saved["model"]["activation_func"]  # as before there was a choice
+    check_compatible(saved, CONFIG)
+    tanh = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, activation_func="gelu_tanh"))
+    with pytest.raises(ValueError, match=r"model.activation_func is 'gelu_tanh', but the checkpoint has 'gelu'"):
+        check_compatible(saved, tanh)
+
     other = dataclasses.replace(CONFIG.model, num_layers=6, hidden_size=64)
     with pytest.raises(ValueError, match=r"model.num_layers is 6, but the checkpoint has 4; model.hidden_size is 64"):
         check_compatible(saved, dataclasses.replace(CONFIG, model=other))

@@ -195,6 +195,27 @@ def test_bias_gradients_have_one_order_at_the_edges_of_chunks_and_sections(rows:
     assert_same_bits(computed(problem), computed(problem, "eager"), rows)
 
 
+@pytest.mark.parametrize("kind", ["none", "per sample"])
+def test_bias_gradients_are_the_same_where_those_of_x_are_not_wanted(kind: str) -> None:
+    for hidden, dropout_prob in itertools.product(HIDDEN_SIZES, (0.0, 0.3)):
+        problem = make_problem(DTYPES[3], hidden, kind, dropout_prob=dropout_prob)
+        seed, threshold = torch.tensor([SEED], device=DEVICE), eager.drop_threshold(dropout_prob)
+        arguments = (problem.d_y, problem.index, seed, 1.25, threshold, problem.dim, problem.x.shape, problem.x.dtype)
+        backward = torch.ops.megatron_sbld.residual_skip_add_backward
+        (_, expected), (nothing, found) = backward(*arguments, True, True), backward(*arguments, False, True)
+        assert nothing.numel() == 0
+        assert torch.equal(found, expected), (hidden, dropout_prob)
+
+
+def test_a_plain_sum_hands_its_gradient_on() -> None:
+    for hidden, in_place in itertools.product(HIDDEN_SIZES, (False, True)):
+        problem = make_problem(DTYPES[3], hidden)
+        problem.scale = 1.0
+        found = computed(problem, in_place=in_place)
+        assert_same_bits(found, computed(problem, "eager"), (hidden, in_place))
+        assert found["d_x"].data_ptr() == problem.d_y.data_ptr()
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [64, 63])
 def test_extreme_values_change_no_bit(dtypes: tuple[torch.dtype, torch.dtype], hidden: int) -> None:
@@ -276,7 +297,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     for index in (None, torch.arange(rows - 1, -1, -1, device=DEVICE)):
         y = operators.residual_skip_add(x, residual, None, index, seed, multiplier, threshold, 0)
         d_x, _ = operators.residual_skip_add_backward(
-            d_y, index, seed, multiplier, threshold, 0, x.shape, x.dtype, False
+            d_y, index, seed, multiplier, threshold, 0, x.shape, x.dtype, True, False
         )
         for at in (slice(0, 8), slice(rows - 64, rows)):  # rows of the residual
             places = torch.arange(rows, device=DEVICE)[at]
@@ -505,7 +526,8 @@ from megatron_sbld.residual import residual_skip_add, residual_skip_add_
 x, residual = torch.ones(2, 3, 64, device="cuda"), torch.zeros(5, 3, 64, device="cuda")
 index = torch.tensor([1, {position}], device="cuda")
 def backward(with_bias):
-    torch.ops.megatron_sbld.residual_skip_add_backward(residual, index, None, 1.0, 0, 0, x.shape, x.dtype, with_bias)
+    more = (x.shape, x.dtype, True, with_bias)
+    torch.ops.megatron_sbld.residual_skip_add_backward(residual, index, None, 1.0, 0, 0, *more)
 calls = {{
     "functional": lambda: residual_skip_add(x, residual, index=index),
     "in place": lambda: residual_skip_add_(x, residual, index=index),

@@ -17,7 +17,7 @@ import pytest
 from build_libraries import BuildError, Switches, compile_library, library_command
 
 from megatron_sbld.nvcc import find_nvcc
-from megatron_sbld.residual.native import Library
+from megatron_sbld.residual.native import ABI, Args, Library
 
 FORCED = os.environ.get("MEGATRON_SBLD_CUDA") == "force"
 
@@ -70,6 +70,15 @@ def test_it_loads_without_a_driver_and_says_what_it_was_built_for(compiled: Comp
     newest = compiled.targets[-1].removeprefix("sm_")
     assert Library("cuda", compiled.path).build == f"cuda {nvcc.version}; {' '.join(compiled.targets)} compute_{newest}"
     assert set(compiled.targets) == {f"sm_{number}" for number in (80, 90, 100) if number in nvcc.architectures}
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_launched(compiled: Compiled) -> None:
+    """On a machine without a driver and on one with GPUs."""
+    library = Library("cuda", compiled.path)
+    args = Args(abi=ABI, device=99, rows0=1, rows1=1, hidden=8, x_rows0=1, x_rows1=1)
+    for call in (library.forward, library.backward):
+        with pytest.raises(RuntimeError, match=r"\(cuda .*\): .*(driver|device)"):
+            call(args)
 
 
 def test_no_kernel_spills_registers_on_any_architecture(compiled: Compiled) -> None:

@@ -65,6 +65,16 @@ def test_what_the_library_refuses_is_an_error_with_its_text(library: Library) ->
             call(Args(abi=ABI + 1))
 
 
+def test_rows_of_x_that_the_residual_cannot_have_are_refused(library: Library) -> None:
+    index = ctypes.c_int64(0)
+    for dim, x_rows in ((0, (3, 3)), (0, (2, 2)), (1, (2, 4)), (1, (1, 3))):
+        args = Args(abi=ABI, index_dim=dim, rows0=2, rows1=3, hidden=8, x_rows0=x_rows[0], x_rows1=x_rows[1])
+        args.index = ctypes.addressof(index)
+        for call in (library.forward, library.backward):
+            with pytest.raises(RuntimeError, match="no more rows than residual along index_dim, and as many along"):
+                call(args)
+
+
 def test_a_library_that_is_not_built_says_how_to_build_it(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match=r"_residual_cuda.so is not built; with nvcc .*pip install"):
         Library("cuda", tmp_path / "_residual_cuda.so")

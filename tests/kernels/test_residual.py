@@ -120,13 +120,20 @@ def test_without_dropout_it_is_the_sum_row_by_row(kind: str, bias: bool) -> None
         torch.testing.assert_close(d_bias[0], expected_d_x.sum((0, 1)))
 
 
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
 @pytest.mark.usefixtures("setting")
-def test_all_rows_without_dropout_and_scale_are_megatrons_bits() -> None:
+def test_all_rows_without_dropout_and_scale_are_megatrons_bits(dtype: torch.dtype, bias: bool) -> None:
+    """In half precision Megatron's own rounds x + bias as well, unless it is compiled."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-    case = Case(dropout_prob=0.0, scale=1.0)
+    case = Case(dropout_prob=0.0, scale=1.0, dtypes=(dtype, dtype), bias=bias)
     stock = get_bias_dropout_add(training=True, fused=False)
-    assert torch.equal(case.run()[0], stock((case.x, case.bias), case.residual, 0.0))
+
+    def megatrons(x: Any, residual: Any, bias: Any, prob: float, *_: Any) -> torch.Tensor:
+        return stock((x, bias), residual, prob)
+
+    for found, expected in zip(case.run()[:3], case.run(megatrons)[:3], strict=True):  # y, d_x, d_residual
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dropout_prob", [0.1, 0.5, 0.9])
@@ -229,6 +236,31 @@ def test_in_place_is_the_same_in_the_residuals_storage(kind: str) -> None:
     with torch.no_grad():
         y = residual_skip_add_(case.x, residual, case.bias, case.dropout_prob, case.scale, case.index, case.dim)
     assert y.data_ptr() == residual.data_ptr()
+
+
+@pytest.mark.usefixtures("setting")
+def test_in_place_of_a_residual_that_shares_memory_with_x_is_refused() -> None:
+    memory = torch.arange(48.0).view(6, 1, 8)
+    index = torch.tensor([3, 2])  # row 3 is to be read for row 2 when it has been written
+    for x, residual in ((memory[2:4], memory), (memory[:2], memory[1:])):
+        with pytest.raises(ValueError, match="x shares memory with residual"):
+            residual_skip_add_(x, residual, index=index)
+    apart = residual_skip_add_(memory[:2], memory[2:], index=index)
+    assert torch.equal(apart[2:], torch.arange(32.0, 48).view(2, 1, 8) + torch.arange(16.0).view(2, 1, 8).flip(0))
+
+
+@pytest.mark.usefixtures("setting")
+def test_rows_beyond_two_to_the_31_elements_are_reached() -> None:
+    rows, hidden = 2**19 + 2, 4096
+    stream = torch.empty(rows, 1, hidden, dtype=torch.bfloat16)  # pages that nobody touches take no memory
+    index = torch.tensor([rows - 1, 0])
+    x, before = torch.randn(2, 2, 1, hidden).bfloat16()
+    stream[index] = before
+    residual_skip_add_(x, stream, index=index)
+    assert torch.equal(stream[index], (before.float() + x.float()).bfloat16())
+    backward = torch.ops.megatron_sbld.residual_skip_add_backward
+    d_x, _ = backward(stream, index, None, 1.5, 0, 0, x.shape, x.dtype, True, False)
+    assert torch.equal(d_x, (stream[index].float() * 1.5).bfloat16())
 
 
 def test_in_place_of_what_backward_needs_is_refused_by_torch() -> None:
@@ -353,6 +385,12 @@ def test_opcheck(kind: str) -> None:
     inputs = [tensor.clone().requires_grad_() for tensor in (case.x, case.residual, case.bias)]
     arguments = (*inputs, case.index, torch.tensor([5]), 1.7, 20000, case.dim)
     torch.library.opcheck(torch.ops.megatron_sbld.residual_skip_add.default, arguments)
+    torch.library.opcheck(
+        torch.ops.megatron_sbld.residual_skip_add_.default, (case.x, case.residual, case.bias, *arguments[3:])
+    )
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        backward = (case.d_y, *arguments[3:], list(case.x.shape), case.x.dtype, *wanted)
+        torch.library.opcheck(torch.ops.megatron_sbld.residual_skip_add_backward.default, backward)
 
 
 @pytest.mark.usefixtures("setting")
@@ -367,11 +405,17 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "dim 1"])
+@pytest.mark.parametrize("operator", [residual_skip_add, residual_skip_add_])
 @pytest.mark.usefixtures("setting")
-def test_it_compiles_without_a_break(kind: str) -> None:
+def test_it_compiles_without_a_break(operator: Callable[..., torch.Tensor], kind: str) -> None:
     case = Case(kind=kind)
-    compiled = torch.compile(residual_skip_add, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(case.run(compiled), case.run(), strict=True))
+
+    def doubled(x: torch.Tensor, residual: torch.Tensor, *args: Any) -> torch.Tensor:
+        return operator(x, residual * 2, *args)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(case.run(compiled), case.run(doubled), strict=True))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -385,24 +429,36 @@ def test_a_recomputed_pass_has_the_same_mask(use_reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(case.run(checkpointed), case.run(), strict=True))
 
 
-@pytest.mark.parametrize(("needed", "backward_calls"), [("residual", []), ("x", [False]), ("bias", [True])])
+@pytest.mark.parametrize(
+    ("needed", "dropout_prob", "made"),
+    [
+        ("residual", 0.3, []),
+        ("x", 0.3, [(True, False)]),
+        ("bias", 0.3, [(False, True)]),
+        ("x", 0.0, []),
+        ("bias", 0.0, [(False, True)]),
+    ],
+)
 @pytest.mark.usefixtures("setting")
-def test_only_the_gradients_that_are_needed_are_made(needed: str, backward_calls: list[bool]) -> None:
-    case, with_bias = Case(), []
+def test_only_the_gradients_that_are_needed_are_made(
+    needed: str, dropout_prob: float, made: list[tuple[bool, bool]]
+) -> None:
+    case, calls = Case(), []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.megatron_sbld.residual_skip_add_backward.default:
-                with_bias.append(args[-1])
+                calls.append(args[-2:])
             return func(*args, **kwargs or {})
 
     tensors = {"x": case.x, "residual": case.residual, "bias": case.bias}
     tensors[needed] = tensors[needed].clone().requires_grad_()
-    y = residual_skip_add(**tensors, dropout_prob=0.3)
+    y = residual_skip_add(**tensors, dropout_prob=dropout_prob)
     with Record():
         y.backward(case.d_y)
-    assert with_bias == backward_calls
+    assert calls == made
     assert tensors[needed].grad is not None
+    assert all(tensor.grad is None for name, tensor in tensors.items() if name != needed)
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -411,6 +467,108 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+OPERATORS = pytest.mark.parametrize("operator", [residual_skip_add, residual_skip_add_])
+
+
+@OPERATORS
+@pytest.mark.usefixtures("setting")
+def test_a_plain_sum_hands_its_gradient_on_without_a_copy(operator: Callable[..., torch.Tensor]) -> None:
+    def shares_memory(**changes: Any) -> bool:
+        case = Case(**{"dropout_prob": 0.0, "scale": 1.0, **changes})
+        x, residual = case.x.requires_grad_(), case.residual.requires_grad_()
+        y = operator(x, residual.clone(), case.bias, case.dropout_prob, case.scale, case.index, case.dim)
+        d_x, d_residual = torch.autograd.grad(y, (x, residual), case.d_y)
+        assert (d_x.shape, d_x.dtype) == (x.shape, x.dtype)
+        assert d_residual.data_ptr() == case.d_y.data_ptr()
+        return d_x.data_ptr() == case.d_y.data_ptr()
+
+    assert shares_memory()
+    assert shares_memory(dtypes=(torch.bfloat16, torch.bfloat16))
+    assert not shares_memory(dtypes=(torch.bfloat16, torch.float32))
+    assert not shares_memory(scale=1.5)
+    assert not shares_memory(dropout_prob=0.1)
+    assert not shares_memory(kind="dim 0", share=1.0)
+
+
+def torchs_sum(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return residual + (x + bias)
+
+
+def add_in_place_form(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return residual_skip_add_(x, residual.clone(), bias)
+
+
+def checkpointed(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return checkpoint(residual_skip_add, x, residual, bias, use_reentrant=False)
+
+
+def compiled(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.compile(residual_skip_add, fullgraph=True, backend="aot_eager")(x, residual, bias)
+
+
+@pytest.mark.parametrize("add", [residual_skip_add, add_in_place_form, checkpointed, compiled])
+@pytest.mark.usefixtures("setting")
+def test_gradients_that_share_memory_accumulate_as_those_of_torchs_sum(add: Callable[..., torch.Tensor]) -> None:
+    """A stream whose branches read it; small whole numbers, so that every order of adding gives the same bits."""
+
+    def gradients(add: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        rng = torch.Generator().manual_seed(3)
+        x, stream, bias = (torch.randint(-2, 3, shape, generator=rng).float() for shape in ((5, 2, 8), (5, 2, 8), (8,)))
+        leaves = [tensor.requires_grad_() for tensor in (x, stream, bias)]
+        doubled = stream * 2
+        doubled.retain_grad()
+        hidden = doubled
+        for _ in range(3):
+            hidden = add(x * hidden, hidden, bias)
+            hidden.register_hook(lambda gradient: gradient * 2)
+        hidden = add(x, hidden, bias)  # a leaf as the branch
+        d_y = torch.randint(-2, 3, hidden.shape, generator=rng).float()
+        arrived = d_y.clone()
+        for _ in range(2):
+            hidden.backward(d_y, retain_graph=True)
+        assert torch.equal(d_y, arrived)
+        assert not any(a.grad.data_ptr() == b.data_ptr() for a in leaves for b in (d_y, doubled.grad))
+        return [doubled.grad, *(leaf.grad for leaf in leaves)]
+
+    for found, expected in zip(gradients(add), gradients(torchs_sum), strict=True):
+        assert torch.equal(found, expected)
+
+
+@OPERATORS
+@pytest.mark.usefixtures("setting")
+def test_gradients_of_leaves_are_each_their_own(operator: Callable[..., torch.Tensor]) -> None:
+    """An optimizer scales them in place."""
+    x, residual = (torch.ones(3, 2, 8, requires_grad=True) for _ in range(2))
+    for _ in range(2):
+        operator(x, residual.clone()).backward(torch.ones(3, 2, 8))
+        x.grad.mul_(3.0)
+    assert (float(x.grad.min()), float(residual.grad.min()), float(residual.grad.max())) == (12.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("hooked", ["x", "residual"])
+@pytest.mark.usefixtures("setting")
+def test_a_hook_that_writes_into_its_gradient_does_what_it_does_to_torchs_sum(hooked: str) -> None:
+    """torch forbids such hooks, because gradients share memory; here they share no more than its own do."""
+
+    def gradients(add: Callable[..., torch.Tensor]) -> list[float]:
+        leaves = {name: torch.ones(2, 2, 8, requires_grad=True) for name in ("x", "residual")}
+        operands = {name: leaf * 1 for name, leaf in leaves.items()}
+        operands[hooked].register_hook(lambda gradient: gradient.mul_(2))
+        add(*operands.values()).backward(torch.ones(2, 2, 8))
+        return [float(leaf.grad.mean()) for leaf in leaves.values()]
+
+    assert gradients(residual_skip_add) == gradients(torch.add)
+
+
+@OPERATORS
+def test_a_gradient_without_memory_of_its_own_is_handed_on(operator: Callable[..., torch.Tensor]) -> None:
+    x, residual, bias = torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), torch.zeros(8)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, bias)]
+    operator(x, residual.clone(), bias).sum().backward()  # one number, expanded
+    assert all(leaf.grad.is_contiguous() for leaf in leaves)
+    assert [float(leaf.grad.sum()) for leaf in leaves] == [48.0] * 3
 
 
 def test_nothing_of_the_branch_is_kept_for_backward() -> None:
@@ -444,14 +602,24 @@ WRONG = {
     "another bias": (arguments(bias=torch.zeros(7)), r"bias is torch.float32 \[7\]: must be .* \[8\]"),
     "another device": (arguments(bias=torch.zeros(8, device="meta")), "bias is on meta, x on cpu"),
     "no hidden": (arguments(x=torch.zeros(4, 0), residual=torch.zeros(4, 0)), "with hidden > 0"),
+    "no dimension": (
+        arguments(x=torch.tensor(1.0), residual=torch.tensor(1.0), bias=torch.zeros(8)),
+        r"x is \[\]: must be \[..., hidden\]",
+    ),
     "an int32 index": (arguments(index=INDEX.int()), "index is torch.int32: must be int64"),
-    "a third dimension": (arguments(index=INDEX, dim=2), "dim is 0 or 1"),
+    "a third dimension": (arguments(index=INDEX, dim=2), "dim is 2: must be 0 or 1"),
+    "a dimension that nothing is chosen from": (arguments(dim=-1), "dim is -1: must be 0 or 1"),
+    "an index without a dimension": (arguments(index=torch.tensor(1)), "index has 1 or 2"),
     "an index of another size": (arguments(index=INDEX), r"x must be \[2, 2, 8\] and index \[2\] or \[2, 2\]"),
     "a position that is not there": (
         arguments(x=torch.zeros(2, 2, 8), index=torch.tensor([0, 4])),
         r"index has values from 0 to 4: must be in \[0, 4\)",
     ),
     "a negative position": (arguments(x=torch.zeros(2, 2, 8), index=torch.tensor([-1, 2])), "from -1 to 2"),
+    "more positions than there are": (
+        arguments(x=torch.zeros(5, 2, 8), index=torch.tensor([0, 1, 2, 3, 0])),
+        "index has 5 positions of 4: it names one twice",
+    ),
     "a position twice": (arguments(x=torch.zeros(2, 2, 8), index=torch.tensor([3, 3])), "names a position twice"),
     "a probability of 1": (arguments(dropout_prob=1.0), r"dropout_prob must be in \[0, 1\), got 1.0"),
     "nearly 1": (arguments(dropout_prob=1 - 1e-9), "would drop everything"),
@@ -504,3 +672,42 @@ def test_auto_says_once_what_it_took_and_why(
     assert eager_torch.startswith("residual add on cpu: eager torch (it is not built; with a C++ compiler at hand, ")
     assert library == "residual add on cpu: the library built for cpu"
     assert choice.describe_choice(torch.device("cpu")) == "residual add on cpu: the library (built for cpu)"
+
+
+def test_auto_says_that_no_library_computes_in_double_precision(
+    use: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    use("auto")
+    choice._library_for.cache_clear()
+    with caplog.at_level("INFO", logger=choice.__name__):
+        for _ in range(2):
+            residual_skip_add(torch.zeros(2, 8).double(), torch.zeros(2, 8).double())
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == "residual add on cpu in torch.float64: eager torch (no library computes in it)"
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        ("cuda 13.0; sm_80 sm_90", None),
+        ("cuda 12.9; sm_80 compute_80", "but the driver knows CUDA 11 only"),
+        ("cuda 13.0; sm_80", "but the GPU has compute capability 9.0"),
+    ],
+)
+def test_a_cuda_library_that_cannot_run_here_is_not_chosen(
+    build: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for a machine with a GPU of capability 9.0; which driver it has depends on the case."""
+    library = type("Library", (), {"build": build})()
+    monkeypatch.setattr(choice, "load", lambda name: library)
+    monkeypatch.setattr(choice, "driver_cuda", lambda: 11 if "driver" in (reason or "") else 13)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    choose = choice._choose.__wrapped__
+    if reason is None:
+        assert choose("auto", "cuda", 0) == (library, f"built for {build}")
+        return
+    chosen, why = choose("auto", "cuda", 0)
+    assert chosen is None
+    assert reason in why
+    with pytest.raises(RuntimeError, match=reason):
+        choose("cuda", "cuda", 0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 from megatron_sbld.residual.choice import VARIABLE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import peers
+import profile_trace
 import residual as benchmark
 from _residual_cases import ByteCounter, Case, Operands, implementations, needed
 from _residual_timing import Measurement, Timer, using
@@ -62,7 +65,9 @@ def test_the_benchmark_writes_all_tables_and_says_what_they_are_worth(tmp_path: 
         (["--rounds", "1"], "--rounds 1 is not allowed: at least 2"),
         (["--dropout-probs", "1.0"], "each must be in [0, 1)"),
         (["--without", "fused"], "can leave out fused, in place, eager specification"),
-        (["--rows", "all", "all"], "each may be named once"),
+        (["--rows", "all", "all"], "--rows ['all', 'all']: each may be named once"),
+        (["--vocab-size", "1"], "--vocab-size 1 is not allowed: at least 2"),
+        (["--hidden-sizes", "64", "0"], "--hidden-sizes [64, 0]: each must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -74,14 +79,26 @@ def test_wrong_options_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", [benchmark, peers, profile_trace])
+def test_several_processes_are_refused(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        program.parse_args()
+    assert "leave out torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "forward", "backward"),
     [
-        ({}, 2 + 2 + 2, 2 + 2),
+        ({}, 2 + 2 + 2, 2),  # d_x is d_y
         ({"wide": True}, 2 + 4 + 4, 4 + 2),
         ({"rows": "samples-50"}, (6 + 4) / 2, 2),
         ({"rows": "none"}, 4, 0),
-        ({"dropout_prob": 0.1}, 6, 4),  # no mask is stored
+        ({"dropout_prob": 0.1}, 6, 2 + 2),  # no mask is stored
+        ({"rows": "tokens-100"}, 6, 2 + 2),  # an index could be in any order
     ],
 )
 def test_needed_bytes_are_those_of_the_operands(changes: dict[str, object], forward: float, backward: float) -> None:
@@ -129,20 +146,20 @@ def test_the_share_is_of_needed_bytes_at_the_clones_bandwidth() -> None:
     assert [share.value, share.low, share.high] == pytest.approx([0.5] * 3)  # 6 bytes for the clone's 4
     backward = measured(forward=3.0, backward=0.5, peer=9).share_of_clone(ALL["fused"], "backward", seed=0)
     assert backward is not None
-    assert backward.value == pytest.approx(2.0)
+    assert backward.value == pytest.approx(1.0)  # 2 bytes in half the time
     nothing = measured(1.0, 1.0, 1.0, replace(CASE, rows="none")).share_of_clone(ALL["fused"], "backward", seed=0)
     assert nothing is None
 
 
 def test_the_verdict_names_what_misses_the_aim_and_who_is_ahead() -> None:
     choice = "residual add on cuda: the library (built for cuda 13.0)"
-    assert benchmark.verdict(choice, [measured(1.5, 1.0, 1.6)]) == ["**The aim is met in all 1 cases.**"]
-    slow = "\n".join(benchmark.verdict(choice, [measured(1.602, 1.0, 1.7), measured(1.5, 1.0, 1.2)]))
+    assert benchmark.verdict(choice, [measured(1.5, 0.5, 1.6)]) == ["**The aim is met in all 1 cases.**"]
+    slow = "\n".join(benchmark.verdict(choice, [measured(1.602, 0.5, 1.7), measured(1.5, 0.5, 1.2)]))
     assert "not met everywhere" in slow
     assert "forward of all, bf16 residual, dropout 0, hidden 64: 93.6% of clone's bandwidth" in slow
     assert slow.count("behind Megatron not compiled") == 1
     assert "backward" not in slow
-    fallback = benchmark.verdict("residual add on cuda: eager torch (not built)", [measured(1.5, 1.0, 1.6)])
+    fallback = benchmark.verdict("residual add on cuda: eager torch (not built)", [measured(1.5, 0.5, 1.6)])
     assert fallback == ["**The kernel was not measured**: residual add on cuda: eager torch (not built)."]
 
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_mo
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
+from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.mcore.samples import SampledRouter
 from megatron_sbld.policy import Policy
 from tests.distributed.harness import model_parallel, single_process
@@ -132,6 +132,8 @@ def document_mask() -> torch.Tensor:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "scaled": {"residual_scale": "inverse_keep_prob"},
+    "fused residual": {"fused": True},
+    "scaled, fused residual": {"residual_scale": "inverse_keep_prob", "fused": True},
     "rotary": {"rope": True, **LLAMA},
     "a mask of each sample": {"mask": True},
     "one mask for all": {"mask": "shared"},
@@ -148,11 +150,15 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_microbatch_is_its_samples_each_run_through_the_layers_that_it_keeps(name: str) -> None:
     config = {"rope": False, **CASES[name]}
     scale, mask_kind = config.pop("residual_scale", "none"), config.pop("mask", None)
+    fused = config.pop("fused", False)
     mask = document_mask() if mask_kind else None
     if mask_kind == "shared":
         mask = mask[:1].expand(SAMPLES, -1, -1, -1)
     policy = Listed(0.5, 0.3, 0.8, 0.6, residual_scale=scale)
     chunk, controller = switchable(policy, **config)
+    if fused:
+        fuse_residual(chunk)
+        assert {type(layer.mlp_bda).__name__ for layer in chunk.decoder.layers} == {"_Fused"}
     seen = set()
     for iteration in (1, 2, 3):
         controller.begin_iteration(iteration, 1)

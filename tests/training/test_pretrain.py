@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 MODELS: dict[str, dict[str, Any]] = {
     "RoPE": {"position_embedding_type": "rope", "rotary_percent": 0.5},
     "RMSNorm": {"normalization": "RMSNorm"},
+    "GeLU's tanh approximation": {"activation_func": "gelu_tanh"},
     "SwiGLU without biases": {"swiglu": True, "add_bias_linear": False},
     "grouped queries": {"num_query_groups": 2},
     "untied embeddings": {"untie_embeddings_and_output_weights": True},

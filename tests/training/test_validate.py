@@ -53,6 +53,10 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"model": {"hidden_size": 1000}},
         r"model.hidden_size = 1000: must be divisible by model.num_attention_heads = 16",
     ),
+    (
+        {"model": {"activation_func": "gelu_tanh", "swiglu": True}},
+        r"model.activation_func = 'gelu_tanh': has no effect with model.swiglu",
+    ),
     ({"model": {"num_query_groups": 5}}, r"model.num_query_groups = 5: must divide model.num_attention_heads = 16"),
     (
         {"model": {"num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}},

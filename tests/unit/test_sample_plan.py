@@ -66,6 +66,10 @@ def test_one_sample_is_the_decision_about_the_layer(scope, sampler):
         expected = draw_plan(keep_probs, 3, iteration, 3, scope, **sampler)
         np.testing.assert_array_equal(counts, expected)
         np.testing.assert_array_equal(samples[:, :, 0], expected)
+        if sampler:
+            of_replica = {"num_microbatches": 3, "scope": scope, "replica": 5, **sampler}
+            counts = draw_sample_counts(keep_probs, 1, 3, iteration, **of_replica)
+            np.testing.assert_array_equal(counts, draw_plan(keep_probs, 3, iteration, **of_replica))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -187,6 +191,7 @@ def test_the_balanced_sampler_evens_stages_in_samples(keep_probs, num_samples, n
         ({"keep_probs": [0.5, 1.5]}, "layer 2 = .*1.5"),
         ({"keep_probs": [0.5] * 2**16}, "65536 layers are not allowed"),
         ({"stages": 2}, "does not use stages = 2"),
+        ({"replica": 1}, "or replica = 1"),
         ({"seed": -1}, "^seed = -1"),
     ],
 )
