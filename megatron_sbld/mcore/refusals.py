@@ -41,7 +41,7 @@ def refuse_unsupported_switches(
     """
     for name, reason in REASONS.items():
         value = getattr(config, name, None)
-        if _is_on(config, name):
+        if is_on(config, name):
             raise ValueError(f"{name} = {value!r} does not work with layer dropping: {reason}; switch it off")
     if microbatch_scope and config.fp8 and config.recompute_granularity == "full":
         raise ValueError(
@@ -54,7 +54,7 @@ def refuse_unsupported_switches(
         _refuse_experts_of_distinct_replicas(config)
 
 
-def _is_on(config: TransformerConfig, name: str) -> bool:
+def is_on(config: TransformerConfig, name: str) -> bool:
     value = getattr(config, name, None)
     if name == "cuda_graph_impl":
         return value not in (None, "none")
