@@ -6,13 +6,14 @@ package's own stand-ins; Megatron-LM's training code asks for a few things more,
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
-import runpy
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def prepare(checkout: Path) -> None:
     sys.path.insert(0, str(checkout))
     if not hasattr(typing, "override"):
         typing.override = importlib.import_module("typing_extensions").override  # type: ignore[attr-defined]
-    _stand_in_for_triton()
+    torch.compile = lambda function=None, **options: function or (lambda later: later)  # type: ignore[assignment]
     from megatron_sbld.mcore.standins import install_cpu_standins
 
     install_cpu_standins()
@@ -40,10 +41,11 @@ def prepare(checkout: Path) -> None:
         init_process_group(*args, **kwargs)
 
     dist.init_process_group = without_device
-    initialize = importlib.import_module("megatron.training.initialize")
+    with _triton():
+        initialize = importlib.import_module("megatron.training.initialize")
+        training = importlib.import_module("megatron.training.training")
     initialize._compile_dependencies = lambda: None
     stock = initialize.initialize_megatron
-    training = importlib.import_module("megatron.training.training")
     training.initialize_megatron = lambda **kwargs: stock(**{**kwargs, "allow_no_cuda": True})
     training.set_jit_fusion_options = lambda *args, **kwargs: None
 
@@ -64,21 +66,25 @@ def _take_compiled_helpers(checkout: Path) -> None:
             return
 
 
-def _stand_in_for_triton() -> None:
-    """Kernels that are decorated at import and never called."""
+@contextlib.contextmanager
+def _triton() -> Iterator[None]:
+    """Kernels that are decorated at import and never called; torch's own compiler must not find this triton."""
     if importlib.util.find_spec("triton") is not None:
+        yield
         return
     triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
     triton.jit = lambda function=None, **options: function or (lambda kernel: kernel)  # type: ignore[attr-defined]
     triton.language = language  # type: ignore[attr-defined]
     language.constexpr = Any  # type: ignore[attr-defined]
-    for module in (triton, language):
-        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, loader=None)
-        sys.modules[module.__name__] = module
+    sys.modules.update({"triton": triton, "triton.language": language})
+    try:
+        yield
+    finally:
+        del sys.modules["triton"], sys.modules["triton.language"]
 
 
-if __name__ == "__main__":
-    script = Path(sys.argv[1]).resolve()
-    sys.argv = [str(script), *sys.argv[2:]]
-    prepare(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
+if __name__ == "__main__":  # saving spawns a process, which imports this file again and needs nothing of it
+    del sys.argv[0]
+    script = Path(sys.argv[0]).resolve()
+    prepare(next(folder for folder in script.parents if (folder / "megatron" / "training").is_dir()))
+    exec(compile(script.read_text(), str(script), "exec", dont_inherit=True))
