@@ -32,8 +32,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     described = {param.arg_name: param.description for param in docstring_parser.parse_from_object(DropConfig).params}
     for field in dataclasses.fields(DropConfig):
         description = " ".join((described[field.name] or "").split()).replace("%", "%%")
-        options = {"default": field.default, "dest": _PREFIX + field.name, "help": f"{description} (%(default)s)"}
-        group.add_argument(argument_name(field.name), **options, **_kind(hints[field.name]))
+        group.add_argument(
+            argument_name(field.name),
+            dest=_PREFIX + field.name,
+            default=field.default,
+            help=f"{description} (default: %(default)s)",
+            **_kind(hints[field.name]),
+        )
     return parser
 
 

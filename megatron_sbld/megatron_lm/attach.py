@@ -1,11 +1,11 @@
 """Layer dropping in Megatron-LM's `pretrain`: where each piece hooks in.
 
-    arguments              Megatron-LM's extra_args_provider
-    switchable layers      around model_provider (core 0.16), or a pre_wrap_hook of the model's config (0.19 and later)
-    decisions              around `train_step`, on every rank before the pipeline schedule starts: inside of it ranks wait
-                           for each other, and could not compare their decisions
-    optimizer, state       around `get_optimizer_param_scheduler`, which is called between optimizer and checkpoint
-    scalars                around `training_log`
+    arguments           Megatron-LM's extra_args_provider
+    switchable layers   around model_provider (core 0.16), or a pre_wrap_hook of the model's config (0.19 and later)
+    decisions           around `train_step`, on every rank before the pipeline schedule starts: inside of it ranks wait
+                        for each other, and could not compare their decisions
+    optimizer, state    around `get_optimizer_param_scheduler`, which is called between optimizer and checkpoint
+    scalars             around `training_log`
 
 The last three are functions of megatron.training.training, which has no hook there: they are replaced while `pretrain`
 runs, and only when the arguments ask for something. With `--sbld-policy none` and `--sbld-residual stock`, the

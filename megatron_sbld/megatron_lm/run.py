@@ -24,7 +24,7 @@ from megatron_sbld.megatron_lm.scalars import Scalars
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "sbld"
-"""Of the drop state in the scheduler's state dict: Megatron-LM and megatron-core pass over keys that they do not know."""
+"""Of the drop state in the scheduler's state dict: megatron-core passes over keys that it does not know there."""
 
 
 class LayerDropping:
@@ -73,9 +73,11 @@ class LayerDropping:
             self._layers += make_switchable(chunks, self.controller)
         self._chunks += chunks
 
-    def get_optimizer_param_scheduler(self, stock: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_optimizer_param_scheduler(
+        self, stock: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """The stock scheduler, whose state dict holds the drop state as well. Model and optimizer are built by now."""
-        scheduler = stock(optimizer, *args, **kwargs)
+        scheduler = stock(optimizer)
         if not self.drops:
             return scheduler
         self.controller.replica = parallel_state.get_data_parallel_rank()

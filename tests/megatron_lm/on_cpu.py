@@ -1,7 +1,7 @@
 """Runs a script of a Megatron-LM checkout where there is no GPU: `python on_cpu.py CHECKOUT/pretrain_gpt.py ARGUMENTS`.
 
-For tests and scripts/check_patches.sh. Nothing here is needed, or used, on a machine with CUDA. megatron-core runs by the
-package's own stand-ins; Megatron-LM's training code asks for a few things more, each with what needs it.
+For tests and scripts/check_patches.sh; a machine with CUDA needs nothing of it. megatron-core runs by the package's own
+stand-ins. Megatron-LM's training code asks for a few things more, and is run in place as a script.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ def prepare(checkout: Path) -> None:
     if not hasattr(typing, "override"):
         typing.override = importlib.import_module("typing_extensions").override  # type: ignore[attr-defined]
     torch.compile = lambda function=None, **options: function or (lambda later: later)  # type: ignore[assignment]
-    from megatron_sbld.mcore.standins import install_cpu_standins
-
-    install_cpu_standins()
+    with _triton():
+        standins = importlib.import_module("megatron_sbld.mcore.standins")
+        initialize = importlib.import_module("megatron.training.initialize")
+        training = importlib.import_module("megatron.training.training")
+    standins.install_cpu_standins()
     torch.cuda.device_count = lambda: 1  # initialize.py asserts that a rank has a device
     torch.cuda.set_device = lambda device: None
-    torch.cuda.get_device_capability = lambda device=None: (0, 0)  # type: ignore[assignment]
+    properties = types.SimpleNamespace(name="none", major=0, minor=0, total_memory=0, multi_processor_count=1)
+    torch.cuda.get_device_properties = lambda device=None: properties
     init_process_group = dist.init_process_group
 
     def without_device(*args: Any, **kwargs: Any) -> None:
@@ -41,9 +44,6 @@ def prepare(checkout: Path) -> None:
         init_process_group(*args, **kwargs)
 
     dist.init_process_group = without_device
-    with _triton():
-        initialize = importlib.import_module("megatron.training.initialize")
-        training = importlib.import_module("megatron.training.training")
     initialize._compile_dependencies = lambda: None
     stock = initialize.initialize_megatron
     training.initialize_megatron = lambda **kwargs: stock(**{**kwargs, "allow_no_cuda": True})
@@ -66,21 +66,31 @@ def _take_compiled_helpers(checkout: Path) -> None:
             return
 
 
+class _Triton(types.ModuleType):
+    """Kernels that are decorated at import and never called: every name is a decorator that changes nothing."""
+
+    __version__ = "0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda function=None, *args, **options: function if callable(function) else lambda kernel: kernel
+
+
 @contextlib.contextmanager
 def _triton() -> Iterator[None]:
-    """Kernels that are decorated at import and never called; torch's own compiler must not find this triton."""
+    """A triton for the checkout's imports alone: torch's own compiler must not find it."""
     if importlib.util.find_spec("triton") is not None:
         yield
         return
-    triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
-    triton.jit = lambda function=None, **options: function or (lambda kernel: kernel)  # type: ignore[attr-defined]
-    triton.language = language  # type: ignore[attr-defined]
-    language.constexpr = Any  # type: ignore[attr-defined]
-    sys.modules.update({"triton": triton, "triton.language": language})
+    names = ("triton", "triton.language", "triton.language.extra")
+    sys.modules.update({name: _Triton(name) for name in names})
+    sys.modules["triton"].language = sys.modules["triton.language"]  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del sys.modules["triton"], sys.modules["triton.language"]
+        for name in names:
+            del sys.modules[name]
 
 
 if __name__ == "__main__":  # saving spawns a process, which imports this file again and needs nothing of it
