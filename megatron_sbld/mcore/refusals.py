@@ -10,7 +10,10 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-SHARDED_WRAPPERS = (FullyShardedDataParallel, TorchFullyShardedDataParallel)
+# Newer megatron-core puts a function in the place of a class whose dependencies are missing.
+SHARDED_WRAPPERS = tuple(
+    wrapper for wrapper in (FullyShardedDataParallel, TorchFullyShardedDataParallel) if isinstance(wrapper, type)
+)
 
 REASONS = {
     "cuda_graph_impl": "a captured graph would repeat the decision it was captured with",

@@ -96,5 +96,6 @@ def _triton() -> Iterator[None]:
 if __name__ == "__main__":  # saving spawns a process, which imports this file again and needs nothing of it
     del sys.argv[0]
     script = Path(sys.argv[0]).resolve()
-    prepare(next(folder for folder in script.parents if (folder / "megatron" / "training").is_dir()))
+    folders = (Path.cwd(), *script.parents)
+    prepare(next(folder for folder in folders if (folder / "megatron" / "training").is_dir()))
     exec(compile(script.read_text(), str(script), "exec", dont_inherit=True))
