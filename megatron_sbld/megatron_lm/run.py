@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
-from megatron_sbld.controller import DropController
+from megatron_sbld.controller import CHECKPOINT_KEY, DropController
 from megatron_sbld.drop import build_policy, updates_sensitivity
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
@@ -22,9 +22,6 @@ from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.megatron_lm.scalars import Scalars
 
 logger = logging.getLogger(__name__)
-
-STATE_KEY = "sbld"
-"""Of the drop state in the scheduler's state dict: megatron-core passes over keys that it does not know there."""
 
 
 class LayerDropping:
@@ -86,11 +83,11 @@ class LayerDropping:
         if self._drop.dropped_update == "freeze":
             freeze_dropped_layers(self._chunks, optimizer)
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
-        scheduler.state_dict = lambda: {**state_dict(), STATE_KEY: self._state_dict()}
+        scheduler.state_dict = lambda: {**state_dict(), CHECKPOINT_KEY: self._state_dict()}
 
         def load(state: dict[str, Any]) -> None:
             load_state_dict(state)
-            self._load_state_dict(state.get(STATE_KEY))
+            self._load_state_dict(state.get(CHECKPOINT_KEY))
 
         scheduler.load_state_dict = load
         return scheduler
