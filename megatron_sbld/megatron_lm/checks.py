@@ -18,6 +18,7 @@ _REASONS = {
     "use_megatron_fsdp": "it gathers and frees a layer's parameters around a forward that a skip does not run",
     "use_legacy_models": "its layers are not megatron-core's",
     "perform_rl_step": "it runs the model outside of the training step",
+    "inprocess_restart": "it calls pretrain again in a process whose first model is still attached",
     "moe_use_upcycling": "it builds a second model of other layers",
 }
 

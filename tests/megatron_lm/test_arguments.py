@@ -103,6 +103,7 @@ def test_nothing_is_looked_at_without_a_policy() -> None:
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 = True does not work"),
         ({"qk_clip": True}, "--qk-clip = True does not work"),
         ({"fp8": "hybrid"}, "--fp8-recipe = 'delayed' does not work"),
+        ({"inprocess_restart": True}, "--inprocess-restart = True does not work"),
         ({"perform_rl_step": True}, "--perform-rl-step = True does not work"),
     ],
 )
