@@ -27,7 +27,7 @@ _RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers"
 _DIGEST_BYTES = 16
 
 CHECKPOINT_KEY = "sbld"
-"""Of the drop state in the state dict of Megatron's parameter scheduler, which passes over keys that it does not know."""
+"""Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
 
 
 class DropDisagreementError(RuntimeError):

@@ -205,6 +205,33 @@ def install_training(monkeypatch: pytest.MonkeyPatch, args: Namespace) -> Any:
     return module
 
 
+def test_scalars_go_to_both_writers_and_the_console_at_megatron_lms_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, *_ = attached("--sbld-policy", "pld", "--sbld-theta", "0.5")
+    run._args.tensorboard_log_interval, run._args.log_interval = 2, 4
+    tensorboard: list[tuple[str, float, int]] = []
+    wandb: list[tuple[dict[str, float], int]] = []
+    console: list[str] = []
+    package: Any = types.ModuleType("megatron.training")
+    package.print_rank_last = console.append
+    writers: Any = types.ModuleType("megatron.training.global_vars")
+    writers.get_tensorboard_writer = lambda: Namespace(add_scalar=lambda *row: tensorboard.append(row))
+    writers.get_wandb_writer = lambda: Namespace(log=lambda *row: wandb.append(row))
+    monkeypatch.setitem(sys.modules, "megatron.training", package)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", writers)
+    for iteration in range(1, 5):
+        step(run, iteration)
+        assert run.training_log(lambda: "stock") == "stock"
+    keep_probs = run.controller.policy.keep_probs(4)
+    logged = {name: value for name, value, iteration in tensorboard if iteration == 4}
+    assert logged == {name: value for row, iteration in wandb if iteration == 4 for name, value in row.items()}
+    assert {iteration for *_, iteration in tensorboard} == {2, 4}
+    assert logged["mean_keep_prob"] == pytest.approx(keep_probs.mean())
+    assert logged["keep_prob/layer_03"] == keep_probs[2]
+    assert 0 < logged["sbld throughput executed"] <= logged["sbld throughput undropped"]
+    assert len(console) == 1
+    assert "kept_fraction" in console[0]
+
+
 @pytest.mark.parametrize("words", [(), ("--sbld-theta", "0.5"), ("--sbld-sensitivity", "nowhere.json")])
 def test_without_a_policy_nothing_is_replaced_and_the_model_is_as_it_was(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
