@@ -6,10 +6,11 @@ from argparse import Namespace
 
 import torch
 
-from megatron_sbld.drop import replicas_run_alike, updates_sensitivity, validate_drop
+from megatron_sbld.drop import updates_sensitivity, validate_drop
 from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.mcore.refusals import REASONS, is_on
 from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments
+from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.residual.choice import library_for
 
 _REASONS = {
@@ -57,7 +58,7 @@ def _stages_are_even(args: Namespace) -> bool:
 
 
 def _check_together(args: Namespace, config: DropConfig) -> None:
-    if args.overlap_grad_reduce and not replicas_run_alike(config):
+    if args.overlap_grad_reduce and not replicas_run_alike(config.replicas, config.granularity):
         raise ValueError(
             f"--overlap-grad-reduce does not work with {argument_name('replicas')} distinct, because replicas would "
             "start their reductions in different orders; use shared or switch the overlap off"
