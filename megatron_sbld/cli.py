@@ -15,16 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_sbld import __version__
-from megatron_sbld.training.liveness import EXIT_RANK_LOST, RankLostError
+from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST
+from megatron_sbld.training.liveness import RankLostError
 
 if TYPE_CHECKING:
     from megatron_sbld.training.config import Config
-
-EXIT_MISTAKE = 2
-"""Exit status for a user's mistake, as argparse's own."""
-
-EXIT_INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

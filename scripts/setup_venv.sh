@@ -15,10 +15,10 @@ if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
   echo "$PYTHON has no venv module; installing $package"
   sudo=""
   [ "$(id -u)" = 0 ] || sudo=sudo
-  $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package" || {
+  if ! { $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package"; }; then
     echo "error: could not install $package; install it and run again" >&2
     exit 1
-  }
+  fi
 fi
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 "$VENV/bin/python" -m pip install --quiet --upgrade pip

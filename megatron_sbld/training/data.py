@@ -270,8 +270,9 @@ def _collate(samples: list[dict[str, torch.Tensor]]) -> Batch:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """SIGTERM (Slurm's preemption) and Ctrl-C reach all processes; the trainer needs its workers to save in peace."""
+    """Slurm's signals and Ctrl-C reach all processes; the trainer needs its workers to save in peace."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

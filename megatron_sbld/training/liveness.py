@@ -12,9 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-EXIT_RANK_LOST = 76
-"""Exit status of a rank that ends because another one died, stalled or failed: start the run again to go on."""
-
 SAVING = "saving a checkpoint"
 """The activity in which ranks may wait for one that writes for as long as their process group lets them."""
 

@@ -33,6 +33,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy, updates_sensitivity
 from megatron_sbld.evaluation.in_training import TasksInTraining
+from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
@@ -56,8 +57,8 @@ from megatron_sbld.training.watchdog import POSITION
 
 logger = logging.getLogger(__name__)
 
-EXIT_TO_BE_CONTINUED = 75
-"""Exit status of a run that was asked to stop (SIGTERM, exit_after_iterations) and has saved: start it again."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends before it takes nodes away: the one by itself, the other where sbatch's --signal asks for it."""
 
 _VERIFIED_ITERATIONS = 64
 """Iterations whose decisions ranks compare at once."""
@@ -93,7 +94,7 @@ def pretrain(config: Config) -> int:
 
 @dataclass
 class StopFlag:
-    """Set by SIGTERM, Slurm's preemption signal; read at the end of each iteration."""
+    """Set by STOP_SIGNALS; read at the end of each iteration."""
 
     requested: bool = False
 
@@ -104,11 +105,12 @@ class StopFlag:
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
     flag = StopFlag()
-    previous = signal.signal(signal.SIGTERM, flag.request)
+    previous = {number: signal.signal(number, flag.request) for number in STOP_SIGNALS}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.sensitivity.measurement import ProfileFolder, Request, sensitivity_of
 from megatron_sbld.training.checkpoint import on_rank_0
 from megatron_sbld.training.config import Config
-from megatron_sbld.training.loop import EXIT_TO_BE_CONTINUED, microbatch_calculator, stop_flag
+from megatron_sbld.training.loop import microbatch_calculator, stop_flag
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.profile_config import ProfileOptions, build_request, plan_profile
 from megatron_sbld.training.profile_evaluation import EvaluatedRuns

@@ -63,7 +63,8 @@ class ProfileOptions:
     drop_prob: float | None = None
     """train: probability with which the one layer is dropped, in (0, 1]; None is 0.9."""
     layers: str | None = None
-    """Layers to be measured, as 1-8,17; None is all. `profile merge` joins folders that have them all between them."""
+    """Layers to be measured, as 1-8,17, or 2/8 for the second of eight parts; None is all. `profile merge` joins
+    folders that have them all between them."""
     seeds: str | None = None
     """Seeds of weights, data order and decisions, as 1,2,3; gaps are averaged. None takes training.seed and
     drop.seed."""
@@ -143,7 +144,7 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
         config = dataclasses.replace(config, checkpoint=checkpoint)
     start = find_load(config, tokenizer)
     iterations, batches = _lengths(config, options, start)
-    layers = parse_numbers("--layers", options.layers, 1, config.model.num_layers)
+    layers = parse_layers(options.layers, config.model.num_layers)
     seeds = parse_numbers("--seeds", options.seeds, 0, _MAX_SEED) or [config.training.seed]
     block, allow = choose_lists(range(config.model.num_layers), [1e9] * config.model.num_layers, *lists)
     drop_prob = 0.9 if options.drop_prob is None else check_number("--drop_prob", options.drop_prob, "(0, 1]")
@@ -154,7 +155,7 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
         method=options.method,
         iterations=iterations,
         drop_prob=drop_prob,
-        layers=layers or list(range(1, config.model.num_layers + 1)),
+        layers=layers,
         seeds=seeds,
         window=window_length(iterations, options.window) if options.method == "train" else batches,
         batches=batches,
@@ -164,6 +165,22 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
         num_block=len(block),
         note=note,
     )
+
+
+def parse_layers(text: str | None, num_layers: int) -> list[int]:
+    """The layers that --layers names, in ascending order. Raises ValueError naming the option.
+
+    >>> parse_layers("1-3,17", 24), parse_layers("2/10", 24), parse_layers(None, 3)
+    ([1, 2, 3, 17], [2, 12, 22], [1, 2, 3])
+    """
+    part, slash, parts = (text or "1/1").partition("/")
+    if not slash:
+        return parse_numbers("--layers", text, 1, num_layers)
+    if not (part.isdecimal() and parts.isdecimal()):
+        raise ValueError(f"--layers {text} is not allowed: a part is written as 2/8")
+    check_integer(f"--layers {text}: parts", int(parts), 1, num_layers)
+    check_integer(f"--layers {text}: part", int(part), 1, int(parts))
+    return list(range(int(part), num_layers + 1, int(parts)))
 
 
 def parse_numbers(name: str, text: str | None, low: int, high: int) -> list[int]:

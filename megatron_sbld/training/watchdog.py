@@ -31,8 +31,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_sbld.exit_status import EXIT_RANK_LOST
 from megatron_sbld.training.liveness import (
-    EXIT_RANK_LOST,
     Heartbeat,
     Limits,
     RankLostError,

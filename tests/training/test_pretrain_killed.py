@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sbld.exit_status import EXIT_RANK_LOST, EXIT_TO_BE_CONTINUED
 from megatron_sbld.training.checkpoint_files import latest_complete
-from megatron_sbld.training.liveness import EXIT_RANK_LOST
-from megatron_sbld.training.loop import EXIT_TO_BE_CONTINUED
+from megatron_sbld.training.loop import STOP_SIGNALS, stop_flag
 from tests.training.process_helpers import (
     TORCHRUN,
     ended_with_the_test,
@@ -132,6 +132,16 @@ def test_sigterm_saves_after_the_iteration_and_says_that_the_run_goes_on(
     whole = change(in_folder(config, folder / "whole"), training={"exit_after_iterations": stopped_at + 3})
     assert run_here(whole) == EXIT_TO_BE_CONTINUED
     assert losses(folder / "terminated") == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_both_of_slurms_signals_are_a_request_to_stop(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_flag() as flag:
+        assert not flag.requested
+        os.kill(os.getpid(), number)
+        assert flag.requested
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.measurement import ProfileFolder
 from megatron_sbld.training import model
 from megatron_sbld.training.config import Config
-from megatron_sbld.training.profile_config import has_optimizer_state, parse_numbers
+from megatron_sbld.training.profile_config import has_optimizer_state, parse_layers, parse_numbers
 from megatron_sbld.training.profile_runs import OneLayerPolicy
 from tests.training.profile_helpers import measure, state_is_restored, values
 from tests.training.trainer_helpers import (
@@ -368,6 +369,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layers": "3-1"}, "'3-1' runs backwards"),
     ({"layers": "1,1"}, "only once"),
     ({"layers": "one"}, "'one' is no number and no range"),
+    ({"layers": "3/2"}, r"--layers 3/2: part = 3 .* \[1, 2\]"),
+    ({"layers": "1/5"}, r"--layers 1/5: parts = 5 .* \[1, 4\]"),
+    ({"layers": "1/two"}, "--layers 1/two is not allowed: a part is written as 2/8"),
     ({"seeds": "1,x"}, "--seeds 1,x is not allowed"),
     ({"window": 700}, "window = 700"),
     ({"batches": 3}, "--batches is not used by --method train"),
@@ -396,6 +400,13 @@ def test_a_limit_under_which_no_run_would_end_is_refused(config: Config, tmp_pat
 def test_numbers_are_given_as_ranges() -> None:
     assert parse_numbers("--layers", "7, 1-3", 1, 8) == [1, 2, 3, 7]
     assert parse_numbers("--layers", None, 1, 8) == []
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_parts_have_every_layer_once(parts: int) -> None:
+    layers = [parse_layers(f"{part}/{parts}", 8) for part in range(1, parts + 1)]
+    assert sorted(itertools.chain(*layers)) == parse_layers(None, 8) == list(range(1, 9))
+    assert max(map(len, layers)) - min(map(len, layers)) <= 1
 
 
 def write(folder: Path, sections: dict[str, Any]) -> str:

@@ -1,0 +1,215 @@
+"""A real Slurm cluster on the loopback interface: slurmctld and two slurmd with a configuration of their own.
+
+Its two nodes are this machine; partition `high` preempts `low`, whose jobs have GRACE_S after their SIGTERM.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+NODES = ("sbld1", "sbld2")
+GRACE_S = 90
+_SECONDS = 300.0  # for anything that takes a few on an idle machine
+
+
+def missing_programs() -> list[str]:
+    """What of Slurm is not installed here (Debian: package slurm-wlm)."""
+    return [name for name in PROGRAMS if which(name) is None]
+
+
+def which(name: str) -> str | None:
+    """Debian has the daemons in a folder that is not on every user's path."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+class Cluster:
+    """The running daemons, and Slurm's commands with the environment that reaches them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._conf = folder / "slurm.conf"
+        self._conf.write_text(_configuration(folder))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            "SLURM_CONF": str(self._conf),
+            "SBATCH_PARTITION": "low",
+            "SBLD_PYTHON": sys.executable,
+            "SBLD_DEVICE": "cpu",
+            "SBLD_RDZV_HOST": "127.0.0.1",  # no name server knows the nodes
+            "SBLD_LOG_DIR": str(folder / "logs"),
+            "PYTHONPATH": str(REPOSITORY),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The cluster from its daemons' start to their end."""
+        try:
+            self._start("slurmctld", ["-c"])
+            for node in NODES:
+                self.start_node(node)
+            self.wait_until(self._is_idle, "both nodes are idle", seconds=60)
+            yield
+        finally:
+            if "slurmctld" in self._daemons:
+                subprocess.run(["scancel", "--user", getpass.getuser()], env=self.environment, check=False)
+                time.sleep(2)
+            for daemon in self._daemons.values():
+                daemon.terminate()
+            for daemon in self._daemons.values():
+                daemon.wait(60)
+
+    def _is_idle(self) -> bool:
+        states = self.call("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").splitlines()
+        return states == [f"{node} idle" for node in NODES]
+
+    def start_node(self, node: str) -> None:
+        (self.folder / node).mkdir(exist_ok=True)
+        self._start(node, ["-N", node], "slurmd")
+
+    def kill_node(self, node: str) -> None:
+        """End a node's daemon as a crash would."""
+        self._daemons[node].kill()
+        self._daemons.pop(node).wait(60)
+
+    def _start(self, name: str, options: list[str], program: str | None = None) -> None:
+        command = [which(program or name) or name, "-D", "-f", str(self._conf), *options]
+        with (self.folder / f"{name}.out").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+
+    def call(self, *command: str, **environment: str) -> str:
+        """What a command prints; it must succeed."""
+        result = subprocess.run(
+            command,
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, f"{shlex.join(command)}: {result.stdout}{result.stderr}\n{self.logs()}"
+        return result.stdout.strip()
+
+    def submit(self, *arguments: str, **environment: str) -> str:
+        """The id of a job without GPUs that one of the repository's scripts, given with its arguments, is."""
+        return self.call("sbatch", "--parsable", "--gpus-per-node=0", *arguments, **environment)
+
+    def field(self, job: str, name: str) -> str:
+        """A field of `scontrol show job`."""
+        shown = self.call("scontrol", "--oneliner", "show", "job", job)
+        return next(word for word in shown.split() if word.startswith(f"{name}=")).partition("=")[2]
+
+    def wait_for_state(self, job: str, *states: str, seconds: float = _SECONDS) -> None:
+        """Wait until a job is in one of these states; it may not end in another."""
+
+        def reached() -> bool:
+            state = self.field(job, "JobState")
+            ended = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            assert state in states or not ended, f"job {job} is {state}, not {states}\n{self.logs()}"
+            return state in states
+
+        self.wait_until(reached, f"job {job} is {' or '.join(states)}", seconds)
+
+    def wait_for_requeue(self, job: str, restarts: int) -> None:
+        """Wait until a job is back in the queue, and let it start without the two minutes that Slurm waits first."""
+
+        def back() -> bool:
+            state = self.field(job, "JobState")
+            assert state in ("RUNNING", "COMPLETING", "PENDING", "NODE_FAIL"), f"job {job} is {state}\n{self.logs()}"
+            return state == "PENDING" and self.field(job, "Restarts") == str(restarts)
+
+        self.wait_until(back, f"job {job} is requeued")
+        self.wait_until(lambda: not processes_of(job), f"nothing of job {job} is left")
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = _SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s\n{self.logs()}"
+            time.sleep(0.3)
+
+    def logs(self) -> str:
+        """The ends of all logs, for messages."""
+        files = [*self.folder.glob("*.log"), *self.folder.glob("logs/*/*/*.log"), *self.folder.glob("*.out")]
+        return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in sorted(files))
+
+
+def processes_of(job: str) -> list[int]:
+    """Processes on this machine that belong to a job."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"SLURM_JOB_ID={job}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+        except OSError:  # ended, or another user's
+            continue
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _configuration(folder: Path) -> str:
+    """slurm.conf. No munge and no cgroups, which containers lack; nodes claim cores that the machine need not have."""
+    host, user = socket.gethostname(), getpass.getuser()
+    controller, *nodes = _free_ports(1 + len(NODES))
+    lines = [
+        "ClusterName=sbld",
+        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmUser={user}",
+        f"SlurmdUser={user}",
+        "AuthType=auth/none",
+        "CredType=cred/none",
+        "MpiDefault=none",
+        f"SlurmctldPort={controller}",
+        f"SlurmctldPidFile={folder}/slurmctld.pid",
+        f"SlurmdPidFile={folder}/%n/slurmd.pid",
+        f"SlurmdSpoolDir={folder}/%n",
+        f"StateSaveLocation={folder}/state",
+        "SwitchType=switch/none",
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "JobAcctGatherType=jobacct_gather/none",
+        "AccountingStorageType=accounting_storage/none",
+        "SlurmdParameters=config_overrides",
+        "ReturnToService=2",
+        "SlurmdTimeout=6",  # a node that does not answer for so long is down
+        "KillWait=60",
+        "MinJobAge=3600",
+        "SchedulerType=sched/backfill",
+        "SchedulerParameters=sched_interval=1,bf_interval=1",
+        "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_Core",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        *(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 State=UNKNOWN"
+            for node, port in zip(NODES, nodes, strict=True)
+        ),
+        f"PartitionName=low Nodes={','.join(NODES)} Default=YES PriorityTier=1 GraceTime={GRACE_S} State=UP",
+        f"PartitionName=high Nodes={','.join(NODES)} PriorityTier=10 PreemptMode=OFF State=UP",
+    ]
+    (folder / "state").mkdir()
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,230 @@
+"""The launch scripts without Slurm: what they print and refuse, and the launcher that they start."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.cluster import REPOSITORY
+
+SCRIPTS = REPOSITORY / "scripts"
+COMMANDS = [SCRIPTS / f"{name}.sh" for name in ("pretrain", "profile", "eval_lambada")]
+JOBS = [SCRIPTS / "slurm" / f"{name}.sbatch" for name in ("pretrain", "profile", "eval_lambada")]
+CHAIN = SCRIPTS / "slurm" / "submit_chain.sh"
+CONFIG = str(REPOSITORY / "configs" / "gpt3_350m.yaml")
+
+
+def run(folder: Path, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a folder, with no variables of Slurm or of the scripts but these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SBLD_"))}
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=folder,
+        env={**kept, "SBLD_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    scripts = [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*"), REPOSITORY / ".ci" / "run"]
+    assert len(scripts) >= 11
+    result = run(REPOSITORY, "shellcheck", "--external-sources", *scripts)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_variable_is_documented_and_used() -> None:
+    internal = {"SBLD_STATUS_FILE"}  # between job.sh and the launcher
+    text = "".join(path.read_text() for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")])
+    used = set(re.findall(r"(?<![A-Z_])SBLD_[A-Z_]+", text)) - internal
+    documented = set(re.findall(r"`(SBLD_[A-Z_]+)`", (SCRIPTS / "README.md").read_text()))
+    assert used == documented
+
+
+@pytest.mark.parametrize("script", [*COMMANDS, *JOBS, CHAIN], ids=lambda script: f"{script.parent.name}/{script.name}")
+def test_help_is_the_usage_and_no_arguments_are_a_mistake(script: Path, tmp_path: Path) -> None:
+    asked, alone = run(tmp_path, script, "--help"), run(tmp_path, script)
+    assert (asked.returncode, alone.returncode) == (0, 2)
+    assert f"{script.parent.name}/{script.name} " in asked.stdout
+    assert "#" not in asked.stdout
+    assert alone.stderr == asked.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "message"),
+    [
+        ([COMMANDS[0], "no.yaml"], {}, "config no.yaml is not there"),
+        ([COMMANDS[1], CONFIG], {}, "give a config and a folder"),
+        ([COMMANDS[2], "runs/none", "no.txt"], {}, "checkpoint runs/none is not there"),
+        ([COMMANDS[2], REPOSITORY, "no.txt"], {}, "file of passages no.txt is not there"),
+        ([COMMANDS[0], CONFIG], {"SBLD_PYTHON": "/no/python"}, "SBLD_PYTHON=/no/python is not there"),
+        ([COMMANDS[0], CONFIG], {"SBLD_PYTHON": "/usr/bin/python3", "PYTHONPATH": ""}, "lacks megatron_sbld"),
+        ([COMMANDS[0], CONFIG], {"SBLD_DEVICE": "tpu"}, "SBLD_DEVICE=tpu is not allowed: gpu or cpu"),
+        ([JOBS[0], CONFIG], {}, "submit it with sbatch"),
+        ([JOBS[0], CONFIG], {"SLURM_SUBMIT_DIR": "/tmp"}, "submit from the repository's folder, or set SBLD_HOME"),
+        ([CHAIN, CONFIG, "run"], {}, "give a config, a run folder and a file of passages"),
+        ([CHAIN, "--part", "2", CONFIG, "run", CONFIG], {}, "--part is not an option"),
+        ([CHAIN, "--parts", "x", CONFIG, "run", CONFIG], {}, "--parts x is not allowed"),
+        ([CHAIN, "--sensitivity", "no.json", CONFIG, "run", CONFIG], {}, "sensitivity file no.json is not there"),
+    ],
+)
+def test_what_is_missing_is_named_before_anything_starts(
+    command: list[str | Path], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    if environment.get("SBLD_PYTHON") == "/usr/bin/python3" and not Path("/usr/bin/python3").exists():
+        pytest.skip("no second Python here")
+    result = run(tmp_path, *command, **environment)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("error:") == 1
+
+
+def fake_gpus(folder: Path, count: int) -> dict[str, str]:
+    """An nvidia-smi that lists so many, before all others on the path."""
+    program = folder / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\nfor i in $(seq {count}); do echo "GPU $i: some (UUID: x)"; done\n')
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_a_machine_without_enough_gpus_is_refused(tmp_path: Path) -> None:
+    none = run(tmp_path, COMMANDS[0], CONFIG, **fake_gpus(tmp_path, 0))
+    assert none.returncode == 2
+    assert "no GPU on" in none.stderr
+    few = run(tmp_path, COMMANDS[0], CONFIG, SBLD_NPROC_PER_NODE="4", **fake_gpus(tmp_path, 2))
+    assert few.returncode == 2
+    assert "SBLD_NPROC_PER_NODE=4, but" in few.stderr
+    hidden = run(
+        tmp_path, COMMANDS[0], CONFIG, SBLD_NPROC_PER_NODE="2", CUDA_VISIBLE_DEVICES="1", **fake_gpus(tmp_path, 2)
+    )
+    assert hidden.returncode == 2
+    assert "has 1 GPU(s) to use" in hidden.stderr
+
+
+def test_one_machine_starts_a_process_a_gpu_prints_the_command_and_keeps_a_log(tmp_path: Path) -> None:
+    """The config has no data here: the trainer's own message and status come through."""
+    result = run(tmp_path, COMMANDS[0], CONFIG, "--drop.theta", "2.0", SBLD_DEVICE="cpu", SBLD_NPROC_PER_NODE="2")
+    assert result.returncode == 2, result.stdout
+    assert "--standalone --nproc-per-node 2 -m megatron_sbld pretrain --config" in result.stdout
+    assert "drop.theta = 2.0" in result.stdout
+    logs = list((tmp_path / "logs").glob("pretrain-*.log"))
+    assert len(logs) == 1
+    assert "drop.theta = 2.0" in logs[0].read_text()
+
+
+def test_the_chain_shows_its_commands_without_slurm(tmp_path: Path) -> None:
+    passages = tmp_path / "passages.txt"
+    passages.write_text("a b\n")
+    whole = run(tmp_path, CHAIN, "--dry-run", "--parts", "4", CONFIG, "runs/x", passages, "--drop.theta", "0.7")
+    assert whole.returncode == 0, whole.stderr
+    profile, pretrain, evaluate = [line for line in whole.stdout.splitlines() if line.startswith("+ sbatch")]
+    assert "--array=1-4" in profile
+    assert f"profile.sbatch {CONFIG} runs/x/sensitivity --drop.theta 0.7" in profile
+    assert "--dependency=afterok:" in pretrain
+    assert "--drop.sensitivity runs/x/sensitivity/sensitivity.json --drop.theta 0.7" in pretrain
+    assert f"eval_lambada.sbatch runs/x {passages}" in evaluate
+
+    reused = run(tmp_path, CHAIN, "--dry-run", "--sensitivity", CONFIG, CONFIG, "runs/x", passages)
+    assert reused.stdout.count("+ sbatch") == 2
+    assert "profile.sbatch" not in reused.stdout
+
+
+def container_of(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What job.sh would put before a node's command: a line of srun's options, then one of a command of its own."""
+    srun = folder / "srun"
+    srun.write_text(f'#!/bin/sh\necho "{environment.pop("srun_help", "")}"\n')
+    srun.chmod(0o755)
+    script = f"""set -euo pipefail
+        source {SCRIPTS}/common.sh; source {SCRIPTS}/slurm/job.sh
+        in_container; echo "${{container_options[@]}}"; echo "${{container[@]}}\""""
+    path = f"{folder}:{os.environ['PATH']}"
+    return run(folder, "bash", "-c", script, SBLD_HOME="/repository", PATH=path, **environment)
+
+
+def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
+    (tmp_path / "image.sif").touch()
+    mounts = f"/repository:/repository,{tmp_path}:{tmp_path}"
+    assert container_of(tmp_path).stdout == "\n\n"
+    apptainer = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data")
+    assert apptainer.stdout == f"\napptainer exec --nv --bind {mounts},/data:/data --pwd {tmp_path} image.sif\n"
+    pyxis = container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch", srun_help="--container-image")
+    assert pyxis.stdout == (
+        f"--container-image=nvcr.io#nvidia/pytorch --container-mounts={mounts} --container-workdir={tmp_path}\n\n"
+    )
+    for refused, message in (
+        (
+            container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch"),
+            "needs pyxis",
+        ),
+        (container_of(tmp_path, SBLD_CONTAINER="other.sif"), "SBLD_CONTAINER other.sif is not there"),
+        (container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_RUNTIME="docker"), "pyxis or apptainer"),
+    ):
+        assert refused.returncode == 2
+        assert message in refused.stderr
+
+
+# The launcher
+
+
+def start_launcher(folder: Path, script: str, processes: int = 2) -> subprocess.Popen[bytes]:
+    """`megatron_sbld.launch` with bash as its workers, and a torchrun that would kill them a second after SIGTERM."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_sbld.launch", "--standalone", "--nproc-per-node", str(processes),
+         "--no-python", "bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
+             "SBLD_STATUS_FILE": str(folder / "status")},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("exit 0", 0),
+        ("exit 75", 75),
+        ("[ $RANK = 1 ] || sleep 60; exit 2", 2),
+        ("[ $RANK = 0 ] || sleep 60; kill -KILL $BASHPID", 76),
+    ],
+    ids=["complete", "to be continued", "a mistake", "killed"],
+)
+def test_the_launcher_ends_with_its_workers_status(script: str, status: int, tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path, script)
+    assert launcher.wait(120) == status
+    assert (tmp_path / "status").read_text() == f"{status}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_workers_which_may_take_their_time(number: signal.Signals, tmp_path: Path) -> None:
+    save = (
+        "trap : TERM; sleep 5; touch saved_$RANK; exit 75"  # the first to end lets torchrun send SIGTERM to the others
+    )
+    script = f"trap '{save}' {number.name}; touch ready_$RANK; while :; do sleep 0.1; done"
+    launcher = start_launcher(tmp_path, script)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready_*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    launcher.send_signal(number)
+    assert launcher.wait(120) == 75
+    assert len(list(tmp_path.glob("saved_*"))) == 2
+
+
+def test_workers_that_end_before_they_can_save_are_to_be_continued(tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path, "touch ready_$RANK; exec sleep 100")
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready_*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(120) == 75
