@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from megatron_sbld.plan import draw_plan
 from megatron_sbld.policy import LayerDropPolicy, PLDPolicy, Policy
+from megatron_sbld.predict.parameters import Bucket, default_bucket_size, layer_parameters, make_buckets
 from megatron_sbld.schedule import Constant
 from megatron_sbld.training.config import ModelConfig
 from megatron_sbld.training.flops import layer_flops_per_token, logits_flops_per_token
@@ -76,54 +77,13 @@ SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Parameters that are reduced together.
-
-    Attributes:
-        size: number of values.
-        owners: whose they are: 0 the embedding's, 1 to L the layers', L + 1 the final norm's.
-    """
-
-    size: int
-    owners: frozenset[int]
-
-
 def parameters(shape: Shape, vocab_size: int = VOCAB_SIZE) -> list[tuple[int, int]]:
     """(values, owner as in Bucket) of each parameter of a tensor-parallel rank, as Megatron registers them."""
     hidden, tp = shape.hidden_size, shape.tensor_parallel
-    layer = [
-        *(hidden, hidden),  # input_layernorm
-        *(hidden * hidden // tp, hidden),  # linear_proj, split by rows: each rank has the whole bias
-        *(3 * hidden * hidden // tp, 3 * hidden // tp),  # linear_qkv
-        *(hidden, hidden),  # pre_mlp_layernorm
-        *(4 * hidden * hidden // tp, 4 * hidden // tp),  # linear_fc1
-        *(4 * hidden * hidden // tp, hidden),  # linear_fc2
-    ]
+    layer = layer_parameters(shape.model, tp)
     embedding = [(vocab_size // tp * hidden, 0), (shape.seq_length * hidden, 0)]
     layers = [(size, number) for number in range(1, shape.num_layers + 1) for size in layer]
     return [*embedding, *layers, *[(hidden, shape.num_layers + 1)] * 2]
-
-
-def default_bucket_size(data_parallel: int) -> int:
-    """Megatron's, in parameters, with overlap_grad_reduce."""
-    return max(40_000_000, 1_000_000 * data_parallel)
-
-
-def make_buckets(params: Sequence[tuple[int, int]], bucket_size: int) -> list[Bucket]:
-    """Megatron's buckets, in the order in which they are reduced.
-
-    From the last parameter to the first, a bucket is closed once it holds `bucket_size` values or more. Left out: the
-    padding of the distributed optimizer, and the bucket of its own that tied embeddings have with pipeline stages.
-    """
-    buckets, size, owners = [], 0, set()
-    for count, owner in reversed(params):
-        size += count
-        owners.add(owner)
-        if size >= bucket_size:
-            buckets.append(Bucket(size, frozenset(owners)))
-            size, owners = 0, set()
-    return buckets + ([Bucket(size, frozenset(owners))] if size else [])
 
 
 def cut_at_layers(params: Sequence[tuple[int, int]]) -> list[Bucket]:

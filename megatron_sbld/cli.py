@@ -39,6 +39,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         "evaluate": _evaluate,
         "generate": _generate,
         "compare": _compare,
+        "predict": _predict,
         "export": _export,
         "import": _import,
         "doctor": _doctor,
@@ -74,6 +75,7 @@ commands:
   evaluate   LAMBADA and perplexity of trained models
   generate   continue prompts with a trained model
   compare    compare runs: loss, speed, ideal and realised gain; table and plots
+  predict    what a config will take on a cluster, and what dropping layers gains there; nothing is trained
   export     write a checkpoint as a folder that Hugging Face's transformers loads
   import     make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's
   doctor     what is installed here, what will be used, what is missing and what mends it
@@ -320,6 +322,43 @@ def _compare(args: list[str]) -> int:
     given: Namespace = parser.parse_args(args)
     compare(given.runs, given.baseline, given.out, given.group)
     return 0
+
+
+def _predict(args: list[str]) -> int:
+    from megatron_sbld.predict.command import PredictOptions, predict
+    from megatron_sbld.training.config import Config
+    from megatron_sbld.training.config_file import field_names
+
+    parser = _parser(
+        "predict --config FILE --gpus N [options] [--section.field VALUE ...]",
+        "Predict what a run takes on a cluster: iteration time, memory, hours, the gain of its drop section with "
+        "either sampler, what pipeline imbalance costs, and a placement of the layers that evens it. A model of matrix "
+        "products, memory traffic, communication and the pipeline's schedule, calibrated on the undropped run's "
+        "throughput alone. Nothing is trained and no data is read; neither GPUs nor Megatron are needed.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of sections, that of the training run")
+    parser.add_class_arguments(PredictOptions)
+    parser.add_class_arguments(Config)
+    own = field_names(PredictOptions)
+    config, options = _parse_config(parser, _with_underscores(args, own), own)
+    predict(config, PredictOptions(**options))
+    return 0
+
+
+def _with_underscores(args: list[str], names: Sequence[str]) -> list[str]:
+    """Options by the names with dashes as well, and --compare_policies without a value."""
+    changed = []
+    for at, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in names:
+            changed.append(arg)
+            continue
+        bare = name == "compare_policies" and not equals
+        if bare and (at + 1 == len(args) or args[at + 1].lower() not in ("true", "false")):
+            equals, value = "=", "true"
+        changed.append(f"--{name}{equals}{value}")
+    return changed
 
 
 def _export(args: list[str]) -> int:

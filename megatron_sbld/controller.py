@@ -35,6 +35,9 @@ from megatron_sbld.policy import Policy
 _RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers", "seed")
 _DIGEST_BYTES = 16
 
+CHECKPOINT_KEY = "sbld"
+"""Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
+
 
 class DropDisagreementError(RuntimeError):
     """Ranks drew different decisions; the message names them. Raised on every rank."""

@@ -10,7 +10,10 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-SHARDED_WRAPPERS = (FullyShardedDataParallel, TorchFullyShardedDataParallel)
+# Newer megatron-core puts a function in the place of a class whose dependencies are missing.
+SHARDED_WRAPPERS = tuple(
+    wrapper for wrapper in (FullyShardedDataParallel, TorchFullyShardedDataParallel) if isinstance(wrapper, type)
+)
 
 REASONS = {
     "cuda_graph_impl": "a captured graph would repeat the decision it was captured with",
@@ -41,7 +44,7 @@ def refuse_unsupported_switches(
     """
     for name, reason in REASONS.items():
         value = getattr(config, name, None)
-        if _is_on(config, name):
+        if is_on(config, name):
             raise ValueError(f"{name} = {value!r} does not work with layer dropping: {reason}; switch it off")
     if microbatch_scope and config.fp8 and config.recompute_granularity == "full":
         raise ValueError(
@@ -54,7 +57,7 @@ def refuse_unsupported_switches(
         _refuse_experts_of_distinct_replicas(config)
 
 
-def _is_on(config: TransformerConfig, name: str) -> bool:
+def is_on(config: TransformerConfig, name: str) -> bool:
     value = getattr(config, name, None)
     if name == "cuda_graph_impl":
         return value not in (None, "none")

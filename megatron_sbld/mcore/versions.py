@@ -9,20 +9,22 @@ import functools
 import importlib
 
 SUPPORTED_MEGATRON_CORE = "0.16."
+OF_PATCHED_CHECKOUTS = ("0.19.", "0.20.")
+"""Of the newer Megatron-LM trees that patches/ names; there only the layers are ours, not the trainer."""
 
 
 def check_megatron_core() -> None:
-    """Refuse a megatron-core other than 0.16.
+    """Refuse a megatron-core other than 0.16 and those of the Megatron-LM checkouts that there are patches for.
 
     Raises:
         RuntimeError: its version is another; names both.
     """
     from megatron.core.package_info import __version__ as installed
 
-    if not installed.startswith(SUPPORTED_MEGATRON_CORE):
+    if not installed.startswith((SUPPORTED_MEGATRON_CORE, *OF_PATCHED_CHECKOUTS)):
         raise RuntimeError(
             f"megatron-core {installed} is installed, but this version of megatron-sbld works with 0.16 only: "
-            "pip install 'megatron-core>=0.16.1,<0.17'"
+            "pip install 'megatron-core>=0.16.1,<0.17' (or use a Megatron-LM checkout that patches/README.md names)"
         )
 
 

@@ -130,9 +130,9 @@ def _evaluation_columns(comparison: Comparison, several: bool) -> list[_Column]:
     columns: list[_Column] = []
     shown = [figure for figure in comparison.rows[0].evaluations if _is_shown(figure, comparison)]
     for figure in shown:
-        form, scale = (".4f", 1.0) if figure.metric == "bits_per_byte" else (".2f", 1.0)
+        form, scale = (".4f", 1.0) if figure.metric == "bits_per_byte" else ("#.4g", 1.0)
         if figure.metric == "accuracy":
-            scale = 100.0
+            form, scale = ".2f", 100.0
         wanted = ["value"] + (["stderr"] if figure.metric == "accuracy" or several else [])
         if figure.metric == "accuracy":
             wanted += ["change"] + (["change_stderr"] if several else [])

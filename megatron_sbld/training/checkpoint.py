@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_sbld.controller import CHECKPOINT_KEY
 from megatron_sbld.mcore.optimizer_state import load_state, sharded_state
 from megatron_sbld.mcore.rng_state import reseed, restore_rng_state, sharded_rng_state
 from megatron_sbld.training import checkpoint_files as files
@@ -105,6 +106,11 @@ class CheckpointManager:
             return
         layout = content.current_layout(model_chunks, optimizer, self._optimizer_format)
         state = _state_to_save(iteration, model_chunks, optimizer, scheduler, layout)
+        if "drop" in train_state:  # where a patched Megatron-LM looks for it; megatron-core passes over it
+            state["opt_param_scheduler"][CHECKPOINT_KEY] = {
+                "drop": train_state["drop"],
+                "sensitivity": train_state.get("sensitivity"),
+            }
         job = _Job(iteration, layout, train_state, content.take_snapshot(state, copy=self._async))
         if not self._async:
             self._write(job)

@@ -8,6 +8,8 @@ embedding look-ups, the optimizer and communication are counted by neither.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_sbld.checks import check_number
 from megatron_sbld.training.config import Config, ModelConfig
 
@@ -31,8 +33,25 @@ def padded_vocab_size(vocab_size: int, config: Config) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def layer_flops_per_token(model: ModelConfig, *, causal: bool = True) -> float:
-    """FLOPs of one transformer layer's forward pass for one token of a sample of `seq_length` tokens.
+@dataclass(frozen=True)
+class LayerFlops:
+    """FLOPs of one layer's forward pass for one token, by part."""
+
+    query_key_value: float
+    attention: float
+    """Scores, and their product with the values."""
+    projection: float
+    """Of the attention's output."""
+    mlp_in: float
+    mlp_out: float
+
+    @property
+    def total(self) -> float:
+        return self.query_key_value + self.attention + self.projection + self.mlp_in + self.mlp_out
+
+
+def layer_flops_by_part(model: ModelConfig, *, causal: bool = True) -> LayerFlops:
+    """FLOPs of one transformer layer's forward pass for one token of a sample of `seq_length` tokens, by part.
 
     causal: count the half of the attention matrix below the diagonal (Megatron-LM today); False counts all of it.
     """
@@ -41,10 +60,19 @@ def layer_flops_per_token(model: ModelConfig, *, causal: bool = True) -> float:
     query = head * model.num_attention_heads
     key_and_value = 2 * head * (model.num_query_groups or model.num_attention_heads)
     attended = model.seq_length / 2 if causal else model.seq_length
-    projections = hidden * (query + key_and_value) + query * hidden
-    attention = 2 * query * attended  # scores, and their product with the values
-    mlp = (3 if model.swiglu else 2) * hidden * ffn_hidden_size(model)
-    return _FLOPS_PER_MAC * (projections + attention + mlp)
+    mlp = hidden * ffn_hidden_size(model)
+    return LayerFlops(
+        query_key_value=_FLOPS_PER_MAC * hidden * (query + key_and_value),
+        attention=_FLOPS_PER_MAC * 2 * query * attended,
+        projection=_FLOPS_PER_MAC * query * hidden,
+        mlp_in=_FLOPS_PER_MAC * (2 if model.swiglu else 1) * mlp,
+        mlp_out=_FLOPS_PER_MAC * mlp,
+    )
+
+
+def layer_flops_per_token(model: ModelConfig, *, causal: bool = True) -> float:
+    """The sum of `layer_flops_by_part`."""
+    return layer_flops_by_part(model, causal=causal).total
 
 
 def logits_flops_per_token(model: ModelConfig, padded_vocab_size: int) -> float:

@@ -191,24 +191,42 @@ def _propose(run: _Run, placement: Placement, keep_probs: Floats) -> tuple[str |
 
 def _iteration_times(run: _Run, iterations: list[int], placement: Placement) -> Floats:
     """Times of the iterations with the decisions that the run will take, in layers' worth, [iterations]."""
-    kept = [_drawn(run, iteration, placement) for iteration in iterations]
+    stages = run.balanced or placement.stages
+    kept = [
+        drawn_shares(
+            run.drop, run.policy.keep_probs(iteration), iteration, run.num_microbatches, stages, run.num_samples
+        )
+        for iteration in iterations
+    ]
     return iteration_times(np.array(kept), placement.stages, run.output_layers or 0.0)
 
 
-def _drawn(run: _Run, iteration: int, placement: Placement) -> Floats:
-    """What share of each microbatch each layer will run, [m, L]."""
-    drop = run.drop
+def drawn_shares(
+    drop: DropConfig,
+    keep_probs: Floats,
+    iteration: int,
+    num_microbatches: int,
+    stages: list[list[int]],
+    num_samples: int = 1,
+    replica: int = 0,
+) -> Floats:
+    """What share of each microbatch each layer runs, with the decisions that a run takes, [m, L].
+
+    stages: layers that the balanced sampler balances.  num_samples: of a microbatch; 1 unless granularity is sample.
+    replica: with replicas distinct, whose decisions.
+    """
     counts = draw_sample_counts(
-        run.policy.keep_probs(iteration),
-        num_samples=run.num_samples,
+        keep_probs,
+        num_samples=num_samples,
         seed=drop.seed,
         iteration=iteration,
-        num_microbatches=run.num_microbatches,
+        num_microbatches=num_microbatches,
         scope=drop.decision_scope,
         sampler=drop.sampler,
-        stages=(run.balanced or placement.stages) if drop.sampler == "balanced" else None,
+        stages=stages if drop.sampler == "balanced" else None,
+        replica=replica,
     )
-    return counts / run.num_samples
+    return counts / num_samples
 
 
 def _numbers(layers: list[int]) -> str:

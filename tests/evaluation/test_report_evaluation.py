@@ -129,7 +129,7 @@ def test_runs_that_differ_in_seeds_give_means_with_errors_over_seeds_and_a_paire
         ("change", "+2.00"),
         ("s.e.", "1.00"),
         ("LAMBADA last-word perplexity", "20.00"),
-        ("s.e.", "0.00"),
+        ("s.e.", "0.000"),
     ]
 
 

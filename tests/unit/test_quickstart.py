@@ -81,7 +81,11 @@ def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypa
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--text", str(text), "--out", str(out), "--iters", "30", *args])
     quickstart.main()
     measured = [command for command in commands if "profile" in command]
-    used = commands[-2][commands[-2].index("--drop.sensitivity") + 1]
+    (trained,) = [command for command in commands if "--drop.sensitivity" in command]
+    used = trained[trained.index("--drop.sensitivity") + 1]
+    evaluated, compared = commands[-2:]
+    assert ("evaluate" in evaluated, "compare" in compared) == (True, True)
+    assert all(str(out / name) in evaluated for name in quickstart.RUNS)
     if not args:
         assert (measured, used) == ([], quickstart.SENSITIVITY)
         return

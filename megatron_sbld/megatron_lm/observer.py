@@ -1,0 +1,49 @@
+"""`--sbld-sensitivity-update dynamic` in Megatron-LM: the loss of each iteration, brought to the rank that observes.
+
+Megatron-LM knows the loss on the last pipeline stage alone, and the estimate is rank 0's. So one number is broadcast
+from the last rank, which is of the last stage, in each iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.training.sensitivity_update import SensitivityUpdate
+from megatron_sbld.training.step import StepResult, this_device
+
+_LOSS = "lm loss"
+
+
+class LossObserver:
+    """Feeds SensitivityUpdate; made on every rank."""
+
+    def __init__(self, drop: DropConfig, controller: DropController) -> None:
+        self._update = SensitivityUpdate(drop, controller)
+
+    def observe(self, losses: dict[str, torch.Tensor]) -> None:
+        """Take in an iteration, and renew the policy if an update is due. Collective.
+
+        losses: Megatron-LM's reduced losses, empty but on the last pipeline stage.
+        """
+        known = losses[_LOSS].detach().float().view(1) if _LOSS in losses else torch.tensor([math.nan])
+        loss = known.to(this_device()).clone()
+        dist.broadcast(loss, src=dist.get_world_size() - 1)
+        if dist.get_rank() == 0:
+            value = loss.item()
+            if math.isfinite(value):
+                self._update.observe(StepResult(value, None, None, True, False, []))
+        self._update.update_if_due()
+
+    def state_dict(self) -> dict[str, Any]:
+        """SensitivityUpdate's."""
+        return self._update.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """SensitivityUpdate's."""
+        return self._update.load_state_dict(state)

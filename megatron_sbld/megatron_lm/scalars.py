@@ -1,0 +1,113 @@
+"""What layer dropping adds to Megatron-LM's log: scalars for TensorBoard and W&B, and one line on the console.
+
+Throughput is counted twice from the time of the training steps: of the undropped model, as the paper and Megatron-LM
+do, and of the layers that ran. The FLOPs are Megatron-LM's own formula; a layer's are what the formula gives for one
+layer more.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.policy import SBLDPolicy
+
+_TERA = 1e12
+
+
+class Scalars:
+    """Of one run; made on every rank, written on the last one, as Megatron-LM's are."""
+
+    def __init__(self, args: Namespace, controller: DropController, training: Any) -> None:
+        self._args = args
+        self._controller = controller
+        self._training = training
+        self._seconds = 0.0
+        self._flops = np.zeros(2)  # of the undropped model, executed
+
+    def note_step(self, seconds: float, batch_size: int) -> None:
+        """Count an iteration, which the controller is still at."""
+        self._seconds += seconds
+        self._flops += (self._undropped_flops(batch_size), self.executed_flops(batch_size))
+
+    def executed_flops(self, batch_size: int) -> float:
+        """FLOPs of the present iteration, by Megatron-LM's formula, without those of layers that did not run."""
+        dropped = 1.0 - self._controller.kept_shares.mean(axis=0)
+        return self._undropped_flops(batch_size) - batch_size * float(dropped @ self._layer_flops_per_sample)
+
+    def write(self) -> None:
+        """Add this iteration's scalars where a writer is, at Megatron-LM's intervals."""
+        args, controller = self._args, self._controller
+        iteration = controller.iteration
+        megatron = importlib.import_module("megatron.training")
+        scalars = self._scalars()
+        if iteration % args.tensorboard_log_interval == 0:
+            layers = {"keep_prob": controller.keep_probs}
+            if self._args.sbld_sensitivity_update == "dynamic" and isinstance(controller.policy, SBLDPolicy):
+                layers["sensitivity"] = controller.policy.sensitivity
+            by_layer = {
+                f"{name}/layer_{number:02d}": value
+                for name, values in layers.items()
+                for number, value in enumerate(values.tolist(), start=1)
+            }
+            self._add({**scalars, **by_layer}, iteration)
+        if iteration % args.log_interval == 0:
+            if self._seconds > 0:
+                undropped, executed = (self._flops / self._seconds / args.world_size / _TERA).tolist()
+                scalars |= {"sbld throughput undropped": undropped, "sbld throughput executed": executed}
+                throughput = {name: scalars[name] for name in ("sbld throughput undropped", "sbld throughput executed")}
+                self._add(throughput, iteration)
+            self._seconds, self._flops = 0.0, np.zeros(2)
+            text = " | ".join(f"{name}: {value:.6G}" for name, value in scalars.items())
+            megatron.print_rank_last(f" layer dropping at iteration {iteration} | {text}")
+
+    def _scalars(self) -> dict[str, float]:
+        controller = self._controller
+        return {
+            "theta": controller.theta,
+            "mean_keep_prob": float(controller.keep_probs.mean()),
+            "kept_fraction": controller.kept_fraction,
+        }
+
+    def _add(self, scalars: dict[str, float], iteration: int) -> None:
+        global_vars = importlib.import_module("megatron.training.global_vars")
+        tensorboard, wandb = global_vars.get_tensorboard_writer(), global_vars.get_wandb_writer()
+        if tensorboard:
+            for name, value in scalars.items():
+                tensorboard.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log(scalars, iteration)
+
+    def _undropped_flops(self, batch_size: int) -> float:
+        return float(self._training.num_floating_point_operations(self._args, batch_size))
+
+    @functools.cached_property
+    def _layer_flops_per_sample(self) -> NDArray[np.float64]:
+        """FLOPs of each layer for one sample, [L]."""
+        args = self._args
+        base = self._undropped_flops(1)
+        pattern = _moe_pattern(args)
+        costs = {}
+        for kind in set(pattern):
+            more = copy.copy(args)
+            more.num_layers = args.num_layers + 1
+            if args.num_experts is not None:
+                more.moe_layer_freq = [kind, *pattern]  # in front, since multi-token prediction repeats the last one
+            costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
+        return np.array([costs[kind] for kind in pattern])
+
+
+def _moe_pattern(args: Namespace) -> list[int]:
+    """1 for each layer with experts, 0 for each dense one, as Megatron-LM's formula reads --moe-layer-freq."""
+    if args.num_experts is None:
+        return [0] * args.num_layers
+    if isinstance(args.moe_layer_freq, int):
+        return [1 if index % args.moe_layer_freq == 0 else 0 for index in range(args.num_layers)]
+    return list(args.moe_layer_freq)

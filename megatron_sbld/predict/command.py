@@ -1,0 +1,250 @@
+"""What `megatron-sbld predict` does, from a config and options to text, JSON and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sbld.checks import check_choice, check_integer
+from megatron_sbld.pipeline import Floats
+from megatron_sbld.placement import Placement
+from megatron_sbld.predict.gain import (
+    ASSUMED_MFU,
+    Prediction,
+    Predictor,
+    Target,
+    compared_sections,
+    find_target,
+    mfu_tokens_per_s,
+)
+from megatron_sbld.predict.hardware import KNOWN, load_hardware
+from megatron_sbld.predict.iteration import Setup
+from megatron_sbld.predict.memory import RankMemory, rank_memory
+from megatron_sbld.predict.report import print_report
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.flops import padded_vocab_size
+from megatron_sbld.training.stages import placement_of
+from megatron_sbld.training.tokenizer import load_tokenizer
+from megatron_sbld.training.validate import validate
+
+_MEMORY_ITERATIONS = 64  # of those sampled: how much is held is alike in all
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Options of the command besides the config's."""
+
+    gpus: int
+    """GPUs of the run; data parallelism takes what the config's parallel sizes leave."""
+    hardware: str = "a100-80gb"
+    """a100-80gb, h100, h200, or a YAML file with the fields of megatron_sbld.predict.hardware.Hardware."""
+    peak_tflops: float | None = None
+    """Dense peak of a GPU in the training precision, TFLOP/s; None is the hardware's."""
+    intra_bandwidth: float | None = None
+    """GB/s of a GPU to the others of its node, in one direction; None is the hardware's."""
+    inter_bandwidth: float | None = None
+    """GB/s of a GPU to other nodes, in one direction (a node's network / its GPUs); None is the hardware's."""
+    gpus_per_node: int | None = None
+    """GPUs of a node; None is the hardware's, 8."""
+    attention: str = "flash"
+    """flash: fused, half of the causal matrix computed and none stored; unfused: all of it computed and stored."""
+    baseline_tokens_per_s: float | None = None
+    """Measured throughput of the undropped run on all GPUs, that the model is calibrated on; None takes mfu."""
+    mfu: float | None = None
+    """Model FLOPs utilisation of the undropped run, (0, 1], in place of a measured throughput; None assumes 0.4."""
+    vocab_size: int | None = None
+    """Vocabulary before padding; None is data.tokenizer's."""
+    iterations: int | None = None
+    """Iterations of the run; None is the config's."""
+    target_gain: float | None = None
+    """Propose the largest theta, and lists, that gain this much: 0.2 is 20 % more throughput."""
+    compare_policies: bool = False
+    """Also predict every policy at theta 0.9, 0.7 and 0.5."""
+    out: str | None = None
+    """Folder for predict.json, timeline.png and gain.png."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that the command found out."""
+
+    setup: Setup
+    assumed_mfu: float | None
+    """None where a throughput was measured."""
+    efficiency: float
+    baseline_s: float
+    baseline_imbalance: float
+    tokens_per_s: float
+    hours: float
+    parts: dict[str, float]
+    """Seconds of an undropped iteration on the busiest rank."""
+    train_iters: int
+    predictions: list[Prediction]
+    """Of the config's drop section, with each sampler and placement that there is a choice of; policy none is the
+    undropped model on another placement."""
+    undropped_placement: tuple[str, float] | None
+    """The placement that evens the undropped model, and the share of its iterations that it saves."""
+    compared: list[Prediction]
+    memory: list[RankMemory]
+    target: Target | None
+
+
+def predict(config: Config, options: PredictOptions) -> Outcome:
+    """Predicts, prints, and writes where asked to.
+
+    Raises:
+        ValueError: a mistake in the config or the options, by name.
+    """
+    predictor, assumed_mfu = build_predictor(config, options)
+    drop, drops = predictor.setup.config.drop, predictor.setup.config.drop.policy != "none"
+    if options.target_gain is not None and not drops:
+        raise ValueError("--target_gain needs drop.policy sbld, pld, layerdrop or stochastic_depth: none drops nothing")
+    compared = [predictor.predict(section) for section in compared_sections(drop)] if options.compare_policies else []
+    outcome = Outcome(
+        setup=predictor.setup,
+        assumed_mfu=assumed_mfu,
+        efficiency=predictor.efficiency,
+        baseline_s=predictor.baseline_s,
+        baseline_imbalance=predictor.baseline_imbalance,
+        tokens_per_s=predictor.setup.tokens / predictor.baseline_s,
+        hours=predictor.hours(predictor.baseline_s),
+        parts=predictor.model.undropped_parts(),
+        train_iters=predictor.train_iters,
+        predictions=_own_predictions(predictor) if drops else [],
+        undropped_placement=_undropped_placement(predictor),
+        compared=compared,
+        memory=rank_memory(predictor.model, _some_shares(predictor) if drops else None),
+        target=None if options.target_gain is None else find_target(predictor, drop, options.target_gain),
+    )
+    print_report(outcome)
+    if options.out is not None:
+        _write(predictor, outcome, Path(options.out))
+    return outcome
+
+
+def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor, float | None]:
+    """The calibrated model of a config on the options' hardware, and the MFU that was assumed, if one was."""
+    check_integer("--gpus", options.gpus, 1)
+    check_choice("--attention", options.attention, ("flash", "unfused"))
+    if options.baseline_tokens_per_s is not None and options.mfu is not None:
+        raise ValueError(
+            f"--baseline_tokens_per_s {options.baseline_tokens_per_s} and --mfu {options.mfu} exclude each other: give "
+            "the measured one"
+        )
+    hardware = load_hardware(
+        options.hardware,
+        peak_tflops=options.peak_tflops,
+        intra_bandwidth=options.intra_bandwidth,
+        inter_bandwidth=options.inter_bandwidth,
+        gpus_per_node=options.gpus_per_node,
+    )
+    if options.iterations is not None:
+        check_integer("--iterations", options.iterations, 1)
+        training = dataclasses.replace(config.training, train_iters=options.iterations, train_samples=None)
+        config = dataclasses.replace(config, training=training)
+    validate(config, options.gpus, trains=False)
+    setup = Setup(
+        config=config,
+        vocab_size=padded_vocab_size(_vocab_size(config, options), config),
+        hardware=hardware,
+        gpus=options.gpus,
+        attention="flash" if options.attention == "flash" else "unfused",
+        placement=placement_of(config),
+    )
+    if options.baseline_tokens_per_s is not None:
+        return Predictor(setup, options.baseline_tokens_per_s), None
+    if config.training.precision == "fp32" and options.hardware in KNOWN and options.peak_tflops is None:
+        raise ValueError(
+            f"training.precision = 'fp32': the peak of {options.hardware} is that of bf16; give --peak_tflops, or a "
+            "measured --baseline_tokens_per_s"
+        )
+    mfu = ASSUMED_MFU if options.mfu is None else options.mfu
+    return Predictor(setup, mfu_tokens_per_s(setup, mfu)), mfu
+
+
+def _vocab_size(config: Config, options: PredictOptions) -> int:
+    if options.vocab_size is not None:
+        return check_integer("--vocab_size", options.vocab_size, 1)
+    try:
+        return load_tokenizer(config.data.tokenizer).vocab_size
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}; or give --vocab_size (GPT-2's is 50257)") from error
+
+
+def _own_predictions(predictor: Predictor) -> list[Prediction]:
+    """The config's drop section, on a pipeline with either sampler and on the placement proposed for it as well.
+
+    Interleaved, the balanced sampler evens what ranks hold; that it can even chunks instead (balance_stages) is shown.
+    """
+    drop, placement = predictor.setup.config.drop, predictor.setup.placement
+    sections = [drop]
+    if placement.num_ranks > 1 and drop.replicas == "shared":
+        balanced = drop if drop.sampler == "balanced" else dataclasses.replace(drop, sampler="balanced")
+        sections = [dataclasses.replace(drop, sampler="bernoulli", balance_stages=None), balanced]
+        chunks = len(placement.layers_per_chunk)
+        if placement.is_interleaved and placement.is_even and drop.balance_stages is None:
+            sections.append(dataclasses.replace(balanced, balance_stages=chunks))
+    predictions = [predictor.predict(section) for section in sections]
+    proposed = predictor.propose_placement(drop)
+    if proposed is not None and proposed != placement:
+        nothing = dataclasses.replace(drop, policy="none")
+        predictions += [predictor.predict(section, proposed) for section in [nothing, *sections]]
+    return predictions
+
+
+def _undropped_placement(predictor: Predictor) -> tuple[str, float] | None:
+    nothing = dataclasses.replace(predictor.setup.config.drop, policy="none")
+    proposed: Placement | None = predictor.propose_placement(nothing)
+    if proposed is None or proposed == predictor.setup.placement:
+        return None
+    saved = 1.0 - float(predictor.on(proposed).undropped.total[0]) / predictor.baseline_s
+    return proposed.layout, saved
+
+
+def _some_shares(predictor: Predictor) -> Floats:
+    drop = predictor.setup.config.drop
+    iterations = predictor.sampled(drop)[:: max(1, len(predictor.sampled(drop)) // _MEMORY_ITERATIONS)]
+    return predictor.shares(drop, predictor.policy(drop), iterations, predictor.setup.placement)[0]
+
+
+def _write(predictor: Predictor, outcome: Outcome, folder: Path) -> None:
+    from megatron_sbld.predict.plots import plot_gain, plot_timeline
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "predict.json", folder / "timeline.png"]
+    files[0].write_text(json.dumps(as_json(outcome), indent=2) + "\n", encoding="utf-8")
+    plot_timeline(predictor, files[1])
+    if outcome.predictions:
+        files.append(folder / "gain.png")
+        plot_gain(predictor, files[-1])
+    print("\n" + "\n".join(f"saved {file}" for file in files))
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as JSON's types, with what it was predicted for."""
+    setup = outcome.setup
+    values = {
+        field.name: _plain(getattr(outcome, field.name))
+        for field in dataclasses.fields(outcome)
+        if field.name != "setup"
+    }
+    config = dataclasses.asdict(setup.config)
+    return {
+        "hardware": dataclasses.asdict(setup.hardware),
+        "gpus": setup.gpus,
+        "attention": setup.attention,
+        "padded_vocab_size": setup.vocab_size,
+        "config": {name: config[name] for name in ("model", "parallel", "training", "drop")},
+        "data_parallel_size": setup.replicas,
+        "num_microbatches": setup.num_microbatches,
+        **values,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

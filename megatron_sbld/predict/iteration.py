@@ -1,0 +1,279 @@
+"""An iteration's time, put together: passes with the drawn decisions, the schedule, reductions, the step and gathers.
+
+The passes run in the pipeline's schedule (simulate.py). Each rank then reduces its gradients: after its last pass, or
+with overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped
+are left out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the
+optimizer steps, and with the distributed optimizer parameters are gathered, or with overlap_param_gather while the next
+forward pass runs, each layer waiting for its buckets. With replicas `distinct` the slowest replica decides when a
+stage is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sbld.pipeline import Floats
+from megatron_sbld.placement import Placement
+from megatron_sbld.predict.cost import Attention, Costs, pass_costs, step_costs
+from megatron_sbld.predict.hardware import Hardware
+from megatron_sbld.predict.parameters import Bucket, chunk_parameters, default_bucket_size, make_buckets
+from megatron_sbld.predict.simulate import Run, run_schedule
+from megatron_sbld.training.config import Config
+from megatron_sbld.training.validate import data_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is predicted: a config on a cluster."""
+
+    config: Config
+    vocab_size: int
+    """Padded."""
+    hardware: Hardware
+    gpus: int
+    attention: Attention
+    placement: Placement
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel size."""
+        return data_parallel_size(self.config, self.gpus)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of an iteration on a replica."""
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.replicas)
+
+    @property
+    def tokens(self) -> int:
+        """Of an iteration."""
+        return self.config.training.global_batch_size * self.config.model.seq_length
+
+
+@dataclass(frozen=True)
+class IterationTimes:
+    """Seconds of n iterations."""
+
+    total: Floats
+    """[n]"""
+    schedule: Floats
+    """From the first forward pass to the last backward pass of any rank, [n]."""
+    exposed_reduction: Floats
+    """Until all gradients are reduced, [n]."""
+    step: float
+    """The optimizer, of the rank with the most parameters."""
+    gather: float
+    """Of parameters, where no forward pass hides it."""
+    run: Run
+    """The schedule, of the first replica."""
+
+
+class IterationModel:
+    """Computes iterations of a setup at a given efficiency of its matrix products."""
+
+    def __init__(self, setup: Setup, efficiency: float) -> None:
+        self.setup = setup
+        self.costs: Costs = pass_costs(
+            setup.config, setup.vocab_size, setup.hardware, setup.replicas, setup.attention, efficiency
+        )
+        self.step_costs = step_costs(setup.config, setup.hardware, setup.replicas)
+        placement = setup.placement
+        self.num_ranks, self.num_chunks = placement.num_ranks, len(placement.layers_per_chunk)
+        ends = np.cumsum(placement.layers_per_chunk).tolist()
+        self.chunk_layers = [
+            list(range(end - count + 1, end + 1)) for end, count in zip(ends, placement.layers_per_chunk, strict=True)
+        ]
+        self.layer_forward, self.layer_backward = self._layer_seconds()
+
+    def _layer_seconds(self) -> tuple[Floats, Floats]:
+        """Seconds of each layer's passes, [L] each."""
+        training, costs = self.setup.config.training, self.costs
+        num_layers = self.setup.config.model.num_layers
+        backward = np.full(num_layers, costs.layer_backward.total)
+        full_blocks = training.recompute_granularity == "full" and training.recompute_method == "block"
+        for layers in self.chunk_layers:
+            repeated = layers[: training.recompute_num_layers] if full_blocks else layers
+            backward[np.array(repeated, dtype=int) - 1] += costs.recomputed.total
+        return np.full(num_layers, costs.layer_forward.total), backward
+
+    @functools.cached_property
+    def buckets(self) -> list[list[Bucket]]:
+        """Of each chunk, in the order in which they are reduced."""
+        config = self.setup.config
+        size = config.parallel.ddp_bucket_size or default_bucket_size(
+            self.setup.replicas * config.parallel.context_parallel_size
+        )
+        buckets = []
+        for chunk in range(self.num_chunks):
+            params = chunk_parameters(config, self.setup.vocab_size, self.setup.placement, chunk)
+            bucketed = config.parallel.overlap_grad_reduce and chunk == 0
+            buckets.append(make_buckets(params, size if bucketed else np.inf))
+        return buckets
+
+    def passes(self, shares: Floats, evenly: bool = False) -> tuple[Floats, Floats]:
+        """Seconds of each pass: shares of the microbatches that layers run [n, m, L] -> forward, backward [n, m, C].
+
+        evenly: as if all chunks had the same part of the work, the embedding's and the output layer's included.
+        """
+        costs = self.costs
+        columns = [np.array(layers, dtype=int) - 1 for layers in self.chunk_layers]
+        forward, backward = (
+            # Not a matrix product, whose rounding depends on the number of rows.
+            np.stack([(np.ascontiguousarray(shares[..., i]) * seconds[i]).sum(axis=-1) for i in columns], axis=-1)
+            for seconds in (self.layer_forward, self.layer_backward)
+        )
+        forward[..., 0] += costs.embedding_forward.total
+        backward[..., 0] += costs.embedding_backward.total
+        forward[..., -1] += costs.output_forward.total
+        backward[..., -1] += costs.output_backward.total
+        if evenly:
+            forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
+        return forward, backward
+
+    def run(self, shares: Floats, evenly: bool = False, record: bool = False) -> Run:
+        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`."""
+        leading, count = shares.shape[:-2], self.setup.num_microbatches
+        forward, backward = (
+            np.broadcast_to(seconds, (*leading, count, self.num_chunks)) for seconds in self.passes(shares, evenly)
+        )
+        waits = None
+        if self.setup.config.parallel.overlap_param_gather:
+            first = (self.spread_evenly(shares) if evenly else shares)[..., 0, :]
+            waits = functools.partial(self._first_forward, first, self._gathered())
+        return run_schedule(
+            forward,
+            backward,
+            self.num_ranks,
+            transfer=self.costs.transfer,
+            holds=self.num_chunks == self.num_ranks,
+            first_forward=waits,
+            record=record,
+        )
+
+    def _gathered(self) -> dict[int, float]:
+        """When each owner's parameters have been gathered, one bucket after the other from the iteration's start."""
+        ready: dict[int, float] = {}
+        for rank in range(self.num_ranks):
+            clock = 0.0
+            for chunk in range(rank, self.num_chunks, self.num_ranks):
+                for bucket in reversed(self.buckets[chunk]):
+                    clock += bucket.size * self.step_costs.second_per_gathered
+                    ready.update(dict.fromkeys(bucket.owners, clock))
+        return ready
+
+    def _first_forward(self, shares: Floats, ready: dict[int, float], chunk: int, start: Floats) -> Floats:
+        """When a chunk's first forward pass ends, each of its parts waiting for its parameters. shares: [n, L]."""
+        clock = start
+        if chunk == 0:
+            clock = np.maximum(clock, ready[0]) + self.costs.embedding_forward.total
+        for layer in self.chunk_layers[chunk]:
+            share = shares[..., layer - 1]
+            clock = np.where(share > 0, np.maximum(clock, ready[layer]), clock) + share * self.layer_forward[layer - 1]
+        if chunk == self.num_chunks - 1:
+            last = self.setup.config.model.num_layers + 1
+            clock = np.maximum(clock, ready[last]) + self.costs.output_forward.total
+        return clock
+
+    def times(self, replicas: Sequence[Floats], evenly: bool = False) -> IterationTimes:
+        """The iterations: of each replica that decides for itself, shares of the microbatches, [n, m or 1, L].
+
+        evenly: as in `passes`; the same buckets are left out.
+        """
+        runs = [self.run(shares, evenly) for shares in replicas]
+        skip = self._skipped(np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0))
+        last = (self.spread_evenly(replicas[0]) if evenly else replicas[0])[..., -1, :]
+        reduced = np.max([self._reduced(rank, runs, last, skip) for rank in range(self.num_ranks)], axis=0)
+        schedule = np.max([run.end for run in runs], axis=0)
+        parallel = self.setup.config.parallel
+        sizes = [
+            sum(bucket.size for chunk in range(rank, self.num_chunks, self.num_ranks) for bucket in self.buckets[chunk])
+            for rank in range(self.num_ranks)
+        ]
+        step = max(sizes) * self.step_costs.second_per_updated
+        gather = 0.0 if parallel.overlap_param_gather else max(sizes) * self.step_costs.second_per_gathered
+        table = self.setup.vocab_size // parallel.tensor_model_parallel_size * self.setup.config.model.hidden_size
+        exposed = reduced - schedule + table * self.step_costs.second_per_tied
+        return IterationTimes(schedule + exposed + step + gather, schedule, exposed, step, gather, runs[0])
+
+    def _skipped(self, ran: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+        """Which buckets of each chunk hold dropped layers alone: layers that ran at all [n, L] -> [n, buckets] each."""
+        needed = np.pad(ran, ((0, 0), (1, 1)), constant_values=True)
+        return [
+            np.stack([~needed[:, sorted(bucket.owners)].any(axis=1) for bucket in buckets], axis=1)
+            for buckets in self.buckets
+        ]
+
+    def _reduced(self, rank: int, runs: Sequence[Run], last: Floats, skip: Sequence[NDArray[np.bool_]]) -> Floats:
+        """When a rank's gradients are reduced, [n]. Overlapped reductions need equal replicas: the first one's run.
+
+        last: shares of the last microbatch, [n, L].  skip: buckets that are left out, [n, buckets] of each chunk.
+        """
+        chunks = range(rank, self.num_chunks, self.num_ranks)
+        done = np.max([run.last_backward[chunk][1] for run in runs for chunk in chunks], axis=0)
+        overlap = self.setup.config.parallel.overlap_grad_reduce
+        end = np.zeros_like(done) if overlap else done
+        for chunk in reversed(chunks):
+            ready = self._owners_done(runs[0], chunk, last) if overlap else {}
+            for index, bucket in enumerate(self.buckets[chunk]):
+                seconds = np.where(skip[chunk][:, index], 0.0, bucket.size * self.step_costs.second_per_reduced)
+                after = np.maximum(end, ready[min(bucket.owners)]) if overlap else end
+                end = np.where(seconds > 0, after + seconds, end)
+        return np.maximum(end, done)
+
+    def _owners_done(self, run: Run, chunk: int, shares: Floats) -> dict[int, Floats]:
+        """When each owner's last backward pass has ended; the embedding's with the chunk's. shares: [n, L]."""
+        start, end = run.last_backward[chunk]
+        clock, done = start, {0: end}
+        if chunk == self.num_chunks - 1:
+            clock = clock + self.costs.output_backward.total
+            done[self.setup.config.model.num_layers + 1] = clock
+        for layer in reversed(self.chunk_layers[chunk]):
+            clock = clock + shares[..., layer - 1] * self.layer_backward[layer - 1]
+            done[layer] = clock
+        return done
+
+    def spread_evenly(self, shares: Floats) -> Floats:
+        """Every layer with the mean share of its microbatch."""
+        return np.broadcast_to(shares.mean(axis=-1, keepdims=True), shares.shape)
+
+    @property
+    def undropped(self) -> IterationTimes:
+        """An iteration that keeps every layer, n = 1."""
+        return self.times([np.ones((1, 1, self.setup.config.model.num_layers))])
+
+    def undropped_parts(self) -> dict[str, float]:
+        """Seconds of an undropped iteration on the busiest rank, by what they go to; they sum to its total."""
+        times, costs, count = self.undropped, self.costs, self.setup.num_microbatches
+        rank = int(times.run.busy[0].argmax())
+        chunks = range(rank, self.num_chunks, self.num_ranks)
+        layers = list(itertools.chain.from_iterable(self.chunk_layers[chunk] for chunk in chunks))
+        extra_backward = float(self.layer_backward[np.array(layers, dtype=int) - 1].sum()) if layers else 0.0
+        plain = costs.layer_forward + costs.layer_backward
+        recomputed = extra_backward - len(layers) * costs.layer_backward.total
+        first, last = 0 in chunks, self.num_chunks - 1 in chunks
+        output = costs.output_forward + costs.output_backward
+        embedding = costs.embedding_forward + costs.embedding_backward
+        parts = {
+            "layers: matrix products": count * len(layers) * plain.matmul,
+            "layers: elementwise": count * len(layers) * plain.memory,
+            "layers: tensor and context parallel": count * len(layers) * plain.communication,
+            "layers: recomputation": count * recomputed,
+            "logits and loss": count * output.total * last,
+            "embedding": count * embedding.total * first,
+            "pipeline transfers": float(times.run.sent[rank]),
+        }
+        waiting = float(times.schedule[0]) - sum(parts.values())
+        return {
+            **parts,
+            "pipeline bubble and waiting": waiting,
+            "gradient reduction, exposed": float(times.exposed_reduction[0]),
+            "optimizer": times.step,
+            "parameter gathering, exposed": times.gather,
+        }

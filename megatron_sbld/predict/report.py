@@ -1,0 +1,151 @@
+"""A prediction as text. It formats figures and computes none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_sbld.predict.gain import Prediction, Target
+from megatron_sbld.predict.memory import MARGIN, RankMemory
+from megatron_sbld.predict.parameters import num_parameters
+from megatron_sbld.training.flops import model_flops_per_token
+
+if TYPE_CHECKING:
+    from megatron_sbld.predict.command import Outcome
+
+_WORTH_SAYING = 0.002  # of an iteration: parts below it are summed up as others
+
+
+def print_report(outcome: Outcome) -> None:
+    """Prints everything, for a console of about 100 columns."""
+    sections = [_head(outcome), _parts(outcome), _gains(outcome)]
+    if outcome.compared:
+        sections.append("every policy\n" + prediction_table(outcome.compared, outcome))
+    sections.append(_memory(outcome))
+    if outcome.target is not None:
+        sections.append(_target(outcome.target))
+    print("\n\n".join(sections))
+
+
+def _head(outcome: Outcome) -> str:
+    setup = outcome.setup
+    config, hardware = setup.config, setup.hardware
+    model, parallel, training = config.model, config.parallel, config.training
+    size = num_parameters(config, setup.vocab_size)
+    context = f" x CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    interleaved = f", {virtual} chunks a stage" if virtual else ""
+    per_gpu = outcome.tokens_per_s * model_flops_per_token(model, setup.vocab_size) / setup.gpus / 1e12
+    if outcome.assumed_mfu is None:
+        basis = f"measured baseline of {outcome.tokens_per_s:,.0f} tokens/s"
+    else:
+        basis = f"ASSUMED baseline: MFU {outcome.assumed_mfu:.0%} = {outcome.tokens_per_s:,.0f} tokens/s"
+    return "\n".join(
+        [
+            f"GPT of {size / 1e9:.2f}B parameters ({model.num_layers} layers, hidden {model.hidden_size}) on "
+            f"{setup.gpus} x {hardware.name}",
+            f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{context} x DP "
+            f"{setup.replicas}{interleaved}; {setup.num_microbatches} microbatches of {training.micro_batch_size} a "
+            f"replica, {setup.tokens:,} tokens an iteration",
+            f"{basis} ({per_gpu:.1f} model TFLOP/s a GPU); calibrated on it: matrix products at "
+            f"{outcome.efficiency:.1%} of {hardware.peak_tflops:g} TFLOP/s",
+        ]
+    )
+
+
+def _parts(outcome: Outcome) -> str:
+    total = outcome.baseline_s
+    shown = {name: seconds for name, seconds in outcome.parts.items() if abs(seconds) > _WORTH_SAYING * total}
+    others = sum(outcome.parts.values()) - sum(shown.values())
+    if others > 0:
+        shown["others"] = others
+    lines = [f"{'undropped iteration, busiest rank':<38}{'ms':>10}{'share':>9}"]
+    lines += [f"  {name:<36}{1e3 * seconds:>10.1f}{seconds / total:>9.1%}" for name, seconds in shown.items()]
+    lines.append(f"  {'total':<36}{1e3 * total:>10.1f}{1:>9.0%}")
+    return "\n".join(lines)
+
+
+def _gains(outcome: Outcome) -> str:
+    lines = [prediction_table(outcome.predictions, outcome)]
+    if not outcome.predictions:
+        lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
+    if outcome.undropped_placement is not None:
+        layout, saved = outcome.undropped_placement
+        if saved > _WORTH_SAYING:
+            lines.append(f"With nothing dropped, {layout} would save {saved:.1%} of an iteration.")
+    return "\n".join(lines)
+
+
+def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str:
+    """A line for the undropped model and one for each prediction; layouts below where they differ."""
+    layouts = list(dict.fromkeys([outcome.setup.placement.layout, *(entry.layout for entry in predictions)]))
+    several = len(layouts) > 1
+    header = (
+        f"{'policy':<17}{'theta':>6} {'sampler':<12}{'keep_prob':>9}{'ideal':>8}{'gain':>8}{'+-':>6}"
+        f"{'imbalance':>10}{'s/iter.':>9}{'hours':>9}{'GPU hours':>11}" + ("  layout" if several else "")
+    )
+    first = (
+        f"{'undropped':<17}{'-':>6} {'-':<12}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}{outcome.baseline_imbalance:>10.1%}"
+        f"{outcome.baseline_s:>9.3f}{outcome.hours:>9.1f}{outcome.hours * outcome.setup.gpus:>11,.0f}"
+        + ("  A" if several else "")
+    )
+    lines = [header, first]
+    for entry in predictions:
+        name = f"{entry.policy:<17}{entry.theta:>6.3g} {entry.sampler:<12}"
+        lines.append(
+            (f"{'undropped':<17}{'-':>6} {'-':<12}" if entry.policy == "none" else name)
+            + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{entry.gain:>+8.1%}{100 * entry.gain_stderr:>6.1f}"
+            f"{entry.lost_to_imbalance:>10.1%}{entry.iteration_s:>9.3f}{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
+            + (f"  {chr(ord('A') + layouts.index(entry.layout))}" if several else "")
+        )
+    if several:
+        lines += [f"{chr(ord('A') + index)} = {layout}" for index, layout in enumerate(layouts)]
+    return "\n".join(lines)
+
+
+def _memory(outcome: Outcome) -> str:
+    capacity = outcome.setup.hardware.memory_gb
+    drops = outcome.memory[0].dropped_activations is not None
+    lines = [
+        f"{'memory, GB':<14}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>8}"
+        f"{'in flight':>11}" + (f"{'with drops':>12}" if drops else "")
+    ]
+    for index, rank in enumerate(outcome.memory):
+        alike = 0 < index < len(outcome.memory) - 1 and len(outcome.memory) > 8
+        if not alike:
+            lines.append(_memory_line(rank))
+    worst = max(outcome.memory, key=lambda rank: rank.total)
+    if worst.total > capacity:
+        lines.append(f"DOES NOT FIT: stage {worst.rank} needs {worst.total:.1f} GB of {capacity:g} GB")
+    elif worst.total > (1 - MARGIN) * capacity:
+        lines.append(
+            f"TIGHT: stage {worst.rank} needs {worst.total:.1f} GB of {capacity:g} GB, fragmentation and buffers apart"
+        )
+    else:
+        lines.append(f"fits into {capacity:g} GB ({worst.total / capacity:.0%} at most)")
+    return "\n".join(lines)
+
+
+def _memory_line(rank: RankMemory) -> str:
+    line = (
+        f"{f'stage {rank.rank}':<14}{rank.weights:>9.1f}{rank.gradients:>11.1f}{rank.optimizer:>11.1f}"
+        f"{rank.activations:>13.1f}{rank.total:>8.1f}{rank.in_flight:>11}"
+    )
+    if rank.dropped_activations is None:
+        return line
+    return line + f"{rank.total - rank.activations + rank.dropped_activations:>12.1f}"
+
+
+def _target(target: Target) -> str:
+    entry = target.prediction
+    lines = [
+        f"for {target.target:+.1%}: "
+        + ("" if target.reached else "NOT REACHED; closest is ")
+        + f"drop.policy {entry.policy}, drop.theta {entry.theta:.4g}, which gains {entry.gain:+.1%} +- "
+        f"{100 * entry.gain_stderr:.1f} (mean keep_prob {entry.mean_keep_prob:.3f})"
+    ]
+    if entry.policy == "sbld":
+        lines.append(f"    drop.block_layers: {target.block_layers}\n    drop.allow_layers: {target.allow_layers}")
+    if target.note:
+        lines.append(f"({target.note})")
+    return "\n".join(lines)

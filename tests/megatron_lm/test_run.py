@@ -1,0 +1,290 @@
+"""Layer dropping attached as in Megatron-LM's `pretrain`, on real megatron-core and without a checkout.
+
+The module whose functions are replaced is a stand-in with the names of megatron.training.training; what it trains is
+megatron-core's own. Against real checkouts: scripts/check_patches.sh.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sbld.controller import CHECKPOINT_KEY
+from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
+from megatron_sbld.megatron_lm import with_layer_dropping
+from megatron_sbld.megatron_lm.run import LayerDropping
+from megatron_sbld.plan import draw_plan
+from megatron_sbld.sensitivity.file import SensitivityFile
+from tests.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
+from tests.megatron_lm.test_arguments import parse
+
+LAYERS, MICROBATCHES, ITERATIONS = 4, 2, 100
+LAYER_FLOPS, LOGITS_FLOPS = 3.0, 7.0
+pytestmark = pytest.mark.usefixtures("one_rank", "_calculator")
+
+
+@pytest.fixture
+def _calculator() -> Iterator[None]:
+    init_num_microbatches_calculator(
+        rank=0,
+        rampup_batch_size=None,
+        global_batch_size=MICROBATCHES,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
+    )
+    yield
+    destroy_num_microbatches_calculator()
+
+
+def megatron_args(*sbld: str, **changed: Any) -> Namespace:
+    """Megatron-LM's arguments, as far as they are read, with some --sbld-* arguments."""
+    known = {
+        **{"num_layers": LAYERS, "train_iters": ITERATIONS, "train_samples": None, "micro_batch_size": 1},
+        **{"pipeline_model_parallel_size": 1, "overlap_grad_reduce": False, "fp8": None, "cuda_graph_impl": "none"},
+        **{"skip_train": False, "num_experts": None, "world_size": 1, "curr_iteration": 0},
+        **{"tensorboard_log_interval": 1, "log_interval": 1},
+        "params_dtype": torch.float32,
+    }
+    return Namespace(**{**known, **vars(parse(*sbld)), **changed})
+
+
+def training_module() -> Any:
+    """A module with the names that are replaced or asked for; its functions note that they were called."""
+    module: Any = types.ModuleType("megatron.training.training")
+    module.calls = []
+    module.num_floating_point_operations = lambda args, batch_size: (
+        batch_size * (args.num_layers * LAYER_FLOPS + LOGITS_FLOPS)
+    )
+    module.update_train_iters = lambda args: module.calls.append("update_train_iters")
+    module.train_step = lambda *args, **kwargs: ({}, 0)
+    module.training_log = lambda *args, **kwargs: module.calls.append("training_log")
+    module.get_optimizer_param_scheduler = scheduler
+    return module
+
+
+def scheduler(optimizer: Any) -> OptimizerParamScheduler:
+    """megatron-core's own."""
+    return OptimizerParamScheduler(
+        optimizer,
+        **{"init_lr": 0.0, "max_lr": 1e-3, "min_lr": 1e-4, "lr_warmup_steps": 2, "lr_decay_steps": 100},
+        **{"lr_decay_style": "cosine", "start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 100},
+        **{"wd_incr_style": "constant"},
+    )
+
+
+def attached(*sbld: str) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
+    """A run whose model, optimizer and scheduler are built, in Megatron-LM's order."""
+    run = LayerDropping(megatron_args(*sbld), training_module())
+    chunks = tiny_gpt(tiny_config(num_layers=LAYERS))
+    run.add(list(chunks))
+    model = wrap_ddp(chunks)
+    optimizer = build_optimizer(model)
+    return run, run.get_optimizer_param_scheduler(scheduler, optimizer), chunks[0]
+
+
+def step(run: LayerDropping, iteration: int) -> None:
+    run._args.curr_iteration = iteration - 1
+    run.train_step(lambda: ({}, 0))
+
+
+def test_decisions_are_drawn_before_the_step_and_are_those_of_the_plan() -> None:
+    run, _, model = attached("--sbld-policy", "layerdrop", "--sbld-theta", "0.5", "--sbld-decision-scope", "microbatch")
+    assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(model))
+    for iteration in (1, 2, 7):
+        seen = []
+        run._args.curr_iteration = iteration - 1
+        run.train_step(lambda seen=seen: seen.append(run.controller.plan.copy()) or ({}, 0))
+        expected = draw_plan([0.5] * LAYERS, 1234, iteration, MICROBATCHES, scope="microbatch")
+        np.testing.assert_array_equal(seen[0], expected)
+
+
+def test_the_balanced_samplers_stages_are_the_layers_as_they_were_built() -> None:
+    run, *_ = attached("--sbld-policy", "layerdrop", "--sbld-sampler", "balanced")
+    assert run.controller.stages == [[1, 2, 3, 4]]
+    run, *_ = attached("--sbld-policy", "layerdrop", "--sbld-sampler", "balanced", "--sbld-balance-stages", "2")
+    assert run.controller.stages == 2
+
+
+def test_the_state_is_in_the_schedulers_and_a_stock_scheduler_passes_over_it() -> None:
+    run, hooked, _ = attached("--sbld-policy", "layerdrop")
+    step(run, 5)
+    hooked.step(increment=2)
+    state = hooked.state_dict()
+    assert state[CHECKPOINT_KEY]["drop"]["iteration"] == 5
+    stock = scheduler(hooked.optimizer)
+    stock.load_state_dict(state)
+    assert stock.state_dict() == {name: value for name, value in state.items() if name != CHECKPOINT_KEY}
+
+
+def test_a_checkpoint_without_layer_dropping_is_taken_and_a_changed_seed_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, hooked, _ = attached("--sbld-policy", "layerdrop")
+    hooked.load_state_dict(scheduler(hooked.optimizer).state_dict())
+    state = hooked.state_dict()
+    _, other, _ = attached("--sbld-policy", "layerdrop", "--sbld-seed", "7")
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict(state)
+    assert "drop seed: 1234 when saved, 7 now" in caplog.text
+
+
+def test_a_dynamic_sensitivity_goes_on_from_its_state(tmp_path: Path) -> None:
+    path = str(tmp_path / "sensitivity.json")
+    gaps = [0.1 * layer for layer in range(LAYERS)]
+    SensitivityFile.from_gaps(gaps, [0.05] * LAYERS, {"command": "made up"}).save(path)
+    words = ("--sbld-policy", "sbld", "--sbld-sensitivity", path, "--sbld-theta", "0.5")
+    words += ("--sbld-sensitivity-update", "dynamic", "--sbld-update-interval", "10", "--sbld-update-memory", "200")
+    noise = np.random.default_rng(0).normal(size=201)
+
+    def observed(run: LayerDropping, iteration: int) -> list[float]:
+        run._args.curr_iteration = iteration - 1
+
+        def stock() -> Any:
+            dropped = ~run.controller.plan[0]
+            return {"lm loss": torch.tensor(5.0 + dropped[1] + 0.01 * noise[iteration])}, 0
+
+        run.train_step(stock)
+        return run.controller.policy.sensitivity.tolist()  # type: ignore[attr-defined]
+
+    whole, scheduled, _ = attached(*words)
+    before = whole.controller.policy.sensitivity.tolist()  # type: ignore[attr-defined]
+    states, seen = {}, {}
+    for iteration in range(1, 201):
+        seen[iteration] = observed(whole, iteration)
+        if iteration == 125:
+            states = scheduled.state_dict()
+    assert seen[9] == before != seen[200]
+    resumed, hooked, _ = attached(*words)
+    hooked.load_state_dict(states)
+    for iteration in range(126, 201):
+        assert observed(resumed, iteration) == seen[iteration]
+
+
+def test_executed_flops_are_the_undropped_models_without_the_layers_that_did_not_run() -> None:
+    run, *_ = attached("--sbld-policy", "layerdrop", "--sbld-theta", "0.5", "--sbld-decision-scope", "microbatch")
+    for iteration in range(1, 6):
+        step(run, iteration)
+        ran = run.controller.plan.sum() / MICROBATCHES
+        assert run._scalars.executed_flops(MICROBATCHES) == pytest.approx(
+            MICROBATCHES * (ran * LAYER_FLOPS + LOGITS_FLOPS)
+        )
+
+
+def test_freeze_and_the_fused_residual_are_put_in_force() -> None:
+    _, plain, stock = attached("--sbld-policy", "layerdrop")
+    assert not plain.optimizer.optimizer._optimizer_step_pre_hooks
+    _, hooked, model = attached(
+        "--sbld-policy", "layerdrop", "--sbld-dropped-update", "freeze", "--sbld-residual", "fused"
+    )
+    assert hooked.optimizer.optimizer._optimizer_step_pre_hooks
+    for layer, other in zip(decoder_layers(model), decoder_layers(stock), strict=True):
+        assert layer.self_attn_bda != other.self_attn_bda
+
+
+def install_training(monkeypatch: pytest.MonkeyPatch, args: Namespace) -> Any:
+    """Let the stand-in be found where Megatron-LM's training code is looked for."""
+    module, package = training_module(), types.ModuleType("megatron.training")
+    package.get_args = lambda: args  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training", package)
+    monkeypatch.setitem(sys.modules, "megatron.training.training", module)
+    return module
+
+
+def test_scalars_go_to_both_writers_and_the_console_at_megatron_lms_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, *_ = attached("--sbld-policy", "pld", "--sbld-theta", "0.5")
+    run._args.tensorboard_log_interval, run._args.log_interval = 2, 4
+    tensorboard: list[tuple[str, float, int]] = []
+    wandb: list[tuple[dict[str, float], int]] = []
+    console: list[str] = []
+    package: Any = types.ModuleType("megatron.training")
+    package.print_rank_last = console.append
+    writers: Any = types.ModuleType("megatron.training.global_vars")
+    writers.get_tensorboard_writer = lambda: Namespace(add_scalar=lambda *row: tensorboard.append(row))
+    writers.get_wandb_writer = lambda: Namespace(log=lambda *row: wandb.append(row))
+    monkeypatch.setitem(sys.modules, "megatron.training", package)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", writers)
+    for iteration in range(1, 5):
+        step(run, iteration)
+        assert run.training_log(lambda: "stock") == "stock"
+    keep_probs = run.controller.policy.keep_probs(4)
+    logged = {name: value for name, value, iteration in tensorboard if iteration == 4}
+    assert logged == {name: value for row, iteration in wandb if iteration == 4 for name, value in row.items()}
+    assert {iteration for *_, iteration in tensorboard} == {2, 4}
+    assert logged["mean_keep_prob"] == pytest.approx(keep_probs.mean())
+    assert logged["keep_prob/layer_03"] == keep_probs[2]
+    assert 0 < logged["sbld throughput executed"] <= logged["sbld throughput undropped"]
+    assert len(console) == 1
+    assert "kept_fraction" in console[0]
+
+
+@pytest.mark.parametrize("words", [(), ("--sbld-theta", "0.5"), ("--sbld-sensitivity", "nowhere.json")])
+def test_without_a_policy_nothing_is_replaced_and_the_model_is_as_it_was(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = install_training(monkeypatch, megatron_args(*words))
+    stock = dict(vars(module))
+
+    def pretrain(datasets: Any, model_provider: Any, **kwargs: Any) -> type:
+        model = model_provider(pre_process=True)
+        assert vars(module) == stock
+        return type(next(iter(decoder_layers(model))))
+
+    provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
+    assert not issubclass(with_layer_dropping(pretrain)(None, provider), SwitchableLayer)
+
+
+def test_functions_are_replaced_while_pretrain_runs_and_put_back_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = install_training(monkeypatch, megatron_args("--sbld-policy", "layerdrop"))
+    stock = dict(vars(module))
+
+    def pretrain(datasets: Any, model_provider: Any, **kwargs: Any) -> None:
+        model = model_provider(pre_process=True)
+        assert isinstance(next(iter(decoder_layers(model))), SwitchableLayer)
+        assert module.train_step is not stock["train_step"]
+        raise KeyboardInterrupt
+
+    provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        with_layer_dropping(pretrain)(None, provider)
+    assert {name: vars(module)[name] for name in stock} == stock
+
+
+def test_a_config_with_hooks_gets_one_and_its_parser_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_training(monkeypatch, megatron_args("--sbld-policy", "layerdrop"))
+    config = Namespace(model=Namespace(pre_wrap_hooks=[]))
+
+    def pretrain(given: Any, datasets: Any) -> Any:
+        (hook,) = given.model.pre_wrap_hooks
+        return hook(list(tiny_gpt(tiny_config(num_layers=LAYERS))))
+
+    def parse_args(extra_args_provider: Any = None, args_defaults: Any = None) -> Any:
+        return extra_args_provider
+
+    wrapped, parser = with_layer_dropping(pretrain, parse_args)
+    assert parser(args_defaults={}) is not None
+    (chunk,) = wrapped(config, None)
+    assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(chunk))
+
+
+def test_a_training_module_of_another_version_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = install_training(monkeypatch, megatron_args("--sbld-policy", "layerdrop"))
+    del module.train_step
+    with pytest.raises(RuntimeError, match="has no train_step"):
+        with_layer_dropping(lambda datasets, provider, **kwargs: provider())(None, lambda: None)
