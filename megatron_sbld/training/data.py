@@ -311,6 +311,11 @@ class TrainingData:
         self._train: Iterator[Batch] = iter(())  # ends the former's worker processes before there are new ones
         self._train = self._checked(iter(self._loader(self._train_set, consumed_samples)), "data.train_data_path")
 
+    def close(self) -> None:
+        """End the worker processes, which ignore the SIGTERM with which Python would end them at its exit."""
+        self._train = iter(())
+        self._valid = None
+
     def train_batches(self, num_microbatches: int) -> Iterator[Batch]:
         """The next microbatches of the run. Each call goes on where the one before it has been read to.
 

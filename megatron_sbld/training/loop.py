@@ -204,6 +204,7 @@ class Run:
 
     def close(self) -> None:
         """Finish what runs in the background."""
+        self.data.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
         if self.writer is not None:

@@ -60,6 +60,7 @@ class Measurement(ABC):
         self.folder = folder
         self.stop = stop
         self.stopping = False
+        self._built: Run | None = None
         self.iterations_done = 0  # in this process's life
         order = spread_order(plan.layers) if plan.early_stop else plan.layers
         self.runs: list[int | None] = [None, *order]
@@ -82,7 +83,10 @@ class Measurement(ABC):
         for seed in self.plan.seeds:
             if not self.missing(seed):
                 continue
-            done = self.measure(seed)
+            try:
+                done = self.measure(seed)
+            finally:
+                self._close()
             gc.collect()  # the model of this seed, before that of the next is built
             if not done:
                 self.progress.note("stopped as asked; start again to go on with the run that is missing")
@@ -123,10 +127,15 @@ class Measurement(ABC):
         """The model with its initial weights, or what the checkpoint has, and the data."""
         plan = self.plan
         seed_everything(seed)
-        run = Run(plan.config_of(seed), plan.tokenizer, FullDepthPolicy(plan.num_layers), plan.start)
+        run = self._built = Run(plan.config_of(seed), plan.tokenizer, FullDepthPolicy(plan.num_layers), plan.start)
         if run.iteration and seed != plan.config.training.seed:
             reseed(seed, run.iteration)  # another seed's dropout is not the checkpoint's
         return run
+
+    def _close(self) -> None:
+        if self._built is not None:
+            self._built.close()
+            self._built = None
 
     def iterate(self, run: Run) -> None:
         """One training iteration; notes whether it was to be the last."""

@@ -113,6 +113,7 @@ def test_sigterm_saves_after_the_iteration_and_says_that_the_run_goes_on(
         corpus,
         drop=sbld(folder),
         training={"train_iters": iterations, "global_batch_size": 2},
+        data={"num_workers": 1},  # which must not keep the process from ending
         logging={"progress": "lines", "log_interval": 100},
     )
     processes.append(process := start(config, []))
