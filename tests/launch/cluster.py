@@ -139,9 +139,10 @@ class Cluster:
     def release(self, job: str) -> None:
         """Let a requeued job start without the two minutes that Slurm waits first, once both nodes can take it.
 
-        One that starts in the second in which a node comes back makes Slurm 22.05 forget that the node is taken.
+        In the second in which a node comes back Slurm 22.05 forgets that it takes it, or refuses the job's credential.
         """
         self.wait_until(self._is_idle, "both nodes are idle")
+        time.sleep(3)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = _SECONDS) -> None:
