@@ -206,6 +206,7 @@ def _configuration(folder: Path) -> str:
         "SlurmdTimeout=6",  # a node that does not answer for so long is down
         "KillWait=60",
         "MinJobAge=3600",
+        f"FirstJobId={random.randrange(1, 60_000)}",  # the rendezvous' port follows from it: others may test here too
         "SchedulerType=sched/backfill",
         "SchedulerParameters=sched_interval=1,bf_interval=1",
         "SelectType=select/cons_tres",
