@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -139,9 +140,10 @@ class Cluster:
     def release(self, job: str) -> None:
         """Let a requeued job start without the two minutes that Slurm waits first, once both nodes can take it.
 
-        One that starts in the second in which a node comes back makes Slurm 22.05 forget that the node is taken.
+        In the second in which a node comes back Slurm 22.05 forgets that it takes it, or refuses the job's credential.
         """
         self.wait_until(self._is_idle, "both nodes are idle")
+        time.sleep(3)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = _SECONDS) -> None:
@@ -205,6 +207,7 @@ def _configuration(folder: Path) -> str:
         "SlurmdTimeout=6",  # a node that does not answer for so long is down
         "KillWait=60",
         "MinJobAge=3600",
+        f"FirstJobId={random.randrange(1, 60_000)}",  # the rendezvous' port follows from it: others may test here too
         "SchedulerType=sched/backfill",
         "SchedulerParameters=sched_interval=1,bf_interval=1",
         "SelectType=select/cons_tres",

@@ -187,6 +187,7 @@ def test_the_chain_measures_trains_and_evaluates(cluster: Cluster, folder: Path,
         "--pretrain-job", "--gpus-per-node=0 --nodes=2",
         "--evaluate-job", "--gpus-per-node=0",
         str(folder / "chain.yaml"), str(run_dir), str(folder / "passages.txt"),
+        "--drop.theta", "0.5", "--drop.beta", "0.1",
     )  # fmt: skip
     jobs = dict(line.split(": job ") for line in printed.splitlines() if ": job " in line)
     assert list(jobs) == ["profile", "pretrain", "lambada"]
