@@ -127,7 +127,7 @@ class Cluster:
         self.wait_until(reached, f"job {job} is {' or '.join(states)}", seconds)
 
     def attempt(self, job: str) -> int:
-        """Which attempt a job is at, from 0; perhaps a later one than a test asked for, since a busy machine loses ranks."""
+        """Which attempt a job is at, from 0. A busy machine may lose ranks: not always the one a test has led to."""
         return int(self.field(job, "Restarts"))
 
     def wait_for_requeue(self, job: str, attempt: int) -> None:
