@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url URL" for another build.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test test-slow lint clean
+.PHONY: setup quickstart test test-slow test-slurm lint clean
 
 setup: $(VENV)/.ready-dev
 
@@ -22,10 +22,14 @@ $(VENV)/.ready-dev: $(SOURCES)
 	touch $(VENV)/.ready $@
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# A Slurm of two nodes on this machine: needs slurm-wlm.
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm
 
 lint: setup
 	$(BIN)/ruff check .
