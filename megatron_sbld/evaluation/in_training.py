@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sbld.evaluation.results import EVALUATIONS_FILE, evaluation, identify, save_evaluations
+from megatron_sbld.evaluation.results import EVALUATIONS_FILE, save_evaluations
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.evaluation.tasks import Asked, LambadaTask, PerplexityTask, Task
 from megatron_sbld.training.config import Config
@@ -72,18 +72,17 @@ class TasksInTraining:
             )
             result = asked.result(scores)
             metrics |= {f"{task.name}_{name}": value for name, value in dataclasses.asdict(result).items()}
-            rows.append(
-                evaluation(
-                    task=task.name,
-                    iteration=iteration,
-                    consumed_tokens=consumed_tokens,
-                    train_time_s=train_time_s,
-                    precision=training.precision,
-                    data=identify([task.data], asked.files),
-                    options=asked.options,
-                    result=result,
+            if dist.get_rank() == 0:
+                rows.append(
+                    asked.evaluation(
+                        task,
+                        result,
+                        iteration=iteration,
+                        consumed_tokens=consumed_tokens,
+                        train_time_s=train_time_s,
+                        precision=training.precision,
+                    )
                 )
-            )
-        if dist.get_rank() == 0:
+        if rows:
             save_evaluations(rows, Path(self._config.logging.run_dir) / EVALUATIONS_FILE)
         return {**metrics, "tasks_time_s": time.monotonic() - began}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_sbld.evaluation import lambada, perplexity
-from megatron_sbld.evaluation.files import file_hash
 from megatron_sbld.evaluation.lambada import LambadaResult
 from megatron_sbld.evaluation.passages import PassageFormat, read_passages
 from megatron_sbld.evaluation.perplexity import PerplexityResult
 from megatron_sbld.evaluation.requests import Request, Score
+from megatron_sbld.evaluation.results import Data, Evaluation, evaluation, identify
 from megatron_sbld.evaluation.texts import TextFormat, read_texts
 from megatron_sbld.training.tokenizer import Tokenizer
 
@@ -28,16 +28,41 @@ class Asked:
     requests: Sequence[Request]
     result: Callable[[Sequence[Score]], Result]
     """What the scores of the requests, in their order, come to."""
+    data: str
+    """Where the data are, as the user wrote it."""
     files: list[str]
-    """What the data were read from."""
+    """What they were read from."""
     options: dict[str, Any]
     """What of the task changes the figures: format, stride, ..."""
     write_examples: Callable[[Sequence[Score], Path], None] | None = None
     """Writes what the model makes of each request, a JSON line each; None where the task has none."""
 
-    def data_hash(self) -> str:
-        """SHA-256 of the data's content."""
-        return file_hash(self.files)
+    @cached_property
+    def identity(self) -> Data:
+        """The data's name and hash; reads the files once, when it is first asked for."""
+        return identify([self.data], self.files)
+
+    def evaluation(
+        self,
+        task: Task,
+        result: Result,
+        *,
+        iteration: int,
+        consumed_tokens: int | None,
+        train_time_s: float | None,
+        precision: str,
+    ) -> Evaluation:
+        """What is kept of a result; see Evaluation for the arguments."""
+        return evaluation(
+            task=task.name,
+            iteration=iteration,
+            consumed_tokens=consumed_tokens,
+            train_time_s=train_time_s,
+            precision=precision,
+            data=self.identity,
+            options=self.options,
+            result=result,
+        )
 
 
 class Task(ABC):
@@ -84,6 +109,7 @@ class LambadaTask(Task):
         return Asked(
             requests=asked.requests,
             result=partial(lambada.summarise, asked),
+            data=self.data,
             files=[self.data],
             options={**self._options, "context": context},
             write_examples=partial(lambada.write_examples, asked),
@@ -126,6 +152,7 @@ class PerplexityTask(Task):
         return Asked(
             requests=windows,
             result=partial(perplexity.summarise, documents, windows),
+            data=self.data,
             files=texts.files,
             options={
                 "format": texts.text_format,

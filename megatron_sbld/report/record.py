@@ -11,13 +11,7 @@ from rich.table import Table
 
 from megatron_sbld.evaluation.model import TrainedModel
 from megatron_sbld.evaluation.perplexity import PerplexityResult
-from megatron_sbld.evaluation.results import (
-    EVALUATIONS_FILE,
-    evaluation,
-    identify,
-    read_evaluations,
-    save_evaluations,
-)
+from megatron_sbld.evaluation.results import EVALUATIONS_FILE, read_evaluations, save_evaluations
 from megatron_sbld.evaluation.run import Evaluated
 from megatron_sbld.evaluation.tasks import Task
 from megatron_sbld.report.evaluation import Curve
@@ -64,15 +58,13 @@ class Record:
         trained, asked = evaluated.trained, evaluated.asked
         folder = self._folder(trained)
         assert folder is not None, "checked before anything was evaluated"
-        row = evaluation(
-            task=self._task.name,
+        row = asked.evaluation(
+            self._task,
+            evaluated.result,
             iteration=trained.checkpoint.iteration,
             consumed_tokens=trained.consumed_tokens,
             train_time_s=trained.train_time_s,
             precision=evaluated.precision,
-            data=identify([self._task.data], asked.files),
-            options=asked.options,
-            result=evaluated.result,
         )
         save_evaluations([row], folder / EVALUATIONS_FILE)
         if asked.write_examples is not None:

@@ -55,7 +55,7 @@ class Continuations(Task):
             for index, length in enumerate(lengths)
         ]
         spaces = [Request(tuple(tokenizer.encode(" " * length)), 1) for length in (4, 19)]
-        return Asked([*pieces, *spaces], result=no_figures, files=[__file__], options={})
+        return Asked([*pieces, *spaces], result=no_figures, data=__file__, files=[__file__], options={})
 
 
 def no_figures(scores: Sequence[Score]) -> LambadaResult:
