@@ -309,7 +309,7 @@ class TrainingData:
     def go_to(self, consumed_samples: int) -> None:
         """Let `train_batches` go on after this many samples of the run."""
         self._train: Iterator[Batch] = iter(())  # ends the former's worker processes before there are new ones
-        self._train = self._checked(iter(self._loader(self._train_set, consumed_samples)), "data.train_data_path")
+        self._train = self._check(iter(self._loader(self._train_set, consumed_samples)), "data.train_data_path")
 
     def close(self) -> None:
         """End the worker processes, which ignore the SIGTERM with which Python would end them at its exit."""
@@ -336,33 +336,12 @@ class TrainingData:
         """
         if self._valid is None:
             raise ValueError("data.valid_data_path is empty: there is nothing to validate on")
-        batches = self._checked(iter(self._valid), "data.valid_data_path")
+        batches = self._check(iter(self._valid), "data.valid_data_path")
         for _ in range(num_microbatches):
             yield next(batches)
 
-    def _checked(self, batches: Iterator[Batch], field: str) -> Iterator[Batch]:
-        """The batches, if they can be read and hold tokens that the model knows.
-
-        On a GPU an unknown id would end in a device-side assertion that says nothing of the data.
-        """
-        vocab_size = self._tokenizer.vocab_size
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{field}: cannot be read ({str(error).splitlines()[-1]}); the data, or their indices in "
-                    f"{self._cache_path}, are damaged: delete that folder, and if it stays, prepare the data again"
-                ) from error
-            for extreme in (*batch["tokens"].aminmax(), *batch["labels"].aminmax()):
-                if not 0 <= extreme < vocab_size:
-                    raise ValueError(
-                        f"{field}: holds the id {int(extreme)}, but data.tokenizer = {self._tokenizer.name!r} has ids "
-                        f"0 to {vocab_size - 1}: a .bin file is damaged; prepare it again"
-                    )
-            yield batch
+    def _check(self, batches: Iterator[Batch], field: str) -> Iterator[Batch]:
+        return _checked(batches, field, self._tokenizer, self._cache_path)
 
     def _loader(self, dataset: Dataset, consumed_samples: int) -> DataLoader[Batch]:
         assert isinstance(dataset, Sized), "megatron-core's data sets have a length"
@@ -374,6 +353,32 @@ class TrainingData:
             replicas=self._replicas,
         )
         return data_loader(dataset, sampler, self._config.data.num_workers)
+
+
+def _checked(batches: Iterator[Batch], field: str, tokenizer: Tokenizer, cache_path: str) -> Iterator[Batch]:
+    """The batches, if they can be read and hold tokens that the model knows.
+
+    On a GPU an unknown id would end in a device-side assertion that says nothing of the data. A function, not a method:
+    a generator that refers to what holds it is not freed with it, and worker processes live as long as it.
+    """
+    vocab_size = tokenizer.vocab_size
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (IndexError, ValueError) as error:
+            raise ValueError(
+                f"{field}: cannot be read ({str(error).splitlines()[-1]}); the data, or their indices in "
+                f"{cache_path}, are damaged: delete that folder, and if it stays, prepare the data again"
+            ) from error
+        for extreme in (*batch["tokens"].aminmax(), *batch["labels"].aminmax()):
+            if not 0 <= extreme < vocab_size:
+                raise ValueError(
+                    f"{field}: holds the id {int(extreme)}, but data.tokenizer = {tokenizer.name!r} has ids "
+                    f"0 to {vocab_size - 1}: a .bin file is damaged; prepare it again"
+                )
+        yield batch
 
 
 def _samples_to_train(config: Config, train_iters: int) -> int:
