@@ -144,7 +144,7 @@ def test_a_task_is_asked_of_each_model_in_its_own_tokens_and_context(tmp_path):
     assert "".join(map(chr, raw.ask(CharacterTokenizer(), 100).requests[0].tokens)) == "`` go , '' she said"
     assert len(short.requests[0].tokens) == 7
     assert [asked.result([Score(-1.0, True)]).truncated for asked in (long, short)] == [0, 1]
-    assert long.data_hash() == raw.ask(CharacterTokenizer(), 100).data_hash()
+    assert long.identity.sha256 == raw.ask(CharacterTokenizer(), 100).identity.sha256
     assert (long.options["detokenised"], raw.ask(CharacterTokenizer(), 100).options["detokenised"]) == (True, False)
     long.write_examples([Score(-1.0, True)], tmp_path / "examples.jsonl")
     assert json.loads((tmp_path / "examples.jsonl").read_text())["target"] == " said"
