@@ -123,6 +123,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--seq-length", type=int, default=128, help="tokens of a sample" + shown)
     model.add_argument("--batch-size", type=int, default=8, help="samples of an iteration" + shown)
     model.add_argument("--lr", type=float, default=2e-3, help="peak learning rate" + shown)
+    model.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     args = parser.parse_args()
     args.out = args.out.resolve()  # runs start in the repository's root
     for name in ("text", "valid_text", "lambada", "wikitext"):
@@ -167,7 +168,7 @@ def write_config(args: argparse.Namespace) -> Path:
             "train_iters": args.iters,
             "eval_interval": max(1, args.iters // 10),
             "eval_iters": 30,
-            "precision": "fp32",
+            "precision": args.precision,
         },
         "checkpoint": {"save_interval": args.save_interval, "save_at_end": True},
         "logging": {"log_interval": 50, "progress": "lines"},

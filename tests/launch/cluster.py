@@ -22,6 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("sbld1", "sbld2")
 GRACE_S = 90
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
+"""States of a job that does not come back; the others pass, some in a moment (SIGNALING)."""
 _SECONDS = 300.0  # for anything that takes a few on an idle machine
 
 
@@ -135,7 +137,7 @@ class Cluster:
 
         def back() -> bool:
             state = self.field(job, "JobState")
-            assert state in ("RUNNING", "COMPLETING", "PENDING", "NODE_FAIL"), f"job {job} is {state}\n{self.logs()}"
+            assert state not in ENDED, f"job {job} is {state}\n{self.logs()}"
             return state == "PENDING" and self.attempt(job) > attempt
 
         self.wait_until(back, f"job {job} is requeued")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_sbld.exit_status import EXIT_MISTAKE
-from tests.launch.cluster import NODES, REPOSITORY, Cluster, missing_programs
+from tests.launch.cluster import ENDED, NODES, REPOSITORY, Cluster, missing_programs
 from tests.training.trainer_helpers import (
     LAYERS,
     losses,
@@ -88,7 +88,7 @@ def start_training(cluster: Cluster, config: Path, name: str) -> tuple[str, Path
 def wait_for_iteration(cluster: Cluster, job: str, run_dir: Path, iteration: int) -> None:
     def reached() -> bool:
         state = cluster.field(job, "JobState")
-        assert state in ("PENDING", "RUNNING", "COMPLETING"), f"job {job} is {state}\n{cluster.logs()}"
+        assert state not in (*ENDED, "NODE_FAIL"), f"job {job} is {state}\n{cluster.logs()}"
         return written(run_dir) >= iteration
 
     cluster.wait_until(reached, f"iteration {iteration} in {run_dir}")
