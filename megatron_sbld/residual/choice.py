@@ -6,6 +6,7 @@ the tensors' device where it can be used, else eager torch, and says once in the
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -45,8 +46,10 @@ def driver_cuda() -> int | None:
     """The newest CUDA that the driver knows, as its major version; None without a driver."""
     if not torch.cuda.is_available():
         return None
-    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return version // 1000
+    version = ctypes.c_int()
+    if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000
 
 
 def _setting() -> str:

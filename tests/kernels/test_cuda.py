@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import checkpoint as megatron_checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sbld.residual import eager, residual_skip_add, residual_skip_add_
-from megatron_sbld.residual.choice import VARIABLE
+from megatron_sbld.residual.choice import VARIABLE, driver_cuda
 from megatron_sbld.residual.native import LibraryError, load
 
 pytestmark = pytest.mark.gpu
@@ -147,6 +147,11 @@ def unaligned(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     """The same values, contiguous, `offset` elements into a storage."""
     placed = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=tensor.device)[offset:]
     return placed.view(tensor.shape).copy_(tensor)
+
+
+def test_the_driver_knows_the_cuda_that_torch_was_built_for() -> None:
+    assert torch.version.cuda is not None
+    assert (driver_cuda() or 0) >= int(torch.version.cuda.split(".")[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
