@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url URL" for another build.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test test-slow test-slurm lint clean
+.PHONY: setup quickstart test test-slow test-gpu lint clean
 
 setup: $(VENV)/.ready-dev
 
@@ -22,14 +22,14 @@ $(VENV)/.ready-dev: $(SOURCES)
 	touch $(VENV)/.ready $@
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# A Slurm of two nodes on this machine: needs slurm-wlm.
-test-slurm: setup
-	$(BIN)/python -m pytest -m slurm
+# What needs a CUDA device; from all other tests GPUs are hidden.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,13 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all but `pytest -m gpu`: the other tests are of processes with gloo and tensors on the CPU."""
+    if not _runs_gpu_tests(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where there is none."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
@@ -24,8 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     if not torch.cuda.is_available():
+        reason = "needs a CUDA device, and " + (
+            "there is none" if _runs_gpu_tests(config) else "is run by `make test-gpu`"
+        )
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _runs_gpu_tests(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "gpu"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -106,6 +107,7 @@ def changed(**fields):
         (changed(data={"name": "a"}), r"data = .* must have a name and a sha256"),
         (changed(metrics={"accuracy": "high"}), r"metrics\.accuracy = 'high' must be a number or null"),
     ],
+    ids=itertools.count(),  # the rows have dates
 )
 def test_a_damaged_file_is_refused_by_line_and_left_as_it_is(tmp_path, tail, problem):
     file = tmp_path / "evaluations.jsonl"

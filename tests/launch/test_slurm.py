@@ -21,7 +21,7 @@ from tests.training.trainer_helpers import (
 )
 
 pytestmark = [
-    pytest.mark.slurm,
+    pytest.mark.slow,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(missing_programs()), reason=f"Slurm is not installed: {', '.join(missing_programs())}"),
 ]
