@@ -248,8 +248,8 @@ def measured_lines(checks: list[Check]) -> Iterator[str]:
         inside = "yes" if row.low <= check.predicted <= row.high else "no"
         yield (
             f"| {check.hardware}, {row.layout} | {row.keep_prob:g} | {row.sampler} | {row.kept:.1%} "
-            f"| {check.predicted:+.1%} | {row.critical_path:+.1%} | {row.realised:+.1%} [{row.low:+.1%}, {row.high:+.1%}] "
-            f"| {100 * (check.predicted - row.realised):+.1f} | {inside} "
+            f"| {check.predicted:+.1%} | {row.critical_path:+.1%} | {row.realised:+.1%} "
+            f"[{row.low:+.1%}, {row.high:+.1%}] | {100 * (check.predicted - row.realised):+.1f} | {inside} "
             f"| {100 * (check.predicted - row.critical_path):+.1f} |"
         )
     yield ""
