@@ -186,9 +186,9 @@ def report(
 
 def not_a_gpu() -> list[str]:
     return [
-        "**These are not GPU figures, and the GPU's are not measured yet.** They show that the program runs from end "
-        "to end, at toy sizes and on one CPU core, where the library is plain loops that were not made for speed; "
-        "nothing about the aim follows from them. On a machine with a GPU, "
+        "**These are not GPU figures.** They show that the program runs from end to end, at toy sizes and on one CPU "
+        "core, where the library is plain loops that were not made for speed; nothing about the aim follows from them. "
+        "On a machine with a GPU, "
         "`python benchmarks/residual.py --out benchmarks/results/residual_gpu.md` measures what counts. What the model "
         "of bytes predicts for it is the last table.",
     ]
