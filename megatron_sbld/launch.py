@@ -4,12 +4,13 @@
 
 torchrun answers SIGTERM, which Slurm sends to every process of a step, by killing its workers 30 s later: too short for
 a large checkpoint, and not to be changed before torch 2.12. It also ends with 1 whatever its workers ended with. Here
-signals are passed on to the workers, how long they may take is left to who sent them, and the exit status says how the
-workers ended.
+signals are passed on to the workers, as soon as there are any, how long they may take is left to who sent them, and the
+exit status says how the workers ended. A hang-up asks them to save as SIGTERM does, unless it is ignored (nohup).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -28,30 +29,50 @@ from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_
 STATUS_FILE = "SBLD_STATUS_FILE"
 """Environment variable: a file that the exit status is written to as well, because of many srun reports the largest."""
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_PASSED_ON = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGTERM,
+}
+"""What comes, and what the workers get."""
 
 
 def main(args: Sequence[str]) -> int:
     """Run torchrun with these arguments; see `combined_status` for the status."""
-    asked: set[int] = set()
+    wanted: set[signal.Signals] = set()
+    asked: set[signal.Signals] = set()  # what the workers were sent, once each: Slurm signals them as well
+    inherited = _children()  # of the shell that became this process: what writes its log
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if number not in asked:  # once: Slurm signals the workers as well
+    def pass_on() -> None:
+        workers = _children() - inherited
+        for number in wanted - asked if workers else ():
             asked.add(number)
-            for child in _children():
-                os.kill(child, number)
+            for child in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, number)
+
+    def take(number: int, frame: FrameType | None) -> None:
+        wanted.add(_PASSED_ON[signal.Signals(number)])
+        pass_on()
 
     for number in _PASSED_ON:
-        signal.signal(number, pass_on)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, take)
     outcome: list[int] = []
     # Outside of the main thread torchrun installs no signal handlers, and warns of what is meant here.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_no_warning_of_the_thread)
     thread = threading.Thread(target=lambda: outcome.append(_torchrun(args, asked)))
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(1.0)
+        pass_on()  # what came before there were workers
     status = outcome[0] if outcome else 1
     if os.environ.get(STATUS_FILE):
-        Path(os.environ[STATUS_FILE]).write_text(f"{status}\n")
+        try:
+            Path(os.environ[STATUS_FILE]).write_text(f"{status}\n")
+        except OSError as error:
+            print(f"the exit status {status} cannot be left for the job: {error}", file=sys.stderr, flush=True)
     return status
 
 
@@ -76,7 +97,7 @@ def combined_status(exit_codes: Iterable[int], asked: bool) -> int:
     return EXIT_TO_BE_CONTINUED if asked or EXIT_TO_BE_CONTINUED in codes else EXIT_RANK_LOST
 
 
-def _torchrun(args: Sequence[str], asked: set[int]) -> int:
+def _torchrun(args: Sequence[str], asked: set[signal.Signals]) -> int:
     try:
         torchrun.main(list(args))
     except ChildFailedError as error:
@@ -94,11 +115,12 @@ def _is_no_warning_of_the_thread(record: logging.LogRecord) -> bool:
     return "running on a child thread" not in record.getMessage()
 
 
-def _children() -> list[int]:
+def _children() -> set[int]:
     """Processes that this one has started, from any of its threads."""
-    pids: list[int] = []
+    pids: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        pids += map(int, (task / "children").read_text().split())
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            pids.update(map(int, (task / "children").read_text().split()))
     return pids
 
 

@@ -12,12 +12,13 @@
 set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
-: "${MEGATRON_LM_DIR:?set it to a Megatron-LM checkout}"
-data=${DATA_DIR:-$repository/../shared/data}
+MEGATRON_LM_DIR=$(realpath "${MEGATRON_LM_DIR:?set it to a Megatron-LM checkout}")
+data=$(realpath "${DATA_DIR:-$repository/../shared/data}")
 processes=${1:-1}
 layout=("${@:2}")
-python=${PYTHON:-$repository/.venv/bin/python}
+python=$repository/.venv/bin/python
 [[ -x $python ]] || python=python3
+python=$(realpath -s "$(command -v "${PYTHON:-$python}")") || { echo "check_patches: there is no ${PYTHON:-$python}" >&2; exit 2; }
 for needed in "$MEGATRON_LM_DIR/pretrain_gpt.py" "$data/gpt2-vocab.json" "$data/gpt2-merges.txt" "$data/wiki.valid.raw"; do
     [[ -f $needed ]] || { echo "check_patches: $needed is missing" >&2; exit 2; }
 done
@@ -101,7 +102,8 @@ train resumed pretrain_gpt.py "${drop[@]}" --load "$work/checkpoints"
 "${compare[@]}" same "$work/dropping" "$work/resumed"
 git apply -R "$patch"
 find . -name __pycache__ -prune -exec rm -rf {} +
-diff -r --exclude=.git --exclude=__pycache__ "$MEGATRON_LM_DIR" . && say "reverted: equals the original checkout"
+diff -r --exclude=.git --exclude=__pycache__ --exclude='helpers_cpp*' "$MEGATRON_LM_DIR" .  # compiled on the first use
+say "reverted: equals the original checkout"
 train script "$repository/scripts/pretrain_gpt_sbld.py" "$copy" "${drop[@]}"
 "${compare[@]}" same "$work/dropping" "$work/script"
 say "all well"

@@ -82,7 +82,7 @@ on_this_machine() {
   set_nccl_defaults
   mkdir -p "$SBLD_LOG_DIR"
   log=$SBLD_LOG_DIR/$name-$(hostname -s)-$(date +%Y%m%d-%H%M%S).log
-  exec > >(trap '' INT TERM; exec tee -a "$log") 2>&1
+  exec > >(trap '' INT TERM USR1 HUP; exec tee -a "$log") 2>&1  # tee becomes a child of the launcher, which signals those
   echo "log: $log"
   set -- "$SBLD_PYTHON" -m megatron_sbld.launch --standalone --nproc-per-node "$count" -m megatron_sbld "$@"
   print_command "$@"

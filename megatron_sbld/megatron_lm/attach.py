@@ -14,6 +14,7 @@ defaults, nothing but the arguments is added.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 from argparse import Namespace
@@ -98,8 +99,9 @@ class _Attachment:
             raise RuntimeError(
                 f"{_TRAINING} has no {', '.join(missing)}: this Megatron-LM is none of the versions that patches/ names"
             )
-        self._module.update_train_iters(args)  # from --train-samples; Megatron-LM does so later
-        run = LayerDropping(args, self._module)
+        counted = copy.copy(args)  # with train_iters of its own, Megatron-LM would take --train-samples for iterations
+        self._module.update_train_iters(counted)
+        run = LayerDropping(args, counted.train_iters, self._module)
         for name in _REPLACED:
             stock = self._stock[name] = getattr(self._module, name)
             setattr(self._module, name, functools.wraps(stock)(functools.partial(getattr(run, name), stock)))

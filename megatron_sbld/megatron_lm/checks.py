@@ -24,15 +24,16 @@ _REASONS = {
 }
 
 
-def check_arguments(args: Namespace, config: DropConfig) -> None:
+def check_arguments(args: Namespace, train_iters: int, config: DropConfig) -> None:
     """Refuse what cannot work together.
 
-    args: Megatron-LM's, validated by Megatron-LM, with train_iters set.
+    args: Megatron-LM's, validated by Megatron-LM.
+    train_iters: iterations of the run, also where it is counted in samples.
     Raises ValueError naming the argument, its value and what is allowed.
     """
     even = args.pipeline_model_parallel_size if _stages_are_even(args) else None
     with named_as_arguments():
-        validate_drop(config, args.num_layers, args.train_iters, even)
+        validate_drop(config, args.num_layers, train_iters, even)
     if config.policy != "none":
         for name, reason in _REASONS.items():
             if is_on(args, name):

@@ -30,14 +30,18 @@ class LossObserver:
         """Take in an iteration, and renew the policy if an update is due. Collective.
 
         losses: Megatron-LM's reduced losses, empty but on the last pipeline stage.
+        Raises ValueError on every rank where there are losses but not Megatron-LM's own.
         """
-        known = losses[_LOSS].detach().float().view(1) if _LOSS in losses else torch.tensor([math.nan])
-        loss = known.to(this_device()).clone()
+        loss = torch.tensor([math.nan, float(bool(losses) and _LOSS not in losses)], device=this_device())
+        if _LOSS in losses:
+            loss[0] = losses[_LOSS].detach()
         dist.broadcast(loss, src=dist.get_world_size() - 1)
-        if dist.get_rank() == 0:
-            value = loss.item()
-            if math.isfinite(value):
-                self._update.observe(StepResult(value, None, None, True, False, []))
+        value, is_missing = loss.tolist()
+        if is_missing:
+            found = f"; it has {', '.join(losses)}" if losses else ""
+            raise ValueError(f"forward_step's loss function reports no {_LOSS!r}, of which sensitivity is made{found}")
+        if dist.get_rank() == 0 and math.isfinite(value):
+            self._update.observe(StepResult(value, None, None, True, False, []))
         self._update.update_if_due()
 
     def state_dict(self) -> dict[str, Any]:

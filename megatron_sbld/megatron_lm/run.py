@@ -28,19 +28,20 @@ class LayerDropping:
     """Made once the arguments are known and before the model is built, on every rank.
 
     Args:
-        args: Megatron-LM's, with train_iters set.
+        args: Megatron-LM's.
+        train_iters: iterations of the run, also where it is counted in samples.
         training: the module megatron.training.training.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
 
-    def __init__(self, args: Namespace, training: Any) -> None:
+    def __init__(self, args: Namespace, train_iters: int, training: Any) -> None:
         self._args = args
         self._drop = drop_config(args)
-        check_arguments(args, self._drop)
+        check_arguments(args, train_iters, self._drop)
         with named_as_arguments():
-            policy = build_policy(self._drop, args.num_layers, args.train_iters)
+            policy = build_policy(self._drop, args.num_layers, train_iters)
         drop = self._drop
         self.controller = DropController(
             policy,

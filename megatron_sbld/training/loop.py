@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -69,6 +69,7 @@ def pretrain(config: Config) -> int:
 
     Raises:
         ValueError: a mistake in the config, the data or the checkpoint; before the first iteration.
+        RuntimeError: something could not be read or written on the way.
         FloatingPointError: the loss is no longer finite.
         DropDisagreementError: ranks would drop different layers.
         RankLostError: another rank died or stalled; mostly the process ends instead (watchdog.py).
@@ -85,11 +86,16 @@ def pretrain(config: Config) -> int:
     with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
         on_rank_0(lambda: Path(config.logging.run_dir).mkdir(parents=True, exist_ok=True))
         run = Run(config, tokenizer, policy, start)
+        first = run.iteration
         try:
-            run.open_run_folder()
-            return run.train(stop, tasks)
-        finally:
-            run.close()
+            with closing(run):
+                run.open_run_folder()
+                return run.train(stop, tasks)
+        except OSError as error:
+            if run.iteration == first:
+                raise
+            # No mistake of the user's: a disk or a file system, which may be better next time.
+            raise RuntimeError(f"after iteration {run.iteration}: {error}") from error
 
 
 @dataclass

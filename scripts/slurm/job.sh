@@ -6,10 +6,11 @@
 
 # Check what can be checked before nodes are put to work, and name the job's log folder.
 prepare_job() {
-  local id=${SLURM_JOB_ID:?}
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+  # Of an array's task: one of them has the array's own number as its SLURM_JOB_ID, which to Slurm means all of them.
+  job_id=${SLURM_JOB_ID:?}
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   case $SBLD_LOG_DIR in /*) ;; *) SBLD_LOG_DIR=$PWD/$SBLD_LOG_DIR ;; esac
-  job_logs=$SBLD_LOG_DIR/${SLURM_JOB_NAME:-job}-$id
+  job_logs=$SBLD_LOG_DIR/${SLURM_JOB_NAME:-job}-$job_id
   attempt_logs=$job_logs/attempt_${SLURM_RESTART_COUNT:-0}
   mkdir -p "$attempt_logs"
   if [ -n "${SBLD_SETUP:-}" ]; then need_file SBLD_SETUP "$SBLD_SETUP"; fi
@@ -21,14 +22,19 @@ prepare_job() {
   : "${SBLD_RDZV_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
   export SBLD_HOME SBLD_RDZV_HOST SBLD_RDZV_PORT
   in_container
-  echo "job $id, attempt ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:?}, logs in $attempt_logs"
+  echo "job $job_id, attempt ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:?}, logs in $attempt_logs"
 }
 
 # Set `container`, what comes between srun and the command, and `container_options`, what srun itself is given.
 in_container() {
   container=() container_options=()
   [ -n "${SBLD_CONTAINER:-}" ] || return 0
-  local mounts=$SBLD_HOME:$SBLD_HOME,$PWD:$PWD${SBLD_CONTAINER_MOUNTS:+,$SBLD_CONTAINER_MOUNTS}
+  local mounts=$SBLD_HOME:$SBLD_HOME,$PWD:$PWD,$job_logs:$job_logs setup
+  if [ -n "${SBLD_SETUP:-}" ]; then
+    setup=$(dirname "$(realpath "$SBLD_SETUP")")
+    mounts+=,$setup:$setup
+  fi
+  mounts+=${SBLD_CONTAINER_MOUNTS:+,$SBLD_CONTAINER_MOUNTS}
   local runtime=${SBLD_CONTAINER_RUNTIME:-}
   if [ -z "$runtime" ]; then
     case $SBLD_CONTAINER in *.sif) runtime=apptainer ;; *) runtime=pyxis ;; esac
@@ -122,7 +128,7 @@ end_or_requeue() {
   else
     rm -f "$job_logs/failures"
   fi
-  state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || state=unknown
+  state=$(squeue --noheader --jobs "$job_id" --format %T) || state=unknown
   if [ "$status" = 2 ]; then
     echo "status 2: a mistake, named above and in $attempt_logs; not requeued"
   elif [ "$state" != RUNNING ]; then
@@ -134,7 +140,7 @@ end_or_requeue() {
   else
     echo "status $status after $lasted s: requeued, to go on from the last checkpoint"
     trap '' TERM  # from Slurm, at once, for this shell and for scontrol
-    scontrol requeue "$SLURM_JOB_ID" || echo "Slurm did not requeue the job (--no-requeue?); submit it again to go on"
+    scontrol requeue "$job_id" || echo "Slurm did not requeue the job (--no-requeue?); submit it again to go on"
   fi
   exit "$status"
 }

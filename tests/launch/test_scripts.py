@@ -10,16 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.launch.cluster import REPOSITORY
+from tests.training.trainer_helpers import prepare_corpus, tiny_sections
 
 SCRIPTS = REPOSITORY / "scripts"
 COMMANDS = [SCRIPTS / f"{name}.sh" for name in ("pretrain", "profile", "eval_lambada")]
 JOBS = [SCRIPTS / "slurm" / f"{name}.sbatch" for name in ("pretrain", "profile", "eval_lambada")]
 CHAIN = SCRIPTS / "slurm" / "submit_chain.sh"
 CONFIG = str(REPOSITORY / "configs" / "gpt3_350m.yaml")
+ARRAY = {
+    **{"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"},
+    **{"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_SUBMIT_DIR": str(REPOSITORY)},
+}
+"""What Slurm tells a task of `sbatch --array=1,3`, as far as it matters."""
 
 
 def run(folder: Path, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +81,8 @@ def test_help_is_the_usage_and_no_arguments_are_a_mistake(script: Path, tmp_path
         ([COMMANDS[0], CONFIG], {"SBLD_DEVICE": "tpu"}, "SBLD_DEVICE=tpu is not allowed: gpu or cpu"),
         ([JOBS[0], CONFIG], {}, "submit it with sbatch"),
         ([JOBS[0], CONFIG], {"SLURM_SUBMIT_DIR": "/tmp"}, "submit from the repository's folder, or set SBLD_HOME"),
+        ([JOBS[1], CONFIG, "out"], {**ARRAY, "SLURM_ARRAY_TASK_MIN": "3"}, "an array must be --array=1-N"),
+        ([JOBS[1], CONFIG, "out"], {**ARRAY, "SBLD_PARTS": "2"}, "task 3 is not in 1 to SBLD_PARTS=2"),
         ([CHAIN, CONFIG, "run"], {}, "give a config, a run folder and a file of passages"),
         ([CHAIN, "--part", "2", CONFIG, "run", CONFIG], {}, "--part is not an option"),
         ([CHAIN, "--parts", "x", CONFIG, "run", CONFIG], {}, "--parts x is not allowed"),
@@ -146,7 +156,7 @@ def container_of(folder: Path, **environment: str) -> subprocess.CompletedProces
     srun.write_text(f'#!/bin/sh\necho "{environment.pop("srun_help", "")}"\n')
     srun.chmod(0o755)
     script = f"""set -euo pipefail
-        source {SCRIPTS}/common.sh; source {SCRIPTS}/slurm/job.sh
+        source {SCRIPTS}/common.sh; source {SCRIPTS}/slurm/job.sh; job_logs=/logs/job
         in_container; echo "${{container_options[@]}}"; echo "${{container[@]}}\""""
     path = f"{folder}:{os.environ['PATH']}"
     return run(folder, "bash", "-c", script, SBLD_HOME="/repository", PATH=path, **environment)
@@ -154,10 +164,12 @@ def container_of(folder: Path, **environment: str) -> subprocess.CompletedProces
 
 def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
     (tmp_path / "image.sif").touch()
-    mounts = f"/repository:/repository,{tmp_path}:{tmp_path}"
+    mounts = f"/repository:/repository,{tmp_path}:{tmp_path},/logs/job:/logs/job"
     assert container_of(tmp_path).stdout == "\n\n"
-    apptainer = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data")
-    assert apptainer.stdout == f"\napptainer exec --nv --bind {mounts},/data:/data --pwd {tmp_path} image.sif\n"
+    setup = {"SBLD_SETUP": "/usr/../etc/profile"}
+    apptainer = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data", **setup)
+    mounted = f"{mounts},/etc:/etc,/data:/data"
+    assert apptainer.stdout == f"\napptainer exec --nv --bind {mounted} --pwd {tmp_path} image.sif\n"
     pyxis = container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch", srun_help="--container-image")
     assert pyxis.stdout == (
         f"--container-image=nvcr.io#nvidia/pytorch --container-mounts={mounts} --container-workdir={tmp_path}\n\n"
@@ -177,15 +189,28 @@ def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
 # The launcher
 
 
-def start_launcher(folder: Path, script: str, processes: int = 2) -> subprocess.Popen[bytes]:
-    """`megatron_sbld.launch` with bash as its workers, and a torchrun that would kill them a second after SIGTERM."""
+def start_launcher(
+    folder: Path, script: str, processes: int = 2, hang_up: Any = signal.SIG_DFL
+) -> subprocess.Popen[bytes]:
+    """`megatron_sbld.launch` with bash as its workers, and a torchrun that would kill them a second after SIGTERM.
+
+    hang_up: what it inherits for SIGHUP.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_sbld.launch", "--standalone", "--nproc-per-node", str(processes),
          "--no-python", "bash", "-c", script],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
              "SBLD_STATUS_FILE": str(folder / "status")},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
     )  # fmt: skip
+
+
+def wait_until_ready(folder: Path, processes: int = 2) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("ready_*"))) < processes:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +236,72 @@ def test_signals_reach_the_workers_which_may_take_their_time(number: signal.Sign
     )
     script = f"trap '{save}' {number.name}; touch ready_$RANK; while :; do sleep 0.1; done"
     launcher = start_launcher(tmp_path, script)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("ready_*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_ready(tmp_path)
     launcher.send_signal(number)
     assert launcher.wait(120) == 75
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
-def test_workers_that_end_before_they_can_save_are_to_be_continued(tmp_path: Path) -> None:
-    launcher = start_launcher(tmp_path, "touch ready_$RANK; exec sleep 100")
+def test_a_request_that_comes_before_the_workers_reaches_them(tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path, "sleep 100")
+    while not catches(launcher.pid, signal.SIGUSR1):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(60) == 75
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def test_a_hang_up_is_a_request_to_save_unless_it_is_ignored(tmp_path: Path) -> None:
+    for ignored in (False, True):
+        folder = tmp_path / str(ignored)
+        folder.mkdir()
+        script = "trap 'exit 75' TERM; touch ready_$RANK; while [ ! -e go ]; do sleep 0.1; done; exit 0"
+        launcher = start_launcher(folder, script, hang_up=signal.SIG_IGN if ignored else signal.SIG_DFL)
+        wait_until_ready(folder)
+        launcher.send_signal(signal.SIGHUP)
+        if ignored:
+            time.sleep(1)
+            (folder / "go").touch()
+        assert launcher.wait(120) == (0 if ignored else 75)
+
+
+def test_a_run_of_the_script_is_asked_to_stop_and_says_so_in_its_log(tmp_path: Path) -> None:
+    """What writes the log is a child of the launcher, as the workers are."""
+    sections = tiny_sections(
+        tmp_path / "run",
+        prepare_corpus(tmp_path),
+        training={"train_iters": 100_000},
+        logging={"run_dir": str(tmp_path / "run"), "progress": "lines", "log_interval": 1, "tensorboard": False},
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SBLD_")}
+    script = subprocess.Popen(
+        [str(COMMANDS[0]), str(tmp_path / "run.yaml")],
+        cwd=tmp_path,
+        env={**kept, "SBLD_PYTHON": sys.executable, "SBLD_DEVICE": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("ready_*"))) < 2:
+    while not metrics.exists() or not metrics.read_text():
+        assert script.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(120) == 75
+    (log,) = (tmp_path / "logs").glob("pretrain-*.log")
+    assert "stopped as asked after iteration" in log.read_text()
+    assert list((tmp_path / "run" / "checkpoints").glob("iter_*"))
+
+
+def test_workers_that_end_before_they_can_save_are_to_be_continued(tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path, "touch ready_$RANK; exec sleep 100")
+    wait_until_ready(tmp_path)
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(120) == 75

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_sbld.exit_status import EXIT_MISTAKE
-from tests.launch.cluster import ENDED, NODES, REPOSITORY, Cluster, missing_programs
+from tests.launch.cluster import ENDED, NODES, REPOSITORY, Cluster, missing_programs, processes_of
 from tests.training.trainer_helpers import (
     LAYERS,
     losses,
@@ -153,13 +153,19 @@ def test_a_run_that_loses_a_node_is_requeued_and_continues_bit_for_bit(
     assert losses(run_dir) == undisturbed
 
 
-def test_a_job_that_is_cancelled_or_mistaken_does_not_come_back(cluster: Cluster, config: Path) -> None:
+def test_a_job_that_is_cancelled_comes_back_only_when_submitted_again_and_a_mistaken_one_never(
+    cluster: Cluster, config: Path, undisturbed: list[float]
+) -> None:
     cancelled, run_dir = start_training(cluster, config, "cancelled")
     wait_for_iteration(cluster, cancelled, run_dir, 3)
     attempt = cluster.attempt(cancelled)
     cluster.call("scancel", cancelled)
     cluster.wait_until(lambda: cluster.field(cancelled, "JobState") == "CANCELLED", "the job has ended")
     assert cluster.attempt(cancelled) == attempt
+    cluster.wait_until(lambda: not processes_of(cancelled), f"nothing of job {cancelled} is left")
+    again, _ = start_training(cluster, config, "cancelled")
+    cluster.wait_for_state(again, "COMPLETED")
+    assert losses(run_dir) == undisturbed
 
     mistaken = cluster.submit(
         "--nodes=1", str(JOBS / "pretrain.sbatch"), str(config), "--optimizer.lr", "-1", SBLD_HOME=str(REPOSITORY)
@@ -168,6 +174,30 @@ def test_a_job_that_is_cancelled_or_mistaken_does_not_come_back(cluster: Cluster
     assert cluster.field(mistaken, "ExitCode") == f"{EXIT_MISTAKE}:0"
     assert cluster.attempt(mistaken) == 0
     assert "optimizer.lr = -1.0: must be above 0" in log_of(cluster, mistaken)
+
+
+def test_a_task_of_an_array_that_is_asked_to_stop_is_requeued_alone(
+    cluster: Cluster, folder: Path, config: Path
+) -> None:
+    """To Slurm the number of one of the tasks means all of them."""
+    out = folder / "array"
+    array = cluster.submit(
+        "--array=1-2", "--nodes=1", str(JOBS / "profile.sbatch"), str(config), str(out), "--iterations", "40",
+        SBLD_HOME=str(REPOSITORY),
+    )  # fmt: skip
+    tasks = [f"{array}_1", f"{array}_2"]
+    for number in (1, 2):
+        runs = out / f"part_{number}_of_2"
+        cluster.wait_until(lambda runs=runs: any(runs.glob("*")), f"task {number} measures")
+    (asked,) = [task for task in tasks if cluster.field(task, "JobId") == array]
+    (other,) = set(tasks) - {asked}
+    cluster.call("scancel", "--signal=USR1", "--batch", asked)
+    cluster.wait_for_requeue(asked, 0)
+    cluster.wait_for_state(other, "COMPLETED")
+    cluster.release(asked)
+    cluster.wait_for_state(asked, "COMPLETED")
+    assert (cluster.attempt(other), cluster.attempt(asked)) == (0, 1)
+    assert len(json.loads((out / "sensitivity.json").read_text())["gap"]) == LAYERS
 
 
 def test_the_chain_measures_trains_and_evaluates(cluster: Cluster, folder: Path, corpus: Path) -> None:

@@ -76,7 +76,7 @@ def test_another_provider_of_arguments_is_kept() -> None:
 
 def check(**changed: Any) -> None:
     args = megatron(**changed)
-    check_arguments(args, drop_config(args))
+    check_arguments(args, args.train_iters, drop_config(args))
 
 
 def test_nothing_is_looked_at_without_a_policy() -> None:

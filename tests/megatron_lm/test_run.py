@@ -89,7 +89,7 @@ def scheduler(optimizer: Any) -> OptimizerParamScheduler:
 
 def attached(*sbld: str) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
     """A run whose model, optimizer and scheduler are built, in Megatron-LM's order."""
-    run = LayerDropping(megatron_args(*sbld), training_module())
+    run = LayerDropping(megatron_args(*sbld), ITERATIONS, training_module())
     chunks = tiny_gpt(tiny_config(num_layers=LAYERS))
     run.add(list(chunks))
     model = wrap_ddp(chunks)
@@ -264,6 +264,29 @@ def test_functions_are_replaced_while_pretrain_runs_and_put_back_after_a_failure
     with pytest.raises(KeyboardInterrupt):
         with_layer_dropping(pretrain)(None, provider)
     assert {name: vars(module)[name] for name in stock} == stock
+
+
+def test_a_run_counted_in_samples_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-LM would otherwise take the learning rate's schedule from fields that are counted in iterations."""
+    sbld = ("--sbld-policy", "pld", "--sbld-theta", "0.5")
+    args = megatron_args(*sbld, train_iters=None, train_samples=ITERATIONS * MICROBATCHES)
+    module = install_training(monkeypatch, args)
+
+    def update_train_iters(given: Namespace) -> None:
+        given.train_iters = given.train_samples // MICROBATCHES
+
+    monkeypatch.setattr(module, "update_train_iters", update_train_iters)
+    probs = {}
+
+    def pretrain(datasets: Any, model_provider: Any, **kwargs: Any) -> None:
+        (layer, *_) = decoder_layers(model_provider(pre_process=True))
+        probs["in samples"] = layer._drop_controller.policy.keep_probs(ITERATIONS)
+
+    provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
+    with_layer_dropping(pretrain)(None, provider)
+    assert args.train_iters is None
+    run, _, _ = attached(*sbld)
+    np.testing.assert_array_equal(probs["in samples"], run.controller.policy.keep_probs(ITERATIONS))
 
 
 def test_a_config_with_hooks_gets_one_and_its_parser_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -158,3 +159,22 @@ def test_sigterm_to_one_rank_stops_all_of_them_at_the_same_iteration(
     saved = latest_complete(folder / "one rank" / "checkpoints")
     assert saved is not None
     assert saved.iteration == len(rows(folder / "one rank"))
+
+
+def test_a_disk_that_is_full_on_the_way_is_no_mistake_in_the_config(folder: Path, corpus: Path) -> None:
+    sections: dict[str, Any] = {
+        "training": {"train_iters": 100},
+        "data": {"train_data_path": [f"{corpus}_train"], "data_cache_path": str(folder / "cache")},
+        "logging": {"tensorboard": False, "progress": "off"},
+    }
+    assert run_here(tiny_run(folder / "room", corpus, **sections)) == 0, "data caches are made"
+    needed = (folder / "room" / "metrics.jsonl").stat().st_size
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (needed // 2, hard))
+    try:
+        error = run_here(tiny_run(folder / "full", corpus, **sections))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    found = re.fullmatch(r"RuntimeError: after iteration (\d+): \[Errno 27\] File too large", str(error))
+    assert found is not None
+    assert 10 < int(found[1]) < 90
