@@ -1,7 +1,8 @@
 """Compares runs of Megatron-LM by their TensorBoard scalars; for scripts/check_patches.sh. Each command prints a line.
 
 compare_runs.py same A B            losses, gradient norms and learning rates of the iterations that both have
-compare_runs.py decisions A FILE    theta, mean_keep_prob, kept_fraction and each layer's keep_prob against the plan
+compare_runs.py decisions A FILE    theta, mean_keep_prob, kept_fraction and each layer's keep_prob against the plan, both
+                                    throughputs against each other
 compare_runs.py sensitivity FILE    write the sensitivity file of the runs
 """
 
@@ -65,6 +66,9 @@ def decisions(folder: str, sensitivity: str) -> str:
         for tag, value in expected.items():
             if np.float32(logged[tag][iteration]) != np.float32(value):
                 raise SystemExit(f"{tag}, iteration {iteration}: {logged[tag][iteration]}, expected {value}")
+        undropped, executed = (logged[f"sbld throughput {kind}"][iteration] for kind in ("undropped", "executed"))
+        if not 0 < kept[-1] * undropped < executed <= undropped:  # the output layer always runs
+            raise SystemExit(f"iteration {iteration}: {executed} TFLOP/s executed of {undropped}, {kept[-1]:.3f} kept")
     return f"decisions as drawn for the same seed and policy; kept fraction {np.round(kept, 3).tolist()}"
 
 
