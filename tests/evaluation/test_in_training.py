@@ -44,7 +44,9 @@ def corpus(folder: Path) -> Path:
 
 
 def test_figures_are_the_checkpoints_and_training_goes_on(folder: Path, corpus: Path, passages: Path) -> None:
-    data = {"lambada_path": str(passages), "perplexity_path": f"{corpus}_valid"}
+    text = folder / "text.txt"
+    text.write_text(Path(__file__).read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    data = {"lambada_path": str(passages), "perplexity_path": str(text)}
     runs = {}
     for name, parallel in LAYOUTS.items():
         plain = tiny_run(
@@ -65,15 +67,15 @@ def test_figures_are_the_checkpoints_and_training_goes_on(folder: Path, corpus: 
         assert [(row.task, row.iteration) for row in found] == [
             (task, iteration) for iteration in (3, 6, 8) for task in ("lambada", "perplexity")
         ]
-        assert_figures_of_checkpoint(found, folder / name / "checkpoints" / "iter_0000006", passages, corpus)
+        assert_figures_of_checkpoint(found, folder / name / "checkpoints" / "iter_0000006", passages, text)
         shown = [row for row in rows(folder / name) if "lambada_accuracy" in row]
         assert [row["iteration"] for row in shown] == [3, 6, 8]
         assert all(row["perplexity_bits_per_byte"] > 1 and row["tasks_time_s"] > 0 for row in shown)
 
 
-def assert_figures_of_checkpoint(found: list[Evaluation], checkpoint: Path, passages: Path, corpus: Path) -> None:
+def assert_figures_of_checkpoint(found: list[Evaluation], checkpoint: Path, passages: Path, text: Path) -> None:
     trained = read_trained_model(checkpoint)
-    tasks: list[Task] = [LambadaTask(str(passages)), PerplexityTask(f"{corpus}_valid")]
+    tasks: list[Task] = [LambadaTask(str(passages)), PerplexityTask(str(text))]
     for task in tasks:
         (row,) = [row for row in found if (row.task, row.iteration) == (task.name, 6)]
         (evaluated,) = evaluate_checkpoints(task, [trained], ParallelConfig())
