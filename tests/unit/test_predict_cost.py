@@ -29,15 +29,31 @@ def costs(efficiency=0.5, attention="flash", replicas=1, **fields):
 
 
 def test_a_group_within_a_node_has_its_links_and_one_over_nodes_its_part_of_the_network():
-    assert HARDWARE.group_rate(8, 1) == 100e9
-    assert HARDWARE.group_rate(16, 1) == 8 * 10e9  # eight rings enter each node
-    assert HARDWARE.group_rate(4, 8) == 10e9  # one rank on each node
-    assert HARDWARE.group_rate(8, 2) == 4 * 10e9
-    assert HARDWARE.group_rate(4, 2) == 100e9
+    assert HARDWARE.group_rate(8, 1, 16) == 100e9
+    assert HARDWARE.group_rate(16, 1, 32) == 8 * 10e9  # eight rings enter each node
+    assert HARDWARE.group_rate(4, 8, 32) == 10e9  # one rank on each node
+    assert HARDWARE.group_rate(8, 2, 32) == 4 * 10e9
+    assert HARDWARE.group_rate(4, 2, 16) == 100e9
     fast = dataclasses.replace(HARDWARE, inter_bandwidth=50.0)
-    assert fast.group_rate(16, 1) == 100e9  # the node's own links are narrower then
+    assert fast.group_rate(16, 1, 32) == 100e9  # the node's own links are narrower then
     assert HARDWARE.link_rate(2, 4) == 100e9
     assert HARDWARE.link_rate(4, 4) == 10e9
+
+
+def test_a_group_that_does_not_divide_a_node_lies_on_two_and_the_slowest_decides():
+    # 24 GPUs, 8 a node. TP 2 x DP 3: {0, 2, 4} is on a node, {6, 8, 10} has one rank on the first and two on the next.
+    assert HARDWARE.group_rate(3, 2, 24) == 10e9
+    assert HARDWARE.group_rate(3, 1, 24) == 10e9  # TP 3: {6, 7, 8}
+    assert HARDWARE.group_rate(6, 1, 24) == 2 * 10e9  # TP 6: {6, ..., 11}
+    assert HARDWARE.group_rate(3, 2, 6) == HARDWARE.group_rate(6, 1, 6) == 100e9  # a single block, at a node's start
+    assert HARDWARE.group_rate(12, 1, 12) == 4 * 10e9
+    fields = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "global_batch_size": 15}
+    setup = make_setup(24, **fields)
+    expected = 2 * (2 / 3) * 4 / 10e9
+    assert step_costs(setup.config, HARDWARE, 3).second_per_reduced == pytest.approx(expected)
+    by_three = {"tensor_model_parallel_size": 3, "hidden_size": 192, "num_attention_heads": 3}
+    within, across = (costs(gpus=3 * count, replicas=count, **by_three) for count in (1, 4))
+    assert across.layer_forward.communication == pytest.approx(10 * within.layer_forward.communication)
 
 
 def test_products_of_a_layer_take_its_flops_at_the_share_of_the_peak():
