@@ -1,10 +1,10 @@
 """Calibration on the undropped baseline, and what a drop section gains over it in a run.
 
 One number is calibrated, the share of the peak that matrix products reach, so that the undropped model has the given
-throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take. Their mean
-time, corrected for how many layers the sampled decisions happen to keep more or less than expected (a control variate),
-gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during a batch-size ramp;
-with sensitivity_update dynamic the sensitivity counts as what the file says throughout.
+throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take, in every
+replica. Their mean time, corrected for how many layers the sampled decisions happen to keep more or less than expected
+(a control variate), gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during
+a batch-size ramp; with sensitivity_update dynamic the sensitivity counts as what the file says throughout.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ LOWEST_THETA = 0.4
 
 _SAMPLED = 500  # iterations of a run that are simulated
 _SAMPLED_ROWS = 2**16  # microbatches whose decisions are drawn, where each has its own
-_MOST_REPLICAS = 8  # that are simulated where each decides for itself
+_SAMPLED_REPLICAS = 8  # with more that decide for themselves, fewer iterations are sampled
+_FEWEST_SAMPLED = 32
 _LOWEST_EFFICIENCY = 1e-6
 
 
@@ -147,7 +148,6 @@ class Predictor:
         if drop.balance_stages is not None:
             stages = even_placement(config.model.num_layers, drop.balance_stages).stages
         by_sample = drop.granularity == "sample"
-        distinct = drop.replicas == "distinct" and not by_sample
         rows = self.setup.num_microbatches if drop.decision_scope == "microbatch" else 1
         samples = config.training.micro_batch_size if by_sample else 1
         return [
@@ -157,14 +157,20 @@ class Predictor:
                     for iteration in iterations
                 ]
             )
-            for replica in range(min(self.setup.replicas, _MOST_REPLICAS) if distinct else 1)
+            for replica in range(self._distinct_replicas(drop))
         ]
+
+    def _distinct_replicas(self, drop: DropConfig) -> int:
+        """How many replicas decide for themselves; all are simulated, since the slowest decides."""
+        return self.setup.replicas if drop.replicas == "distinct" and drop.granularity != "sample" else 1
 
     def sampled(self, drop: DropConfig) -> list[int]:
         """Iterations of the run that are simulated."""
         count = _SAMPLED
         if drop.decision_scope == "microbatch":
-            count = max(32, min(count, _SAMPLED_ROWS // self.setup.num_microbatches))
+            count = min(count, _SAMPLED_ROWS // self.setup.num_microbatches)
+        count = min(count, count * _SAMPLED_REPLICAS // self._distinct_replicas(drop))
+        count = max(_FEWEST_SAMPLED, count)
         return spread_iterations(1, self.train_iters, count).tolist()
 
     def propose_placement(self, drop: DropConfig) -> Placement | None:

@@ -154,6 +154,20 @@ def test_distinct_replicas_wait_for_the_slowest_where_their_chunks_differ():
     assert predictor.predict(distinct).gain < predictor.predict(shared).gain
 
 
+def test_all_distinct_replicas_are_simulated_in_fewer_iterations():
+    fields = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 4, "global_batch_size": 128}
+    predictor = make_predictor(gpus=2 * 64, train_iters=1000, num_layers=32, **fields)
+    shared = dataclasses.replace(LAYERDROP, sampler="balanced")
+    distinct = dataclasses.replace(shared, replicas="distinct")
+    iterations = predictor.sampled(distinct)
+    assert (len(iterations), len(predictor.sampled(shared))) == (62, 500)
+    replicas = predictor.shares(distinct, predictor.policy(distinct), iterations, predictor.setup.placement)
+    assert len(replicas) == 64
+    eight, all_of_them = (predictor.model.times(some) for some in (replicas[:8], replicas))
+    assert all_of_them.schedule.mean() > 1.02 * eight.schedule.mean()  # the slowest decides
+    assert predictor.predict(distinct).iteration_s == pytest.approx(all_of_them.total.mean(), rel=0.005)
+
+
 def test_decisions_for_each_microbatch_are_simulated_as_such():
     predictor = make_predictor(**PIPELINE)
     section = dataclasses.replace(LAYERDROP, decision_scope="microbatch")
