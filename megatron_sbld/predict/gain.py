@@ -21,7 +21,7 @@ from megatron_sbld.checks import check_number
 from megatron_sbld.drop import build_policy
 from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement, best_placement, even_placement
+from megatron_sbld.placement import Placement, even_placement
 from megatron_sbld.policy import Policy, SBLDPolicy
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 from megatron_sbld.training.flops import ideal_speedup, layer_share, model_flops_per_token
@@ -107,13 +107,12 @@ class Predictor:
         """
         model = self.model if placement is None else self.on(placement)
         policy, iterations = self.policy(drop), self.sampled(drop)
-        means = [policy.keep_probs(iteration) for iteration in iterations]
         replicas = self.shares(drop, policy, iterations, model.setup.placement)
         times = model.times(replicas).total
         even = model.times(replicas, evenly=True).total
-        kept = np.mean([shares.mean(axis=(-1, -2)) for shares in replicas], axis=0)
-        surplus = kept - np.mean(means, axis=1)
-        mean, stderr = _expected(times, surplus)
+        means = [policy.keep_probs(iteration) for iteration in iterations]
+        kept = _kept(replicas)
+        mean, stderr = _expected(times, kept - np.mean(means, axis=1))
         gain = self.baseline_s / mean - 1.0
         mean_keep_prob = min(float(np.mean(means)), 1.0)
         return Prediction(
@@ -132,6 +131,13 @@ class Predictor:
             hours=self.hours(mean),
             gpu_hours=self.hours(mean) * self.setup.gpus,
         )
+
+    def iteration_s(self, drop: DropConfig, placement: Placement, iterations: list[int]) -> float:
+        """Mean seconds of some iterations of the run on a placement."""
+        model, policy = self.on(placement), self.policy(drop)
+        replicas = self.shares(drop, policy, iterations, placement)
+        means = [policy.keep_probs(iteration) for iteration in iterations]
+        return _expected(model.times(replicas).total, _kept(replicas) - np.mean(means, axis=1))[0]
 
     def hours(self, iteration_s: float) -> float:
         """Of the run."""
@@ -157,10 +163,10 @@ class Predictor:
                     for iteration in iterations
                 ]
             )
-            for replica in range(self._distinct_replicas(drop))
+            for replica in range(self.distinct_replicas(drop))
         ]
 
-    def _distinct_replicas(self, drop: DropConfig) -> int:
+    def distinct_replicas(self, drop: DropConfig) -> int:
         """How many replicas decide for themselves; all are simulated, since the slowest decides."""
         return self.setup.replicas if drop.replicas == "distinct" and drop.granularity != "sample" else 1
 
@@ -169,21 +175,14 @@ class Predictor:
         count = _SAMPLED
         if drop.decision_scope == "microbatch":
             count = min(count, _SAMPLED_ROWS // self.setup.num_microbatches)
-        count = min(count, count * _SAMPLED_REPLICAS // self._distinct_replicas(drop))
+        count = min(count, count * _SAMPLED_REPLICAS // self.distinct_replicas(drop))
         count = max(_FEWEST_SAMPLED, count)
         return spread_iterations(1, self.train_iters, count).tolist()
 
-    def propose_placement(self, drop: DropConfig) -> Placement | None:
-        """The placement that evens the expected work of the stages; None without stages, or for interleaved ones."""
-        placement = self.setup.placement
-        if placement.num_ranks == 1 or placement.is_interleaved:
-            return None
-        policy = self.policy(drop)
-        keep_probs = np.mean([policy.keep_probs(iteration) for iteration in self.sampled(drop)], axis=0)
-        costs = self.model.costs
-        layer = costs.layer_forward.total + float(self.model.layer_backward.mean())
-        output = (costs.output_forward + costs.output_backward).total / layer
-        return best_placement(keep_probs, placement.num_ranks, output)
+
+def _kept(replicas: list[Floats]) -> Floats:
+    """Share of the layers that run, [n]: shares of the microbatches [n, m or 1, L] of each replica."""
+    return np.asarray(np.mean([shares.mean(axis=(-1, -2)) for shares in replicas], axis=0))
 
 
 def _expected(times: Floats, surplus: Floats) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_sbld.predict.gain import Prediction, Target
 from megatron_sbld.predict.memory import MARGIN, RankMemory
 from megatron_sbld.predict.parameters import num_parameters
+from megatron_sbld.predict.propose import Proposal
 from megatron_sbld.training.flops import model_flops_per_token
 
 if TYPE_CHECKING:
@@ -69,11 +70,24 @@ def _gains(outcome: Outcome) -> str:
     lines = [prediction_table(outcome.predictions, outcome)]
     if not outcome.predictions:
         lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
-    if outcome.undropped_placement is not None:
-        layout, saved = outcome.undropped_placement
-        if saved > _WORTH_SAYING:
-            lines.append(f"With nothing dropped, {layout} would save {saved:.1%} of an iteration.")
+    proposals = {proposal.placement: proposal for proposal in outcome.proposals}
+    lines += [_proposal(proposal, outcome) for proposal in proposals.values()]
+    nothing = outcome.undropped_proposal
+    if nothing is not None and (saved := 1.0 - nothing.prediction.iteration_s / outcome.baseline_s) > _WORTH_SAYING:
+        layout = nothing.placement.layout
+        lines.append(f"With nothing dropped, {layout} would save {saved:.1%} of an iteration.")
+        if nothing.placement not in proposals:
+            lines.append(_proposal(nothing, outcome))
     return "\n".join(lines)
+
+
+def _proposal(proposal: Proposal, outcome: Outcome) -> str:
+    """What a proposed placement needs of memory."""
+    capacity, layout, worst = outcome.setup.hardware.memory_gb, proposal.placement.layout, proposal.worst
+    needs = f"{worst.total:.1f} GB of {capacity:g} GB on stage {worst.rank}"
+    if not proposal.fits:
+        return f"NOT PROPOSED: {layout} would gain {proposal.prediction.gain:+.1%}, but needs {needs}"
+    return f"{layout} needs at most {needs}" + (": DOES NOT FIT EITHER" if worst.total > capacity else "")
 
 
 def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str:

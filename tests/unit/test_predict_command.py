@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from predict_helpers import make_setup
 
 from megatron_sbld.cli import main
+from megatron_sbld.predict.command import PredictOptions
+from megatron_sbld.predict.command import predict as predict_config
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
 
 CONFIG = """
@@ -93,6 +96,33 @@ def test_a_model_that_does_not_fit_is_said_not_to(config, capsys):
     sizes = ("--model.hidden_size", 16384, "--model.num_layers", 32, "--drop.theta", 0.9)
     assert predict("--config", config, "--gpus", 2, *sizes) == 0
     assert "DOES NOT FIT: stage 1 needs" in capsys.readouterr().out
+
+
+def test_a_proposed_placement_is_shown_with_its_memory_and_not_where_it_does_not_fit(tmp_path, capsys):
+    config = make_setup(2, num_layers=16, pipeline_model_parallel_size=2, policy="pld", theta=0.4).config
+
+    def shown(memory):
+        hardware = tmp_path / "cluster.yaml"
+        fields = f"peak_tflops: 312, memory_gb: {memory}, hbm_bandwidth: 1555"
+        hardware.write_text(f"{{{fields}, intra_bandwidth: 300, inter_bandwidth: 25}}")
+        outcome = predict_config(config, PredictOptions(gpus=2, hardware=str(hardware), vocab_size=1024, mfu=0.05))
+        return outcome, {entry.layout for entry in outcome.predictions}, capsys.readouterr().out
+
+    outcome, layouts, text = shown(40)
+    assert layouts == {"Et*8|t*8L", *(proposal.placement.layout for proposal in outcome.proposals)}
+    assert len(layouts) > 1
+    assert "GB of 40 GB on stage 2" in text
+    own = max(rank.total for rank in outcome.memory)
+    needed = max(proposal.worst.total for proposal in outcome.proposals)
+    outcome, fewer, text = shown((own + needed) / 2)
+    assert fewer < layouts
+    assert "NOT PROPOSED: Et*" in text
+
+
+def test_more_stages_than_layers_are_predicted(config, capsys):
+    layout = ("--parallel.pipeline_model_parallel_layout", "E|t|t|L", "--parallel.pipeline_model_parallel_size", 4)
+    assert predict("--config", config, "--gpus", 4, "--model.num_layers", 2, "--mfu", 0.1, *layout) == 0
+    assert "pld" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -126,18 +126,6 @@ def test_imbalance_is_measured_against_the_same_work_spread_evenly():
     assert model.run(shares, evenly=True).busy.sum() == pytest.approx(model.run(shares).busy.sum())
 
 
-def test_a_placement_is_proposed_for_policies_that_drop_deep_layers():
-    predictor = make_predictor(gpus=2, pipeline_model_parallel_size=2, num_layers=16)
-    pld = DropConfig(policy="pld", theta=0.4, sampler="balanced")
-    proposed = predictor.propose_placement(pld)
-    assert proposed is not None
-    assert proposed.layers_per_chunk[0] < proposed.layers_per_chunk[1]
-    before, after = predictor.predict(pld), predictor.predict(pld, proposed)
-    assert after.gain > before.gain + 0.02
-    assert after.lost_to_imbalance < before.lost_to_imbalance
-    assert make_predictor().propose_placement(pld) is None
-
-
 def test_samples_of_a_microbatch_take_their_share_of_a_layer():
     predictor = make_predictor(micro_batch_size=4)
     by_layer = predictor.predict(LAYERDROP)
