@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sbld.checks import check_choice, check_integer
+from megatron_sbld.drop import validate_drop
 from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
 from megatron_sbld.predict.gain import (
@@ -148,11 +149,9 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
         inter_bandwidth=options.inter_bandwidth,
         gpus_per_node=options.gpus_per_node,
     )
-    if options.iterations is not None:
-        check_integer("--iterations", options.iterations, 1)
-        training = dataclasses.replace(config.training, train_iters=options.iterations, train_samples=None)
-        config = dataclasses.replace(config, training=training)
     validate(config, options.gpus, trains=False)
+    if options.iterations is not None:
+        config = _of_length(config, options.iterations)
     setup = Setup(
         config=config,
         vocab_size=padded_vocab_size(_vocab_size(config, options), config),
@@ -170,6 +169,16 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
         )
     mfu = ASSUMED_MFU if options.mfu is None else options.mfu
     return Predictor(setup, mfu_tokens_per_s(setup, mfu)), mfu
+
+
+def _of_length(config: Config, iterations: int) -> Config:
+    """A valid config's run with other iterations; what else goes by them, as the learning rate does, is not read."""
+    check_integer("--iterations", iterations, 1)
+    stages = config.parallel.pipeline_model_parallel_size
+    even = config.parallel.pipeline_model_parallel_layout is None
+    validate_drop(config.drop, config.model.num_layers, iterations, stages if even else None)
+    training = dataclasses.replace(config.training, train_iters=iterations, train_samples=None)
+    return dataclasses.replace(config, training=training)
 
 
 def _vocab_size(config: Config, options: PredictOptions) -> int:

@@ -67,6 +67,23 @@ def test_a_measured_throughput_takes_the_assumptions_place(config, capsys):
     assert "DP 2; 8 microbatches of 1" in shown
 
 
+@pytest.mark.parametrize(
+    "length",
+    [
+        ("--training.train_iters", "null", "--training.train_samples", 16_000, "--optimizer.lr_warmup_samples", 1600),
+        ("--optimizer.lr_warmup_iters", 500),
+    ],
+)
+def test_another_length_leaves_the_learning_rates_fields_alone_and_is_checked_with_the_drop_sections(
+    config, capsys, length
+):
+    arguments = ("--config", config, "--gpus", 2, *length, "--iterations")
+    assert predict(*arguments, 100) == 0
+    capsys.readouterr()
+    assert predict(*arguments, 2, "--drop.schedule", "pwegd", "--drop.epsilon", 1) == 2
+    assert "peak_iteration = 0.2 is not allowed" in capsys.readouterr().err
+
+
 def test_options_may_have_dashes_and_compare_needs_no_value(config, capsys):
     arguments = ("--config", config, "--gpus", 2, "--target-gain", 0.1, "--compare-policies", "--hardware=h200")
     assert predict(*arguments) == 0
