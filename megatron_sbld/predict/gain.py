@@ -91,6 +91,8 @@ class Predictor:
     @property
     def baseline_imbalance(self) -> float:
         """`Prediction.lost_to_imbalance` of an undropped iteration."""
+        if self.setup.placement.num_ranks == 1:
+            return 0.0
         every = np.ones((1, 1, self.setup.config.model.num_layers))
         return 1.0 - float(self.model.times([every], evenly=True).total[0]) / self.baseline_s
 
@@ -109,7 +111,7 @@ class Predictor:
         policy, iterations = self.policy(drop), self.sampled(drop)
         replicas = self.shares(drop, policy, iterations, model.setup.placement)
         times = model.times(replicas).total
-        even = model.times(replicas, evenly=True).total
+        even = times if model.num_ranks == 1 else model.times(replicas, evenly=True).total
         means = [policy.keep_probs(iteration) for iteration in iterations]
         kept = _kept(replicas)
         mean, stderr = _expected(times, kept - np.mean(means, axis=1))

@@ -70,7 +70,7 @@ class IterationTimes:
     step: float
     """The optimizer, of the rank with the most parameters."""
     gather: float
-    """Of parameters, where no forward pass hides it."""
+    """Of parameters after the step; what forward passes wait for is in `schedule`."""
     run: Run
     """The schedule, of the first replica."""
 
@@ -137,14 +137,17 @@ class IterationModel:
             forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
         return forward, backward
 
-    def run(self, shares: Floats, evenly: bool = False, record: bool = False) -> Run:
-        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`."""
+    def run(self, shares: Floats, evenly: bool = False, record: bool = False, gathers: bool = True) -> Run:
+        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`.
+
+        gathers: whether the first passes wait for parameters with overlap_param_gather.
+        """
         leading, count = shares.shape[:-2], self.setup.num_microbatches
         forward, backward = (
             np.broadcast_to(seconds, (*leading, count, self.num_chunks)) for seconds in self.passes(shares, evenly)
         )
         waits = None
-        if self.setup.config.parallel.overlap_param_gather:
+        if gathers and self.setup.config.parallel.overlap_param_gather:
             first = (self.spread_evenly(shares) if evenly else shares)[..., 0, :]
             waits = functools.partial(self._first_forward, first, self._gathered())
         return run_schedule(
@@ -269,11 +272,12 @@ class IterationModel:
             "embedding": count * embedding.total * first,
             "pipeline transfers": float(times.run.sent[rank]),
         }
-        waiting = float(times.schedule[0]) - sum(parts.values())
+        ungathered = float(self.run(np.ones((1, 1, self.setup.config.model.num_layers)), gathers=False).end[0])
+        waiting = ungathered - sum(parts.values()) if self.num_ranks > 1 else 0.0
         return {
             **parts,
             "pipeline bubble and waiting": waiting,
             "gradient reduction, exposed": float(times.exposed_reduction[0]),
             "optimizer": times.step,
-            "parameter gathering, exposed": times.gather,
+            "parameter gathering, exposed": times.gather + float(times.schedule[0]) - ungathered,
         }

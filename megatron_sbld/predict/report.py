@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_sbld.predict.command import Outcome
 
 _WORTH_SAYING = 0.002  # of an iteration: parts below it are summed up as others
+_ROUNDING = 1e-9
 
 
 def print_report(outcome: Outcome) -> None:
@@ -58,7 +59,7 @@ def _parts(outcome: Outcome) -> str:
     total = outcome.baseline_s
     shown = {name: seconds for name, seconds in outcome.parts.items() if abs(seconds) > _WORTH_SAYING * total}
     others = sum(outcome.parts.values()) - sum(shown.values())
-    if others > 0:
+    if others > _ROUNDING * total:
         shown["others"] = others
     lines = [f"{'undropped iteration, busiest rank':<38}{'ms':>10}{'share':>9}"]
     lines += [f"  {name:<36}{1e3 * seconds:>10.1f}{seconds / total:>9.1%}" for name, seconds in shown.items()]
@@ -99,22 +100,28 @@ def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str
         f"{'imbalance':>10}{'s/iter.':>9}{'hours':>9}{'GPU hours':>11}" + ("  layout" if several else "")
     )
     first = (
-        f"{'undropped':<17}{'-':>6} {'-':<12}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}{outcome.baseline_imbalance:>10.1%}"
-        f"{outcome.baseline_s:>9.3f}{outcome.hours:>9.1f}{outcome.hours * outcome.setup.gpus:>11,.0f}"
-        + ("  A" if several else "")
+        f"{'undropped':<17}{'-':>6} {'-':<12}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}"
+        f"{_percent(outcome.baseline_imbalance):>10}{outcome.baseline_s:>9.3f}{outcome.hours:>9.1f}"
+        f"{outcome.hours * outcome.setup.gpus:>11,.0f}" + ("  A" if several else "")
     )
     lines = [header, first]
     for entry in predictions:
         name = f"{entry.policy:<17}{entry.theta:>6.3g} {entry.sampler:<12}"
         lines.append(
             (f"{'undropped':<17}{'-':>6} {'-':<12}" if entry.policy == "none" else name)
-            + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{entry.gain:>+8.1%}{100 * entry.gain_stderr:>6.1f}"
-            f"{entry.lost_to_imbalance:>10.1%}{entry.iteration_s:>9.3f}{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
+            + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{_percent(entry.gain, '+'):>8}"
+            f"{100 * entry.gain_stderr:>6.1f}{_percent(entry.lost_to_imbalance):>10}{entry.iteration_s:>9.3f}"
+            f"{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
             + (f"  {chr(ord('A') + layouts.index(entry.layout))}" if several else "")
         )
     if several:
         lines += [f"{chr(ord('A') + index)} = {layout}" for index, layout in enumerate(layouts)]
     return "\n".join(lines)
+
+
+def _percent(share: float, sign: str = "") -> str:
+    """A share in percent with a decimal, of which none is -0.0 %."""
+    return f"{round(share, 3) + 0.0:{sign}.1%}"
 
 
 def _memory(outcome: Outcome) -> str:

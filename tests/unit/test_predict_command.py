@@ -102,6 +102,16 @@ def test_interleaved_stages_are_shown_with_their_chunks_balanced_as_well(config,
     assert "balanced 4 " in shown
 
 
+def test_no_share_is_shown_as_minus_zero(config, capsys):
+    overlap = ("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather")
+    arguments = [word for name in overlap for word in (f"--parallel.{name}", "true")]
+    assert predict("--config", config, "--gpus", 4, *arguments, "--parallel.pipeline_model_parallel_size", 1) == 0
+    shown = capsys.readouterr().out
+    assert "-0.0%" not in shown
+    assert "bubble" not in shown
+    assert "parameter gathering, exposed" in shown
+
+
 def test_with_policy_none_the_baseline_alone_is_shown(config, capsys):
     assert predict("--config", config, "--gpus", 2, "--drop.policy", "none") == 0
     shown = capsys.readouterr().out

@@ -277,3 +277,19 @@ def test_the_parts_of_an_undropped_iteration_sum_to_it():
         parts = model.undropped_parts()
         assert sum(parts.values()) == pytest.approx(float(model.undropped.total[0]))
         assert min(parts.values()) >= -1e-12
+
+
+def test_on_one_stage_waiting_for_parameters_is_gathering_and_no_bubble():
+    slow = dataclasses.replace(HARDWARE, intra_bandwidth=0.5)
+    fields = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    model = IterationModel(make_setup(2, hardware=slow, **fields), 0.5)
+    parts = model.undropped_parts()
+    assert parts["pipeline bubble and waiting"] == 0
+    size = sum(bucket.size for bucket in model.buckets[0])
+    whole = size * model.step_costs.second_per_gathered
+    assert 0.5 * whole < parts["parameter gathering, exposed"] <= whole
+    assert sum(parts.values()) == pytest.approx(float(model.undropped.total[0]))
+    stages = IterationModel(make_setup(4, hardware=slow, pipeline_model_parallel_size=2, **fields), 0.5)
+    parts = stages.undropped_parts()
+    assert min(parts["pipeline bubble and waiting"], parts["parameter gathering, exposed"]) > 0
+    assert sum(parts.values()) == pytest.approx(float(stages.undropped.total[0]))

@@ -126,6 +126,13 @@ def test_imbalance_is_measured_against_the_same_work_spread_evenly():
     assert model.run(shares, evenly=True).busy.sum() == pytest.approx(model.run(shares).busy.sum())
 
 
+def test_one_stage_loses_nothing_to_imbalance():
+    fields = {"overlap_grad_reduce": True, "overlap_param_gather": True, "use_distributed_optimizer": True}
+    predictor = make_predictor(gpus=2, **fields)
+    assert predictor.baseline_imbalance == 0
+    assert predictor.predict(LAYERDROP).lost_to_imbalance == 0
+
+
 def test_samples_of_a_microbatch_take_their_share_of_a_layer():
     predictor = make_predictor(micro_batch_size=4)
     by_layer = predictor.predict(LAYERDROP)
