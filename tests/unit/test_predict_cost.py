@@ -293,3 +293,43 @@ def test_on_one_stage_waiting_for_parameters_is_gathering_and_no_bubble():
     parts = stages.undropped_parts()
     assert min(parts["pipeline bubble and waiting"], parts["parameter gathering, exposed"]) > 0
     assert sum(parts.values()) == pytest.approx(float(stages.undropped.total[0]))
+
+
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.0])
+def test_a_later_stages_gather_begins_with_its_first_pass_whether_its_layers_are_dropped_or_not(kept: float):
+    slow = dataclasses.replace(HARDWARE, intra_bandwidth=0.5)
+    fields = {"pipeline_model_parallel_size": 2, "ddp_bucket_size": 10**9, **OVERLAPPED}
+    model = IterationModel(make_setup(4, hardware=slow, **fields), 0.5)
+    shares = np.full((1, 1, 8), kept)
+    forward = model.passes(shares)[0][0, 0]
+    gathers = [chunk[0].size * model.step_costs.second_per_gathered for chunk in model.buckets]
+    assert [len(chunk) for chunk in model.buckets] == [1, 1]
+    run = model.run(shares, record=True)
+    first, second = (event for event in run.events if event.what.is_forward and event.what.microbatch == 0)
+    assert first.end[0] == pytest.approx(gathers[0] + forward[0])
+    assert second.start[0] == pytest.approx(first.end[0] + model.costs.transfer)
+    assert second.end[0] == pytest.approx(second.start[0] + gathers[1] + forward[1])
+
+
+def test_each_bucket_of_a_stage_is_gathered_while_the_one_before_is_in_use():
+    def model(gbps: float) -> IterationModel:
+        hardware = dataclasses.replace(HARDWARE, intra_bandwidth=gbps)
+        fields = {"pipeline_model_parallel_size": 2, "ddp_bucket_size": 300_000, **OVERLAPPED}
+        return IterationModel(make_setup(4, hardware=hardware, **fields), 0.5)
+
+    def first_pass(model: IterationModel, kept: float) -> float:
+        events = model.run(np.full((1, 1, 8), kept), record=True).events
+        return float(next(event.end[0] for event in events if event.rank == 0))
+
+    slow, fast = model(0.5), model(1e6)
+    sizes = [bucket.size for bucket in slow.buckets[0]]
+    assert len(sizes) > 4
+    gather = sum(sizes) * slow.step_costs.second_per_gathered
+    embedding, layers = slow.costs.embedding_forward.total, 4 * slow.layer_forward[0]
+    assert gather <= first_pass(slow, 0.0) <= gather + embedding  # no layer to hide it behind
+    assert gather < first_pass(slow, 1.0) < gather + embedding + layers
+    first = sizes[-1] * fast.step_costs.second_per_gathered  # nothing hides this one
+    assert first_pass(fast, 1.0) == pytest.approx(first + embedding + layers)
