@@ -14,8 +14,9 @@ reduced one, without latency. Counted from megatron-core 0.16.1:
 - Context parallelism: keys and values go round the ring beside the attention; what exceeds it counts.
 - The optimizer: Adam's reads and writes of fp32 state, the norm, the scaling by clipping, and zeroing the gradients.
 
-Not counted: latencies and launches, data loading, logging, validation, checkpoints, and the decisions themselves (0.02
-to 0.12 % of an iteration, benchmarks/results/realised_gain_*.md).
+Not counted: latencies and launches, data loading, logging, validation, checkpoints, the decisions themselves (0.02 to
+0.12 % of an iteration, benchmarks/results/realised_gain_*.md), and what drop.dropped_update freeze leaves out: the
+optimizer's step of dropped layers and the gathers of buckets that hold nothing else.
 """
 
 from __future__ import annotations

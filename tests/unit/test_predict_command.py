@@ -112,6 +112,12 @@ def test_no_share_is_shown_as_minus_zero(config, capsys):
     assert "parameter gathering, exposed" in shown
 
 
+def test_what_freezing_dropped_layers_saves_is_said_not_to_be_counted(config, capsys):
+    for update, said in (("apply", False), ("freeze", True)):
+        assert predict("--config", config, "--gpus", 2, "--drop.dropped_update", update) == 0
+        assert ("drop.dropped_update freeze: not counted" in capsys.readouterr().out) is said
+
+
 def test_with_policy_none_the_baseline_alone_is_shown(config, capsys):
     assert predict("--config", config, "--gpus", 2, "--drop.policy", "none") == 0
     shown = capsys.readouterr().out
