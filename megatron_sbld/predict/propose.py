@@ -1,9 +1,10 @@
 """Placements of the layers on which a drop section gains more than on the config's own.
 
 The search begins with the better of the config's placement and the one that evens the expected work (placement.py), and
-moves layers across one cut at a time while the drawn decisions of the section's own sampler become faster. Where
-recompute_method uniform cuts stages into pieces, whole pieces are moved. What validation refuses is not tried; what
-does not fit into memory where the config's own placement does is returned as such.
+moves layers across one cut at a time while the drawn decisions of the section's own sampler become faster in some of
+the run's iterations; as many as for any prediction decide in the end. Where recompute_method uniform cuts stages into
+pieces, whole pieces are moved. What validation refuses is not proposed; what does not fit into memory where the
+config's own placement does is returned as such.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megatron_sbld.training.config import Config
 from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
 
 _LEAST_GAIN = 0.001  # of throughput, for a proposal
-_SEARCHED_ITERATIONS = 64
-_SEARCHED_PLACEMENTS = 100
+_SEARCHED_ITERATIONS = 128
+_SEARCHED_PLACEMENTS = 64
 _SEARCHED_PASSES = 2**18  # that are simulated at most; of large pipelines few placements are searched
 
 
@@ -49,10 +50,16 @@ def propose_placement(predictor: Predictor, drop: DropConfig) -> Proposal | None
     pieces = predictor.setup.config.model.num_layers // _piece(predictor.setup.config)
     if own.num_ranks == 1 or own.is_interleaved or own.num_ranks > pieces:
         return None
-    found = _search(predictor, drop)
-    if found == own:
+    even = _even_work(predictor, drop)
+    candidates = [even, _search(predictor, drop, even)]
+    predictions = {
+        placement: predictor.predict(drop, placement)
+        for placement in dict.fromkeys(candidates)
+        if placement != own and _is_allowed(predictor.setup.config, placement)
+    }
+    if not predictions:
         return None
-    prediction = predictor.predict(drop, found)
+    found, prediction = max(predictions.items(), key=lambda item: item[1].gain)
     if prediction.gain < predictor.predict(drop).gain + _LEAST_GAIN:
         return None
     capacity = predictor.setup.hardware.memory_gb
@@ -66,8 +73,11 @@ def worst_stage(model: IterationModel) -> RankMemory:
     return max(rank_memory(model), key=lambda rank: rank.total)
 
 
-def _search(predictor: Predictor, drop: DropConfig) -> Placement:
-    """The fastest placement that is found, by the decisions of some of the run's iterations."""
+def _search(predictor: Predictor, drop: DropConfig, even: Placement) -> Placement:
+    """The fastest placement that is found, by the decisions of some of the run's iterations.
+
+    even: the placement that evens the expected work.
+    """
     setup = predictor.setup
     sampled = predictor.sampled(drop)
     iterations = sampled[:: max(1, len(sampled) // _SEARCHED_ITERATIONS)]
@@ -81,7 +91,7 @@ def _search(predictor: Predictor, drop: DropConfig) -> Placement:
                 seconds[placement] = predictor.iteration_s(drop, placement, iterations)
         return seconds[candidate] < seconds[than] * (1.0 - 1e-6)
 
-    best, even = setup.placement, _even_work(predictor, drop)
+    best = setup.placement
     if _is_allowed(setup.config, even) and faster(even, best):
         best = even
     moved = True
