@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sbld.checks import check_choice, check_integer
+from megatron_sbld.drop import validate_drop
+from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement
 from megatron_sbld.predict.gain import (
     ASSUMED_MFU,
     Prediction,
@@ -23,6 +24,7 @@ from megatron_sbld.predict.gain import (
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
 from megatron_sbld.predict.iteration import Setup
 from megatron_sbld.predict.memory import RankMemory, rank_memory
+from megatron_sbld.predict.propose import Proposal, propose_placement
 from megatron_sbld.predict.report import print_report
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import padded_vocab_size
@@ -83,10 +85,12 @@ class Outcome:
     """Seconds of an undropped iteration on the busiest rank."""
     train_iters: int
     predictions: list[Prediction]
-    """Of the config's drop section, with each sampler and placement that there is a choice of; policy none is the
-    undropped model on another placement."""
-    undropped_placement: tuple[str, float] | None
-    """The placement that evens the undropped model, and the share of its iterations that it saves."""
+    """Of the config's drop section, with each sampler that there is a choice of, and on the placements proposed for
+    them; policy none is the undropped model there."""
+    proposals: list[Proposal]
+    """Placements on which they gain more, also those that do not fit."""
+    undropped_proposal: Proposal | None
+    """A placement on which the undropped model gains."""
     compared: list[Prediction]
     memory: list[RankMemory]
     target: Target | None
@@ -102,6 +106,9 @@ def predict(config: Config, options: PredictOptions) -> Outcome:
     drop, drops = predictor.setup.config.drop, predictor.setup.config.drop.policy != "none"
     if options.target_gain is not None and not drops:
         raise ValueError("--target_gain needs drop.policy sbld, pld, layerdrop or stochastic_depth: none drops nothing")
+    sections = _own_sections(predictor) if drops else []
+    proposals = [found for section in sections if (found := propose_placement(predictor, section)) is not None]
+    nothing = dataclasses.replace(drop, policy="none")
     compared = [predictor.predict(section) for section in compared_sections(drop)] if options.compare_policies else []
     outcome = Outcome(
         setup=predictor.setup,
@@ -113,8 +120,9 @@ def predict(config: Config, options: PredictOptions) -> Outcome:
         hours=predictor.hours(predictor.baseline_s),
         parts=predictor.model.undropped_parts(),
         train_iters=predictor.train_iters,
-        predictions=_own_predictions(predictor) if drops else [],
-        undropped_placement=_undropped_placement(predictor),
+        predictions=_predictions(predictor, sections, nothing, proposals),
+        proposals=proposals,
+        undropped_proposal=propose_placement(predictor, nothing),
         compared=compared,
         memory=rank_memory(predictor.model, _some_shares(predictor) if drops else None),
         target=None if options.target_gain is None else find_target(predictor, drop, options.target_gain),
@@ -141,11 +149,9 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
         inter_bandwidth=options.inter_bandwidth,
         gpus_per_node=options.gpus_per_node,
     )
-    if options.iterations is not None:
-        check_integer("--iterations", options.iterations, 1)
-        training = dataclasses.replace(config.training, train_iters=options.iterations, train_samples=None)
-        config = dataclasses.replace(config, training=training)
     validate(config, options.gpus, trains=False)
+    if options.iterations is not None:
+        config = _of_length(config, options.iterations)
     setup = Setup(
         config=config,
         vocab_size=padded_vocab_size(_vocab_size(config, options), config),
@@ -165,6 +171,16 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
     return Predictor(setup, mfu_tokens_per_s(setup, mfu)), mfu
 
 
+def _of_length(config: Config, iterations: int) -> Config:
+    """A valid config's run with other iterations; what else goes by them, as the learning rate does, is not read."""
+    check_integer("--iterations", iterations, 1)
+    stages = config.parallel.pipeline_model_parallel_size
+    even = config.parallel.pipeline_model_parallel_layout is None
+    validate_drop(config.drop, config.model.num_layers, iterations, stages if even else None)
+    training = dataclasses.replace(config.training, train_iters=iterations, train_samples=None)
+    return dataclasses.replace(config, training=training)
+
+
 def _vocab_size(config: Config, options: PredictOptions) -> int:
     if options.vocab_size is not None:
         return check_integer("--vocab_size", options.vocab_size, 1)
@@ -174,8 +190,8 @@ def _vocab_size(config: Config, options: PredictOptions) -> int:
         raise ValueError(f"data.tokenizer: {error}; or give --vocab_size (GPT-2's is 50257)") from error
 
 
-def _own_predictions(predictor: Predictor) -> list[Prediction]:
-    """The config's drop section, on a pipeline with either sampler and on the placement proposed for it as well.
+def _own_sections(predictor: Predictor) -> list[DropConfig]:
+    """The config's drop section, on a pipeline with either sampler.
 
     Interleaved, the balanced sampler evens what ranks hold; that it can even chunks instead (balance_stages) is shown.
     """
@@ -187,21 +203,19 @@ def _own_predictions(predictor: Predictor) -> list[Prediction]:
         chunks = len(placement.layers_per_chunk)
         if placement.is_interleaved and placement.is_even and drop.balance_stages is None:
             sections.append(dataclasses.replace(balanced, balance_stages=chunks))
+    return sections
+
+
+def _predictions(
+    predictor: Predictor, sections: list[DropConfig], nothing: DropConfig, proposals: list[Proposal]
+) -> list[Prediction]:
+    """Of the sections on the config's placement, then by proposed placement, where the undropped model is first."""
     predictions = [predictor.predict(section) for section in sections]
-    proposed = predictor.propose_placement(drop)
-    if proposed is not None and proposed != placement:
-        nothing = dataclasses.replace(drop, policy="none")
-        predictions += [predictor.predict(section, proposed) for section in [nothing, *sections]]
+    fitting = [proposal for proposal in proposals if proposal.fits]
+    for placement in dict.fromkeys(proposal.placement for proposal in fitting):
+        predictions.append(predictor.predict(nothing, placement))
+        predictions += [proposal.prediction for proposal in fitting if proposal.placement == placement]
     return predictions
-
-
-def _undropped_placement(predictor: Predictor) -> tuple[str, float] | None:
-    nothing = dataclasses.replace(predictor.setup.config.drop, policy="none")
-    proposed: Placement | None = predictor.propose_placement(nothing)
-    if proposed is None or proposed == predictor.setup.placement:
-        return None
-    saved = 1.0 - float(predictor.on(proposed).undropped.total[0]) / predictor.baseline_s
-    return proposed.layout, saved
 
 
 def _some_shares(predictor: Predictor) -> Floats:

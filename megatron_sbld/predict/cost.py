@@ -14,8 +14,9 @@ reduced one, without latency. Counted from megatron-core 0.16.1:
 - Context parallelism: keys and values go round the ring beside the attention; what exceeds it counts.
 - The optimizer: Adam's reads and writes of fp32 state, the norm, the scaling by clipping, and zeroing the gradients.
 
-Not counted: latencies and launches, data loading, logging, validation, checkpoints, and the decisions themselves (0.02
-to 0.12 % of an iteration, benchmarks/results/realised_gain_*.md).
+Not counted: latencies and launches, data loading, logging, validation, checkpoints, the decisions themselves (0.02 to
+0.12 % of an iteration, benchmarks/results/realised_gain_*.md), and what drop.dropped_update freeze leaves out: the
+optimizer's step of dropped layers and the gathers of buckets that hold nothing else.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def pass_costs(
     flops = layer_flops_by_part(model, causal=attention == "flash")
     hidden = model.hidden_size
 
-    ring = hardware.group_rate(tensor, 1)
+    gpus = tensor * context * data_parallel * parallel.pipeline_model_parallel_size
+    ring = hardware.group_rate(tensor, 1, gpus)
     activations = tokens * hidden * value
     gather = (tensor - 1) / tensor * activations / ring  # or scatter
 
@@ -104,7 +106,7 @@ def pass_costs(
     keys_values = 2 * head * (model.num_query_groups or model.num_attention_heads) / tensor
     around_ring = 0.0
     if context > 1:
-        around_ring = (context - 1) * tokens * keys_values * value / hardware.group_rate(context, tensor)
+        around_ring = (context - 1) * tokens * keys_values * value / hardware.group_rate(context, tensor, gpus)
 
     def exposed(seconds: float, hidden_by: float) -> float:
         return max(0.0, seconds - hidden_by)
@@ -204,7 +206,7 @@ def step_costs(config: Config, hardware: Hardware, data_parallel: int) -> StepCo
     parallel = config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     size = data_parallel * parallel.context_parallel_size
-    ring = (size - 1) / size / hardware.group_rate(size, tensor)  # seconds a byte
+    ring = (size - 1) / size / hardware.group_rate(size, tensor, size * tensor * stages)  # seconds a byte
     sharded = parallel.use_distributed_optimizer
     value = bytes_per_value(config)
     gradient = 4  # bytes: fp32, as the trainer and Megatron-LM reduce those of bf16

@@ -1,10 +1,10 @@
 """Calibration on the undropped baseline, and what a drop section gains over it in a run.
 
 One number is calibrated, the share of the peak that matrix products reach, so that the undropped model has the given
-throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take. Their mean
-time, corrected for how many layers the sampled decisions happen to keep more or less than expected (a control variate),
-gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during a batch-size ramp;
-with sensitivity_update dynamic the sensitivity counts as what the file says throughout.
+throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take, in every
+replica. Their mean time, corrected for how many layers the sampled decisions happen to keep more or less than expected
+(a control variate), gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during
+a batch-size ramp; with sensitivity_update dynamic the sensitivity counts as what the file says throughout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_sbld.checks import check_number
 from megatron_sbld.drop import build_policy
 from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement, best_placement, even_placement
+from megatron_sbld.placement import Placement, even_placement
 from megatron_sbld.policy import Policy, SBLDPolicy
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 from megatron_sbld.training.flops import ideal_speedup, layer_share, model_flops_per_token
@@ -37,7 +37,8 @@ LOWEST_THETA = 0.4
 
 _SAMPLED = 500  # iterations of a run that are simulated
 _SAMPLED_ROWS = 2**16  # microbatches whose decisions are drawn, where each has its own
-_MOST_REPLICAS = 8  # that are simulated where each decides for itself
+_SAMPLED_REPLICAS = 8  # with more that decide for themselves, fewer iterations are sampled
+_FEWEST_SAMPLED = 32
 _LOWEST_EFFICIENCY = 1e-6
 
 
@@ -90,6 +91,8 @@ class Predictor:
     @property
     def baseline_imbalance(self) -> float:
         """`Prediction.lost_to_imbalance` of an undropped iteration."""
+        if self.setup.placement.num_ranks == 1:
+            return 0.0
         every = np.ones((1, 1, self.setup.config.model.num_layers))
         return 1.0 - float(self.model.times([every], evenly=True).total[0]) / self.baseline_s
 
@@ -106,13 +109,12 @@ class Predictor:
         """
         model = self.model if placement is None else self.on(placement)
         policy, iterations = self.policy(drop), self.sampled(drop)
-        means = [policy.keep_probs(iteration) for iteration in iterations]
         replicas = self.shares(drop, policy, iterations, model.setup.placement)
         times = model.times(replicas).total
-        even = model.times(replicas, evenly=True).total
-        kept = np.mean([shares.mean(axis=(-1, -2)) for shares in replicas], axis=0)
-        surplus = kept - np.mean(means, axis=1)
-        mean, stderr = _expected(times, surplus)
+        even = times if model.num_ranks == 1 else model.times(replicas, evenly=True).total
+        means = [policy.keep_probs(iteration) for iteration in iterations]
+        kept = _kept(replicas)
+        mean, stderr = _expected(times, kept - np.mean(means, axis=1))
         gain = self.baseline_s / mean - 1.0
         mean_keep_prob = min(float(np.mean(means)), 1.0)
         return Prediction(
@@ -132,6 +134,13 @@ class Predictor:
             gpu_hours=self.hours(mean) * self.setup.gpus,
         )
 
+    def iteration_s(self, drop: DropConfig, placement: Placement, iterations: list[int]) -> float:
+        """Mean seconds of some iterations of the run on a placement."""
+        model, policy = self.on(placement), self.policy(drop)
+        replicas = self.shares(drop, policy, iterations, placement)
+        means = [policy.keep_probs(iteration) for iteration in iterations]
+        return _expected(model.times(replicas).total, _kept(replicas) - np.mean(means, axis=1))[0]
+
     def hours(self, iteration_s: float) -> float:
         """Of the run."""
         return self.train_iters * iteration_s / 3600
@@ -147,7 +156,6 @@ class Predictor:
         if drop.balance_stages is not None:
             stages = even_placement(config.model.num_layers, drop.balance_stages).stages
         by_sample = drop.granularity == "sample"
-        distinct = drop.replicas == "distinct" and not by_sample
         rows = self.setup.num_microbatches if drop.decision_scope == "microbatch" else 1
         samples = config.training.micro_batch_size if by_sample else 1
         return [
@@ -157,27 +165,26 @@ class Predictor:
                     for iteration in iterations
                 ]
             )
-            for replica in range(min(self.setup.replicas, _MOST_REPLICAS) if distinct else 1)
+            for replica in range(self.distinct_replicas(drop))
         ]
+
+    def distinct_replicas(self, drop: DropConfig) -> int:
+        """How many replicas decide for themselves; all are simulated, since the slowest decides."""
+        return self.setup.replicas if drop.replicas == "distinct" and drop.granularity != "sample" else 1
 
     def sampled(self, drop: DropConfig) -> list[int]:
         """Iterations of the run that are simulated."""
         count = _SAMPLED
         if drop.decision_scope == "microbatch":
-            count = max(32, min(count, _SAMPLED_ROWS // self.setup.num_microbatches))
+            count = min(count, _SAMPLED_ROWS // self.setup.num_microbatches)
+        count = min(count, count * _SAMPLED_REPLICAS // self.distinct_replicas(drop))
+        count = max(_FEWEST_SAMPLED, count)
         return spread_iterations(1, self.train_iters, count).tolist()
 
-    def propose_placement(self, drop: DropConfig) -> Placement | None:
-        """The placement that evens the expected work of the stages; None without stages, or for interleaved ones."""
-        placement = self.setup.placement
-        if placement.num_ranks == 1 or placement.is_interleaved:
-            return None
-        policy = self.policy(drop)
-        keep_probs = np.mean([policy.keep_probs(iteration) for iteration in self.sampled(drop)], axis=0)
-        costs = self.model.costs
-        layer = costs.layer_forward.total + float(self.model.layer_backward.mean())
-        output = (costs.output_forward + costs.output_backward).total / layer
-        return best_placement(keep_probs, placement.num_ranks, output)
+
+def _kept(replicas: list[Floats]) -> Floats:
+    """Share of the layers that run, [n]: shares of the microbatches [n, m or 1, L] of each replica."""
+    return np.asarray(np.mean([shares.mean(axis=(-1, -2)) for shares in replicas], axis=0))
 
 
 def _expected(times: Floats, surplus: Floats) -> tuple[float, float]:

@@ -9,6 +9,8 @@ efficiencies are assumptions: what copies and collectives commonly reach of a pe
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,25 +58,40 @@ class Hardware:
         """Bytes/s that elementwise operations move."""
         return self.hbm_bandwidth * 1e9 * self.hbm_efficiency
 
-    def group_rate(self, size: int, stride: int) -> float:
-        """Bytes/s and rank of a ring over `size` ranks that are `stride` apart, all such groups at work at once.
+    def group_rate(self, size: int, stride: int, gpus: int) -> float:
+        """Bytes/s and rank of a ring over `size` ranks that are `stride` apart, all such groups of the GPUs at work.
 
         Within a node it is the node's links. Over several, a ring enters and leaves each node once, and as many rings
-        as the group has ranks on a node share the group's part of the network.
+        as the group has ranks on a node share the group's part of the network. The slowest group decides: that with the
+        fewest ranks on one of its nodes.
         """
-        if size * stride <= self.gpus_per_node:
+        on_a_node = _fewest_on_a_node(size, stride, gpus, self.gpus_per_node)
+        if on_a_node == size:
             bandwidth = self.intra_bandwidth
         else:
-            on_a_node = min(size, max(1, self.gpus_per_node // stride))
             bandwidth = on_a_node * self.inter_bandwidth
             if on_a_node > 1:
                 bandwidth = min(bandwidth, self.intra_bandwidth)
         return bandwidth * 1e9 * self.link_efficiency
 
     def link_rate(self, size: int, stride: int) -> float:
-        """Bytes/s between neighbours of such a group: of the slowest pair, which decides in a pipeline."""
+        """Bytes/s between neighbours of such a group of all GPUs: of the slowest pair, which decides in a pipeline."""
         within = size * stride <= self.gpus_per_node
         return (self.intra_bandwidth if within else self.inter_bandwidth) * 1e9 * self.link_efficiency
+
+
+@functools.lru_cache
+def _fewest_on_a_node(size: int, stride: int, gpus: int, gpus_per_node: int) -> int:
+    """Of any group and any node that it has ranks on, how many; `size` where every group lies within one node.
+
+    Groups are Megatron's: each block of size * stride ranks holds `stride` of them.
+    """
+    fewest = size
+    for block in range(0, gpus, size * stride):
+        for first in range(block, block + stride):
+            ranks = range(first, first + size * stride, stride)
+            fewest = min(fewest, *Counter(rank // gpus_per_node for rank in ranks).values())
+    return fewest
 
 
 KNOWN = {

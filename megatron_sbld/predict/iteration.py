@@ -4,7 +4,7 @@ The passes run in the pipeline's schedule (simulate.py). Each rank then reduces 
 with overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped
 are left out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the
 optimizer steps, and with the distributed optimizer parameters are gathered, or with overlap_param_gather while the next
-forward pass runs, each layer waiting for its buckets. With replicas `distinct` the slowest replica decides when a
+forward pass runs, bucket by bucket as its layers need them. With replicas `distinct` the slowest replica decides when a
 stage is done.
 """
 
@@ -70,7 +70,7 @@ class IterationTimes:
     step: float
     """The optimizer, of the rank with the most parameters."""
     gather: float
-    """Of parameters, where no forward pass hides it."""
+    """Of parameters after the step; what forward passes wait for is in `schedule`."""
     run: Run
     """The schedule, of the first replica."""
 
@@ -137,16 +137,19 @@ class IterationModel:
             forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
         return forward, backward
 
-    def run(self, shares: Floats, evenly: bool = False, record: bool = False) -> Run:
-        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`."""
+    def run(self, shares: Floats, evenly: bool = False, record: bool = False, gathers: bool = True) -> Run:
+        """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`.
+
+        gathers: whether the first passes wait for parameters with overlap_param_gather.
+        """
         leading, count = shares.shape[:-2], self.setup.num_microbatches
         forward, backward = (
             np.broadcast_to(seconds, (*leading, count, self.num_chunks)) for seconds in self.passes(shares, evenly)
         )
         waits = None
-        if self.setup.config.parallel.overlap_param_gather:
+        if gathers and self.setup.config.parallel.overlap_param_gather:
             first = (self.spread_evenly(shares) if evenly else shares)[..., 0, :]
-            waits = functools.partial(self._first_forward, first, self._gathered())
+            waits = functools.partial(self._first_forward, first)
         return run_schedule(
             forward,
             backward,
@@ -157,28 +160,47 @@ class IterationModel:
             record=record,
         )
 
-    def _gathered(self) -> dict[int, float]:
-        """When each owner's parameters have been gathered, one bucket after the other from the iteration's start."""
-        ready: dict[int, float] = {}
-        for rank in range(self.num_ranks):
-            clock = 0.0
-            for chunk in range(rank, self.num_chunks, self.num_ranks):
-                for bucket in reversed(self.buckets[chunk]):
-                    clock += bucket.size * self.step_costs.second_per_gathered
-                    ready.update(dict.fromkeys(bucket.owners, clock))
-        return ready
+    @functools.cached_property
+    def _bucket_starts(self) -> list[dict[int, list[tuple[float, int]]]]:
+        """Of each chunk and owner in forward order: which share of it precedes each bucket that begins in it, its size.
 
-    def _first_forward(self, shares: Floats, ready: dict[int, float], chunk: int, start: Floats) -> Floats:
-        """When a chunk's first forward pass ends, each of its parts waiting for its parameters. shares: [n, L]."""
-        clock = start
-        if chunk == 0:
-            clock = np.maximum(clock, ready[0]) + self.costs.embedding_forward.total
-        for layer in self.chunk_layers[chunk]:
-            share = shares[..., layer - 1]
-            clock = np.where(share > 0, np.maximum(clock, ready[layer]), clock) + share * self.layer_forward[layer - 1]
-        if chunk == self.num_chunks - 1:
-            last = self.setup.config.model.num_layers + 1
-            clock = np.maximum(clock, ready[last]) + self.costs.output_forward.total
+        As much of a layer's time passes before a bucket is needed as of its parameters come before.
+        """
+        starts = []
+        for chunk, buckets in enumerate(self.buckets):
+            params = chunk_parameters(self.setup.config, self.setup.vocab_size, self.setup.placement, chunk)
+            sizes: dict[int, int] = {}
+            for size, owner in params:
+                sizes[owner] = sizes.get(owner, 0) + size
+            found: dict[int, list[tuple[float, int]]] = {owner: [] for owner in sizes}
+            begin, left = 0, list(reversed(buckets))
+            for owner, size in sizes.items():
+                while left and begin < size:
+                    found[owner].append((begin / size, left[0].size))
+                    begin += left.pop(0).size
+                begin -= size
+            starts.append(found)
+        return starts
+
+    def _first_forward(self, shares: Floats, chunk: int, start: Floats) -> Floats:
+        """When a chunk's first forward pass ends, which waits for each bucket of its parameters. shares: [n, L].
+
+        The first one's gather begins with the pass, each other's when the one before is first needed; dropped layers
+        wait as well (param_and_grad_buffer.py:310, finish_param_sync; mcore/ddp.py).
+        """
+        seconds: dict[int, Floats | float] = {
+            layer: shares[..., layer - 1] * self.layer_forward[layer - 1] for layer in self.chunk_layers[chunk]
+        }
+        seconds[0] = self.costs.embedding_forward.total
+        seconds[self.setup.config.model.num_layers + 1] = self.costs.output_forward.total
+        clock = dispatched = start
+        for owner, starts in self._bucket_starts[chunk].items():
+            passed = 0.0
+            for share, size in starts:
+                clock = clock + (share - passed) * seconds[owner]
+                clock = np.maximum(clock, dispatched + size * self.step_costs.second_per_gathered)
+                dispatched, passed = clock, share
+            clock = clock + (1.0 - passed) * seconds[owner]
         return clock
 
     def times(self, replicas: Sequence[Floats], evenly: bool = False) -> IterationTimes:
@@ -269,11 +291,12 @@ class IterationModel:
             "embedding": count * embedding.total * first,
             "pipeline transfers": float(times.run.sent[rank]),
         }
-        waiting = float(times.schedule[0]) - sum(parts.values())
+        ungathered = float(self.run(np.ones((1, 1, self.setup.config.model.num_layers)), gathers=False).end[0])
+        waiting = ungathered - sum(parts.values()) if self.num_ranks > 1 else 0.0
         return {
             **parts,
             "pipeline bubble and waiting": waiting,
             "gradient reduction, exposed": float(times.exposed_reduction[0]),
             "optimizer": times.step,
-            "parameter gathering, exposed": times.gather,
+            "parameter gathering, exposed": times.gather + float(times.schedule[0]) - ungathered,
         }

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from megatron_sbld.predict.gain import Prediction, Target
 from megatron_sbld.predict.memory import MARGIN, RankMemory
 from megatron_sbld.predict.parameters import num_parameters
+from megatron_sbld.predict.propose import Proposal
 from megatron_sbld.training.flops import model_flops_per_token
 
 if TYPE_CHECKING:
     from megatron_sbld.predict.command import Outcome
 
 _WORTH_SAYING = 0.002  # of an iteration: parts below it are summed up as others
+_ROUNDING = 1e-9
 
 
 def print_report(outcome: Outcome) -> None:
@@ -57,7 +59,7 @@ def _parts(outcome: Outcome) -> str:
     total = outcome.baseline_s
     shown = {name: seconds for name, seconds in outcome.parts.items() if abs(seconds) > _WORTH_SAYING * total}
     others = sum(outcome.parts.values()) - sum(shown.values())
-    if others > 0:
+    if others > _ROUNDING * total:
         shown["others"] = others
     lines = [f"{'undropped iteration, busiest rank':<38}{'ms':>10}{'share':>9}"]
     lines += [f"  {name:<36}{1e3 * seconds:>10.1f}{seconds / total:>9.1%}" for name, seconds in shown.items()]
@@ -69,11 +71,30 @@ def _gains(outcome: Outcome) -> str:
     lines = [prediction_table(outcome.predictions, outcome)]
     if not outcome.predictions:
         lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
-    if outcome.undropped_placement is not None:
-        layout, saved = outcome.undropped_placement
-        if saved > _WORTH_SAYING:
-            lines.append(f"With nothing dropped, {layout} would save {saved:.1%} of an iteration.")
+    drop = outcome.setup.config.drop
+    if drop.policy != "none" and drop.dropped_update == "freeze":
+        lines.append(
+            "drop.dropped_update freeze: not counted is that the optimizer's step and the gathers of parameters leave "
+            "dropped layers out"
+        )
+    proposals = {proposal.placement: proposal for proposal in outcome.proposals}
+    lines += [_proposal(proposal, outcome) for proposal in proposals.values()]
+    nothing = outcome.undropped_proposal
+    if nothing is not None and (saved := 1.0 - nothing.prediction.iteration_s / outcome.baseline_s) > _WORTH_SAYING:
+        layout = nothing.placement.layout
+        lines.append(f"With nothing dropped, {layout} would save {saved:.1%} of an iteration.")
+        if nothing.placement not in proposals:
+            lines.append(_proposal(nothing, outcome))
     return "\n".join(lines)
+
+
+def _proposal(proposal: Proposal, outcome: Outcome) -> str:
+    """What a proposed placement needs of memory."""
+    capacity, layout, worst = outcome.setup.hardware.memory_gb, proposal.placement.layout, proposal.worst
+    needs = f"{worst.total:.1f} GB of {capacity:g} GB on stage {worst.rank}"
+    if not proposal.fits:
+        return f"NOT PROPOSED: {layout} would gain {proposal.prediction.gain:+.1%}, but needs {needs}"
+    return f"{layout} needs at most {needs}" + (": DOES NOT FIT EITHER" if worst.total > capacity else "")
 
 
 def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str:
@@ -85,22 +106,28 @@ def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str
         f"{'imbalance':>10}{'s/iter.':>9}{'hours':>9}{'GPU hours':>11}" + ("  layout" if several else "")
     )
     first = (
-        f"{'undropped':<17}{'-':>6} {'-':<12}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}{outcome.baseline_imbalance:>10.1%}"
-        f"{outcome.baseline_s:>9.3f}{outcome.hours:>9.1f}{outcome.hours * outcome.setup.gpus:>11,.0f}"
-        + ("  A" if several else "")
+        f"{'undropped':<17}{'-':>6} {'-':<12}{1:>9.3f}{'-':>8}{'-':>8}{'-':>6}"
+        f"{_percent(outcome.baseline_imbalance):>10}{outcome.baseline_s:>9.3f}{outcome.hours:>9.1f}"
+        f"{outcome.hours * outcome.setup.gpus:>11,.0f}" + ("  A" if several else "")
     )
     lines = [header, first]
     for entry in predictions:
         name = f"{entry.policy:<17}{entry.theta:>6.3g} {entry.sampler:<12}"
         lines.append(
             (f"{'undropped':<17}{'-':>6} {'-':<12}" if entry.policy == "none" else name)
-            + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{entry.gain:>+8.1%}{100 * entry.gain_stderr:>6.1f}"
-            f"{entry.lost_to_imbalance:>10.1%}{entry.iteration_s:>9.3f}{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
+            + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{_percent(entry.gain, '+'):>8}"
+            f"{100 * entry.gain_stderr:>6.1f}{_percent(entry.lost_to_imbalance):>10}{entry.iteration_s:>9.3f}"
+            f"{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
             + (f"  {chr(ord('A') + layouts.index(entry.layout))}" if several else "")
         )
     if several:
         lines += [f"{chr(ord('A') + index)} = {layout}" for index, layout in enumerate(layouts)]
     return "\n".join(lines)
+
+
+def _percent(share: float, sign: str = "") -> str:
+    """A share in percent with a decimal, of which none is -0.0 %."""
+    return f"{round(share, 3) + 0.0:{sign}.1%}"
 
 
 def _memory(outcome: Outcome) -> str:

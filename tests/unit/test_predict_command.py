@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from predict_helpers import make_setup
 
 from megatron_sbld.cli import main
+from megatron_sbld.predict.command import PredictOptions
+from megatron_sbld.predict.command import predict as predict_config
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
 
 CONFIG = """
@@ -64,6 +67,23 @@ def test_a_measured_throughput_takes_the_assumptions_place(config, capsys):
     assert "DP 2; 8 microbatches of 1" in shown
 
 
+@pytest.mark.parametrize(
+    "length",
+    [
+        ("--training.train_iters", "null", "--training.train_samples", 16_000, "--optimizer.lr_warmup_samples", 1600),
+        ("--optimizer.lr_warmup_iters", 500),
+    ],
+)
+def test_another_length_leaves_the_learning_rates_fields_alone_and_is_checked_with_the_drop_sections(
+    config, capsys, length
+):
+    arguments = ("--config", config, "--gpus", 2, *length, "--iterations")
+    assert predict(*arguments, 100) == 0
+    capsys.readouterr()
+    assert predict(*arguments, 2, "--drop.schedule", "pwegd", "--drop.epsilon", 1) == 2
+    assert "peak_iteration = 0.2 is not allowed" in capsys.readouterr().err
+
+
 def test_options_may_have_dashes_and_compare_needs_no_value(config, capsys):
     arguments = ("--config", config, "--gpus", 2, "--target-gain", 0.1, "--compare-policies", "--hardware=h200")
     assert predict(*arguments) == 0
@@ -82,6 +102,22 @@ def test_interleaved_stages_are_shown_with_their_chunks_balanced_as_well(config,
     assert "balanced 4 " in shown
 
 
+def test_no_share_is_shown_as_minus_zero(config, capsys):
+    overlap = ("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather")
+    arguments = [word for name in overlap for word in (f"--parallel.{name}", "true")]
+    assert predict("--config", config, "--gpus", 4, *arguments, "--parallel.pipeline_model_parallel_size", 1) == 0
+    shown = capsys.readouterr().out
+    assert "-0.0%" not in shown
+    assert "bubble" not in shown
+    assert "parameter gathering, exposed" in shown
+
+
+def test_what_freezing_dropped_layers_saves_is_said_not_to_be_counted(config, capsys):
+    for update, said in (("apply", False), ("freeze", True)):
+        assert predict("--config", config, "--gpus", 2, "--drop.dropped_update", update) == 0
+        assert ("drop.dropped_update freeze: not counted" in capsys.readouterr().out) is said
+
+
 def test_with_policy_none_the_baseline_alone_is_shown(config, capsys):
     assert predict("--config", config, "--gpus", 2, "--drop.policy", "none") == 0
     shown = capsys.readouterr().out
@@ -93,6 +129,33 @@ def test_a_model_that_does_not_fit_is_said_not_to(config, capsys):
     sizes = ("--model.hidden_size", 16384, "--model.num_layers", 32, "--drop.theta", 0.9)
     assert predict("--config", config, "--gpus", 2, *sizes) == 0
     assert "DOES NOT FIT: stage 1 needs" in capsys.readouterr().out
+
+
+def test_a_proposed_placement_is_shown_with_its_memory_and_not_where_it_does_not_fit(tmp_path, capsys):
+    config = make_setup(2, num_layers=16, pipeline_model_parallel_size=2, policy="pld", theta=0.4).config
+
+    def shown(memory):
+        hardware = tmp_path / "cluster.yaml"
+        fields = f"peak_tflops: 312, memory_gb: {memory}, hbm_bandwidth: 1555"
+        hardware.write_text(f"{{{fields}, intra_bandwidth: 300, inter_bandwidth: 25}}")
+        outcome = predict_config(config, PredictOptions(gpus=2, hardware=str(hardware), vocab_size=1024, mfu=0.05))
+        return outcome, {entry.layout for entry in outcome.predictions}, capsys.readouterr().out
+
+    outcome, layouts, text = shown(40)
+    assert layouts == {"Et*8|t*8L", *(proposal.placement.layout for proposal in outcome.proposals)}
+    assert len(layouts) > 1
+    assert "GB of 40 GB on stage 2" in text
+    own = max(rank.total for rank in outcome.memory)
+    needed = max(proposal.worst.total for proposal in outcome.proposals)
+    outcome, fewer, text = shown((own + needed) / 2)
+    assert fewer < layouts
+    assert "NOT PROPOSED: Et*" in text
+
+
+def test_more_stages_than_layers_are_predicted(config, capsys):
+    layout = ("--parallel.pipeline_model_parallel_layout", "E|t|t|L", "--parallel.pipeline_model_parallel_size", 4)
+    assert predict("--config", config, "--gpus", 4, "--model.num_layers", 2, "--mfu", 0.1, *layout) == 0
+    assert "pld" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

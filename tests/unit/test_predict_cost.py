@@ -29,15 +29,31 @@ def costs(efficiency=0.5, attention="flash", replicas=1, **fields):
 
 
 def test_a_group_within_a_node_has_its_links_and_one_over_nodes_its_part_of_the_network():
-    assert HARDWARE.group_rate(8, 1) == 100e9
-    assert HARDWARE.group_rate(16, 1) == 8 * 10e9  # eight rings enter each node
-    assert HARDWARE.group_rate(4, 8) == 10e9  # one rank on each node
-    assert HARDWARE.group_rate(8, 2) == 4 * 10e9
-    assert HARDWARE.group_rate(4, 2) == 100e9
+    assert HARDWARE.group_rate(8, 1, 16) == 100e9
+    assert HARDWARE.group_rate(16, 1, 32) == 8 * 10e9  # eight rings enter each node
+    assert HARDWARE.group_rate(4, 8, 32) == 10e9  # one rank on each node
+    assert HARDWARE.group_rate(8, 2, 32) == 4 * 10e9
+    assert HARDWARE.group_rate(4, 2, 16) == 100e9
     fast = dataclasses.replace(HARDWARE, inter_bandwidth=50.0)
-    assert fast.group_rate(16, 1) == 100e9  # the node's own links are narrower then
+    assert fast.group_rate(16, 1, 32) == 100e9  # the node's own links are narrower then
     assert HARDWARE.link_rate(2, 4) == 100e9
     assert HARDWARE.link_rate(4, 4) == 10e9
+
+
+def test_a_group_that_does_not_divide_a_node_lies_on_two_and_the_slowest_decides():
+    # 24 GPUs, 8 a node. TP 2 x DP 3: {0, 2, 4} is on a node, {6, 8, 10} has one rank on the first and two on the next.
+    assert HARDWARE.group_rate(3, 2, 24) == 10e9
+    assert HARDWARE.group_rate(3, 1, 24) == 10e9  # TP 3: {6, 7, 8}
+    assert HARDWARE.group_rate(6, 1, 24) == 2 * 10e9  # TP 6: {6, ..., 11}
+    assert HARDWARE.group_rate(3, 2, 6) == HARDWARE.group_rate(6, 1, 6) == 100e9  # a single block, at a node's start
+    assert HARDWARE.group_rate(12, 1, 12) == 4 * 10e9
+    fields = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "global_batch_size": 15}
+    setup = make_setup(24, **fields)
+    expected = 2 * (2 / 3) * 4 / 10e9
+    assert step_costs(setup.config, HARDWARE, 3).second_per_reduced == pytest.approx(expected)
+    by_three = {"tensor_model_parallel_size": 3, "hidden_size": 192, "num_attention_heads": 3}
+    within, across = (costs(gpus=3 * count, replicas=count, **by_three) for count in (1, 4))
+    assert across.layer_forward.communication == pytest.approx(10 * within.layer_forward.communication)
 
 
 def test_products_of_a_layer_take_its_flops_at_the_share_of_the_peak():
@@ -261,3 +277,59 @@ def test_the_parts_of_an_undropped_iteration_sum_to_it():
         parts = model.undropped_parts()
         assert sum(parts.values()) == pytest.approx(float(model.undropped.total[0]))
         assert min(parts.values()) >= -1e-12
+
+
+def test_on_one_stage_waiting_for_parameters_is_gathering_and_no_bubble():
+    slow = dataclasses.replace(HARDWARE, intra_bandwidth=0.5)
+    fields = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    model = IterationModel(make_setup(2, hardware=slow, **fields), 0.5)
+    parts = model.undropped_parts()
+    assert parts["pipeline bubble and waiting"] == 0
+    size = sum(bucket.size for bucket in model.buckets[0])
+    whole = size * model.step_costs.second_per_gathered
+    assert 0.5 * whole < parts["parameter gathering, exposed"] <= whole
+    assert sum(parts.values()) == pytest.approx(float(model.undropped.total[0]))
+    stages = IterationModel(make_setup(4, hardware=slow, pipeline_model_parallel_size=2, **fields), 0.5)
+    parts = stages.undropped_parts()
+    assert min(parts["pipeline bubble and waiting"], parts["parameter gathering, exposed"]) > 0
+    assert sum(parts.values()) == pytest.approx(float(stages.undropped.total[0]))
+
+
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.0])
+def test_a_later_stages_gather_begins_with_its_first_pass_whether_its_layers_are_dropped_or_not(kept: float):
+    slow = dataclasses.replace(HARDWARE, intra_bandwidth=0.5)
+    fields = {"pipeline_model_parallel_size": 2, "ddp_bucket_size": 10**9, **OVERLAPPED}
+    model = IterationModel(make_setup(4, hardware=slow, **fields), 0.5)
+    shares = np.full((1, 1, 8), kept)
+    forward = model.passes(shares)[0][0, 0]
+    gathers = [chunk[0].size * model.step_costs.second_per_gathered for chunk in model.buckets]
+    assert [len(chunk) for chunk in model.buckets] == [1, 1]
+    run = model.run(shares, record=True)
+    first, second = (event for event in run.events if event.what.is_forward and event.what.microbatch == 0)
+    assert first.end[0] == pytest.approx(gathers[0] + forward[0])
+    assert second.start[0] == pytest.approx(first.end[0] + model.costs.transfer)
+    assert second.end[0] == pytest.approx(second.start[0] + gathers[1] + forward[1])
+
+
+def test_each_bucket_of_a_stage_is_gathered_while_the_one_before_is_in_use():
+    def model(gbps: float) -> IterationModel:
+        hardware = dataclasses.replace(HARDWARE, intra_bandwidth=gbps)
+        fields = {"pipeline_model_parallel_size": 2, "ddp_bucket_size": 300_000, **OVERLAPPED}
+        return IterationModel(make_setup(4, hardware=hardware, **fields), 0.5)
+
+    def first_pass(model: IterationModel, kept: float) -> float:
+        events = model.run(np.full((1, 1, 8), kept), record=True).events
+        return float(next(event.end[0] for event in events if event.rank == 0))
+
+    slow, fast = model(0.5), model(1e6)
+    sizes = [bucket.size for bucket in slow.buckets[0]]
+    assert len(sizes) > 4
+    gather = sum(sizes) * slow.step_costs.second_per_gathered
+    embedding, layers = slow.costs.embedding_forward.total, 4 * slow.layer_forward[0]
+    assert gather <= first_pass(slow, 0.0) <= gather + embedding  # no layer to hide it behind
+    assert gather < first_pass(slow, 1.0) < gather + embedding + layers
+    first = sizes[-1] * fast.step_costs.second_per_gathered  # nothing hides this one
+    assert first_pass(fast, 1.0) == pytest.approx(first + embedding + layers)
