@@ -1,8 +1,8 @@
 """Compares runs of Megatron-LM by their TensorBoard scalars; for scripts/check_patches.sh. Each command prints a line.
 
 compare_runs.py same A B            losses, gradient norms and learning rates of the iterations that both have
-compare_runs.py decisions A FILE    theta, mean_keep_prob, kept_fraction and each layer's keep_prob against the plan, both
-                                    throughputs against each other
+compare_runs.py decisions A FILE    theta, mean_keep_prob, kept_fraction and each layer's keep_prob against the plan,
+                                    throughput executed against undropped
 compare_runs.py sensitivity FILE    write the sensitivity file of the runs
 """
 
