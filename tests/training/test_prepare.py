@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 import lzma
@@ -55,6 +56,7 @@ def in_child(function):
     """Exit code of `function` in a forked process: negative for the signal that ended it."""
     pid = os.fork()
     if pid == 0:
+        gc.disable()  # objects of earlier tests may have threads that a fork does not copy
         try:
             function()
         except BaseException as error:
