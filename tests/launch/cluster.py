@@ -122,8 +122,9 @@ class Cluster:
 
         def reached() -> bool:
             state = self.field(job, "JobState")
-            ended = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-            assert state in states or not ended, f"job {job} is {state}, not {states}\n{self.logs()}"
+            assert state in states or state not in (*ENDED, "NODE_FAIL"), (
+                f"job {job} is {state}, not {states}\n{self.logs()}"
+            )
             return state in states
 
         self.wait_until(reached, f"job {job} is {' or '.join(states)}", seconds)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +208,14 @@ def start_launcher(
 
 
 def wait_until_ready(folder: Path, processes: int = 2) -> None:
+    wait_until(lambda: len(list(folder.glob("ready_*"))) == processes)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("ready_*"))) < processes:
+    while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +249,8 @@ def test_signals_reach_the_workers_which_may_take_their_time(number: signal.Sign
 
 def test_a_request_that_comes_before_the_workers_reaches_them(tmp_path: Path) -> None:
     launcher = start_launcher(tmp_path, "sleep 100")
-    while not catches(launcher.pid, signal.SIGUSR1):
-        assert launcher.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: launcher.poll() is not None or catches(launcher.pid, signal.SIGUSR1))
+    assert launcher.poll() is None
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(60) == 75
 
@@ -288,11 +292,8 @@ def test_a_run_of_the_script_is_asked_to_stop_and_says_so_in_its_log(tmp_path: P
         stdout=subprocess.DEVNULL,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or not metrics.read_text():
-        assert script.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: script.poll() is not None or (metrics.exists() and bool(metrics.read_text())))
+    assert script.poll() is None
     script.send_signal(signal.SIGUSR1)
     assert script.wait(120) == 75
     (log,) = (tmp_path / "logs").glob("pretrain-*.log")

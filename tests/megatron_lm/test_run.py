@@ -143,12 +143,32 @@ def test_a_checkpoint_without_layer_dropping_is_taken_and_a_changed_seed_is_told
     assert "drop seed: 1234 when saved, 7 now" in caplog.text
 
 
-def test_a_dynamic_sensitivity_goes_on_from_its_state(tmp_path: Path) -> None:
-    path = str(tmp_path / "sensitivity.json")
+def dynamic_sensitivity(folder: Path) -> tuple[str, ...]:
+    """Arguments of a run that keeps its sensitivity up to date."""
+    path = str(folder / "sensitivity.json")
     gaps = [0.1 * layer for layer in range(LAYERS)]
     SensitivityFile.from_gaps(gaps, [0.05] * LAYERS, {"command": "made up"}).save(path)
     words = ("--sbld-policy", "sbld", "--sbld-sensitivity", path, "--sbld-theta", "0.5")
-    words += ("--sbld-sensitivity-update", "dynamic", "--sbld-update-interval", "10", "--sbld-update-memory", "200")
+    return (
+        *words,
+        "--sbld-sensitivity-update",
+        "dynamic",
+        "--sbld-update-interval",
+        "10",
+        "--sbld-update-memory",
+        "200",
+    )
+
+
+def test_a_loss_that_sensitivity_cannot_be_kept_from_is_named(tmp_path: Path) -> None:
+    run, *_ = attached(*dynamic_sensitivity(tmp_path))
+    run.train_step(lambda: ({}, 0))  # as of an iteration that is left out
+    with pytest.raises(ValueError, match="reports no 'lm loss', of which sensitivity is made; it has my loss"):
+        run.train_step(lambda: ({"my loss": torch.tensor(5.0)}, 0))
+
+
+def test_a_dynamic_sensitivity_goes_on_from_its_state(tmp_path: Path) -> None:
+    words = dynamic_sensitivity(tmp_path)
     noise = np.random.default_rng(0).normal(size=201)
 
     def observed(run: LayerDropping, iteration: int) -> list[float]:
