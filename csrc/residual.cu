@@ -11,7 +11,15 @@ namespace {
 using namespace sbld;
 
 constexpr int kThreads = 256;
-constexpr int kRowsInFlight = 4;  // of backward_bias_kernel: rows that a thread has loaded before it computes
+// backward_bias_kernel: a block has a tile of 16 groups and the lanes of a chunk. Of 80 shapes tried on one H200 this one was
+// within 3 % of the best at every hidden size from 1024 to 8192.
+constexpr int kTileGroups = 16;
+constexpr int kRowsInFlight = 4;  // rows that a thread has loaded before it computes
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksInFlight = 3;  // of a multiprocessor, in half precision; with 4 there are too few registers
+#else
+constexpr int kBlocksInFlight = 4;
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A group in registers
@@ -23,7 +31,8 @@ struct Words {  // 8 elements as they are in memory
 
 __device__ __forceinline__ uint4 load_16_bytes(const void *from) {
   uint4 words;
-  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+  // Nothing is read twice: past the L1 cache.
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                : "l"(from)
                : "memory");
@@ -51,6 +60,14 @@ __device__ __forceinline__ float element_of(const Words<T> &words, int i) {
 template <typename T>
 __device__ __forceinline__ uint32_t pair_of(const float *values) {
   return from_float<T>(values[0]).raw | static_cast<uint32_t>(from_float<T>(values[1]).raw) << 16;
+}
+
+// One instruction for both, where from_float takes a dozen.
+template <>
+__device__ __forceinline__ uint32_t pair_of<bfloat16>(const float *values) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(values[1]), "f"(values[0]));
+  return pair;
 }
 
 template <typename T>
@@ -123,9 +140,23 @@ __device__ __forceinline__ int size_of_group(const sbld_residual_args &args, int
   return left < kGroup ? static_cast<int>(left) : kGroup;
 }
 
-__device__ __forceinline__ uint32_t kept_of_group(const sbld_residual_args &args, int64_t row, int64_t group) {
-  const uint64_t seed = args.drop_threshold > 0 ? static_cast<uint64_t>(*args.seed) : 0;
-  return kept_mask(seed, row, static_cast<uint32_t>(group), args.drop_threshold);
+__device__ __forceinline__ Philox random_of(const sbld_residual_args &args, int64_t row, int64_t group) {
+  if (args.drop_threshold == 0) return Philox{};
+  return random_of_group(static_cast<uint64_t>(*args.seed), row, group);
+}
+
+// Programmatic dependent launch (compute capability 9): the next kernel in the stream may be brought onto the device, where it
+// waits in `wait_for_kernel_before` until this one has written everything.
+__device__ __forceinline__ void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // As torch's indexing does: the error is seen at the next synchronisation.
@@ -171,13 +202,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const sbld_residual_a
   x.load(static_cast<const X *>(args.x) + x_row * args.hidden + column, size);
   const bool has_bias = args.bias != nullptr;
   if (has_bias) bias.load(static_cast<const X *>(args.bias) + column, size);
-  const uint32_t mask = kept_of_group(args, row, group);
+  const Philox random = random_of(args, row, group);
   float values[kGroup];
   SBLD_UNROLL
   for (int i = 0; i < kGroup; ++i) {
     if (!kVector && i >= size) continue;
     const float branch = has_bias ? add(x.get(i), bias.get(i)) : x.get(i);
-    values[i] = forward_element(branch, residual.get(i), args.multiplier, mask >> i & 1u);
+    values[i] = forward_element(branch, residual.get(i), args.multiplier, is_kept(random, i, args.drop_threshold));
   }
   Group<R, kVector> result;
   result.set(values);
@@ -195,59 +226,72 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const sbld_residual_
   const int64_t column = group * kGroup;
   Group<R, kVector> d_y;
   d_y.load(static_cast<const R *>(args.d_y) + row * args.hidden + column, size);
-  const uint32_t mask = kept_of_group(args, row, group);
+  const Philox random = random_of(args, row, group);
   float values[kGroup];
   SBLD_UNROLL
   for (int i = 0; i < kGroup; ++i) {
     if (!kVector && i >= size) continue;
-    values[i] = backward_element(d_y.get(i), args.multiplier, mask >> i & 1u);
+    values[i] = backward_element(d_y.get(i), args.multiplier, is_kept(random, i, args.drop_threshold));
   }
   Group<X, kVector> d_x;
   d_x.set(values);
   d_x.store(static_cast<X *>(args.d_x) + x_row * args.hidden + column, size);
 }
 
-// Sums the rows of its chunk, in their order, into partial [chunks, hidden]; d_x may be null.
-template <typename X, typename R, bool kVector>
-__global__ void __launch_bounds__(kThreads) backward_bias_kernel(const sbld_residual_args args, float *partial) {
-  const int64_t group = group_of_thread(), chunk = row_of_thread();
-  const int64_t x_rows = num_x_rows(args), rows_of_chunk = chunk_rows(x_rows);
-  if (group >= num_groups(args) || chunk * rows_of_chunk >= x_rows) return;
+// Sums a tile of a chunk's rows into partial [chunks, hidden]; d_x may be null. The grid is over tiles, then chunks, so that
+// blocks that run at the same time read neighbouring memory.
+template <typename X, typename R, bool kVector, bool kDropout>
+__global__ void __launch_bounds__(kTileGroups *kLanes, kVector && sizeof(R) == 2 ? kBlocksInFlight : 2)
+    backward_bias_kernel(const sbld_residual_args args, float *partial) {
+  __shared__ float lanes[kLanes][kTileGroups * kGroup];
+  const int64_t x_rows = num_x_rows(args), rows_of_chunk = chunk_rows(x_rows), chunk = blockIdx.y;
   const int64_t end = min((chunk + 1) * rows_of_chunk, x_rows);
-
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kTileGroups * kGroup;
+  const int64_t column = first_column + threadIdx.x * kGroup, group = column / kGroup;
   const int size = kVector ? kGroup : size_of_group(args, group);
-  const int64_t column = group * kGroup;
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*args.seed) : 0;
+
   float sums[kGroup] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-  for (int64_t first = chunk * rows_of_chunk; first < end; first += kRowsInFlight) {
-    Group<R, kVector> d_y[kRowsInFlight];
+  for (int64_t first = column < args.hidden ? chunk * rows_of_chunk + threadIdx.y : end; first < end;
+       first += kRowsInFlight * kLanes) {
     int64_t rows[kRowsInFlight];
     SBLD_UNROLL
+    for (int k = 0; k < kRowsInFlight; ++k) rows[k] = first + k * kLanes < end ? row_of(args, first + k * kLanes) : 0;
+    Group<R, kVector> d_y[kRowsInFlight];
+    SBLD_UNROLL
     for (int k = 0; k < kRowsInFlight; ++k) {
-      if (first + k >= end) break;
-      rows[k] = row_of(args, first + k);
       if (rows[k] < 0) refuse_index();
-      d_y[k].load(static_cast<const R *>(args.d_y) + rows[k] * args.hidden + column, size);
+      if (first + k * kLanes < end) d_y[k].load(static_cast<const R *>(args.d_y) + rows[k] * args.hidden + column, size);
     }
     SBLD_UNROLL
     for (int k = 0; k < kRowsInFlight; ++k) {
-      if (first + k >= end) break;
-      const uint32_t mask = kept_of_group(args, rows[k], group);
+      const int64_t x_row = first + k * kLanes;
+      if (x_row >= end) break;
+      const Philox random = kDropout ? random_of_group(seed, rows[k], group) : Philox{};
       float values[kGroup];
       SBLD_UNROLL
       for (int i = 0; i < kGroup; ++i) {
         if (!kVector && i >= size) continue;
-        values[i] = backward_element(d_y[k].get(i), args.multiplier, mask >> i & 1u);
+        values[i] = backward_element(d_y[k].get(i), args.multiplier,
+                                     !kDropout || is_kept(random, i, args.drop_threshold));
         sums[i] = add(sums[i], values[i]);
       }
       if (args.d_x == nullptr) continue;
       Group<X, kVector> d_x;
       d_x.set(values);
-      d_x.store(static_cast<X *>(args.d_x) + (first + k) * args.hidden + column, size);
+      d_x.store(static_cast<X *>(args.d_x) + x_row * args.hidden + column, size);
     }
   }
-  Group<float, kVector> result;
-  result.set(sums);
-  result.store(partial + chunk * args.hidden + column, size);
+  allow_next_kernel();
+  SBLD_UNROLL
+  for (int i = 0; i < kGroup; ++i) lanes[threadIdx.y][threadIdx.x * kGroup + i] = sums[i];
+  __syncthreads();
+  const int64_t own = threadIdx.y * kTileGroups + threadIdx.x;  // one thread a column
+  if (own >= kTileGroups * kGroup || first_column + own >= args.hidden) return;
+  float sum = 0.0f;
+  SBLD_UNROLL
+  for (int lane = 0; lane < kLanes; ++lane) sum = add(sum, lanes[lane][own]);
+  partial[chunk * args.hidden + first_column + own] = sum;
 }
 
 // partial [chunks, hidden] -> d_bias: a warp's lanes take columns, its block's rows take sections.
@@ -258,10 +302,15 @@ __global__ void sum_chunks_kernel(const sbld_residual_args args, const float *pa
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   const int64_t begin = threadIdx.y * kSectionChunks, end = min(begin + kSectionChunks, chunks);
   float section = 0.0f;
+  wait_for_kernel_before();
   if (column < args.hidden) {
+    float sums[kSectionChunks];
     SBLD_UNROLL
     for (int k = 0; k < kSectionChunks; ++k)
-      if (begin + k < end) section = add(section, partial[(begin + k) * args.hidden + column]);
+      if (begin + k < end) sums[k] = partial[(begin + k) * args.hidden + column];
+    SBLD_UNROLL
+    for (int k = 0; k < kSectionChunks; ++k)
+      if (begin + k < end) section = add(section, sums[k]);
   }
   sections[threadIdx.y][threadIdx.x] = section;
   __syncthreads();
@@ -317,6 +366,15 @@ void launch_forward(const sbld_residual_args &args, cudaStream_t stream) {
   }
 }
 
+// Whether a kernel may be launched before the one in front of it has ended. Not while a graph is captured: drivers before CUDA
+// 12.3 refuse it there.
+bool may_overlap(const sbld_residual_args &args, cudaStream_t stream) {
+  int major = 0;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args.device) == cudaSuccess && major >= 9 &&
+         cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone;
+}
+
 template <typename X, typename R, bool kVector>
 void launch_backward(const sbld_residual_args &args, cudaStream_t stream) {
   const int64_t x_rows = num_x_rows(args);
@@ -328,10 +386,24 @@ void launch_backward(const sbld_residual_args &args, cudaStream_t stream) {
   }
   float *partial = static_cast<float *>(args.workspace);
   const int64_t chunks = num_chunks(x_rows);
-  const Launch launch = launch_over(num_groups(args), chunks);
-  backward_bias_kernel<X, R, kVector><<<launch.grid, launch.block, 0, stream>>>(args, partial);
-  const unsigned tiles = static_cast<unsigned>((args.hidden + 31) / 32);
-  sum_chunks_kernel<X><<<tiles, dim3(32, kMaxChunks / kSectionChunks), 0, stream>>>(args, partial, chunks);
+  const dim3 grid(static_cast<unsigned>((num_groups(args) + kTileGroups - 1) / kTileGroups),
+                  static_cast<unsigned>(chunks));
+  const dim3 block(kTileGroups, kLanes);
+  if (args.drop_threshold > 0)
+    backward_bias_kernel<X, R, kVector, true><<<grid, block, 0, stream>>>(args, partial);
+  else
+    backward_bias_kernel<X, R, kVector, false><<<grid, block, 0, stream>>>(args, partial);
+
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((args.hidden + 31) / 32));
+  config.blockDim = dim3(32, kMaxChunks / kSectionChunks);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = may_overlap(args, stream) ? 1 : 0;
+  cudaLaunchKernelEx(&config, sum_chunks_kernel<X>, args, static_cast<const float *>(partial), chunks);
 }
 
 template <typename X, typename R>

@@ -141,20 +141,17 @@ SBLD_INLINE Philox philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
   return Philox{{c0, c1, c2, c3}};
 }
 
-// Which elements of a group are kept: bit i of the result is element i. The mask depends on the seed and on the element's
-// place in the residual stream alone, not on the index, the launch or the element type.
-SBLD_INLINE uint32_t kept_mask(uint64_t seed, int64_t row, uint32_t group, uint32_t threshold) {
-  if (threshold == 0) return 0xffu;
-  const Philox random =
-      philox4x32_10(group, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), 0u,
-                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  uint32_t mask = 0;
-  SBLD_UNROLL
-  for (int i = 0; i < kGroup; ++i) {
-    const uint32_t number = i % 2 == 0 ? random.word[i / 2] & 0xffffu : random.word[i / 2] >> 16;
-    mask |= static_cast<uint32_t>(number >= threshold) << i;
-  }
-  return mask;
+// The random bits of a group. They depend on the seed and on the elements' place in the residual stream alone, not on the
+// index, the launch or the element type.
+SBLD_INLINE Philox random_of_group(uint64_t seed, int64_t row, int64_t group) {
+  return philox4x32_10(static_cast<uint32_t>(group), static_cast<uint32_t>(row),
+                       static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), 0u, static_cast<uint32_t>(seed),
+                       static_cast<uint32_t>(seed >> 32));
+}
+
+// Whether dropout keeps element i of a group.
+SBLD_INLINE bool is_kept(const Philox &random, int i, uint32_t threshold) {
+  return (i % 2 == 0 ? random.word[i / 2] & 0xffffu : random.word[i / 2] >> 16) >= threshold;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -194,15 +191,16 @@ SBLD_INLINE int64_t num_rows(const sbld_residual_args &args) { return args.rows0
 SBLD_INLINE int64_t num_x_rows(const sbld_residual_args &args) { return args.x_rows0 * args.x_rows1; }
 SBLD_INLINE int64_t num_groups(const sbld_residual_args &args) { return (args.hidden + kGroup - 1) / kGroup; }
 
-// d_bias is summed in an order that depends on the shape alone: over the rows of a chunk, over the chunks of a section, over
-// the sections, each from the first to the last, starting at +0.
+// d_bias is summed in an order that the number of rows alone decides, each sum from the first to the last, starting at +0: a
+// lane of a chunk takes every kLanes-th of the chunk's rows; then the lanes of a chunk, the chunks of a section, the sections.
+constexpr int kLanes = 16;
+constexpr int64_t kMinLaneRows = 4;
 constexpr int64_t kMaxChunks = 256;
-constexpr int64_t kMinChunkRows = 32;
 constexpr int64_t kSectionChunks = 16;
 
 SBLD_INLINE int64_t chunk_rows(int64_t x_rows) {
-  const int64_t rows = (x_rows + kMaxChunks - 1) / kMaxChunks;
-  return rows < kMinChunkRows ? kMinChunkRows : rows;
+  const int64_t lane_rows = (x_rows + kMaxChunks * kLanes - 1) / (kMaxChunks * kLanes);
+  return kLanes * (lane_rows < kMinLaneRows ? kMinLaneRows : lane_rows);
 }
 
 SBLD_INLINE int64_t num_chunks(int64_t x_rows) { return (x_rows + chunk_rows(x_rows) - 1) / chunk_rows(x_rows); }

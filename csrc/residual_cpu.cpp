@@ -6,7 +6,7 @@ namespace {
 
 using namespace sbld;
 
-// Calls function(x_row, row, first element of the group, number of its elements, which are kept).
+// Calls function(x_row, row, first element of the group, number of its elements, their random bits).
 template <typename Function>
 const char *for_each_group(const sbld_residual_args &args, Function function) {
   const uint64_t seed = args.drop_threshold > 0 ? static_cast<uint64_t>(*args.seed) : 0;
@@ -16,7 +16,7 @@ const char *for_each_group(const sbld_residual_args &args, Function function) {
     for (int64_t group = 0; group < num_groups(args); ++group) {
       const int64_t first = group * kGroup;
       const int size = static_cast<int>(args.hidden - first < kGroup ? args.hidden - first : kGroup);
-      function(x_row, row, first, size, kept_mask(seed, row, static_cast<uint32_t>(group), args.drop_threshold));
+      function(x_row, row, first, size, args.drop_threshold > 0 ? random_of_group(seed, row, group) : Philox{});
     }
   }
   return nullptr;
@@ -30,12 +30,13 @@ const char *forward(const sbld_residual_args &args) {
   R *y = static_cast<R *>(args.y);
   if (args.index != nullptr && args.y != args.residual)
     memcpy(y, residual, static_cast<size_t>(num_rows(args) * args.hidden) * sizeof(R));
-  return for_each_group(args, [&](int64_t x_row, int64_t row, int64_t first, int size, uint32_t mask) {
+  return for_each_group(args, [&](int64_t x_row, int64_t row, int64_t first, int size, const Philox &random) {
     for (int i = 0; i < size; ++i) {
       const int64_t column = first + i, at = row * args.hidden + column;
       float branch = to_float(x[x_row * args.hidden + column]);
       if (bias != nullptr) branch = add(branch, to_float(bias[column]));
-      y[at] = from_float<R>(forward_element(branch, to_float(residual[at]), args.multiplier, mask >> i & 1u));
+      const bool kept = is_kept(random, i, args.drop_threshold);
+      y[at] = from_float<R>(forward_element(branch, to_float(residual[at]), args.multiplier, kept));
     }
   });
 }
@@ -46,19 +47,31 @@ const char *backward(const sbld_residual_args &args) {
   X *d_x = static_cast<X *>(args.d_x);
   X *d_bias = static_cast<X *>(args.d_bias);
   float *partial = static_cast<float *>(args.workspace);  // [chunks, hidden]
-  const int64_t chunks = num_chunks(num_x_rows(args)), rows_of_chunk = chunk_rows(num_x_rows(args));
-  if (d_bias != nullptr)
-    for (int64_t i = 0; i < chunks * args.hidden; ++i) partial[i] = 0.0f;
-  const char *error = for_each_group(args, [&](int64_t x_row, int64_t row, int64_t first, int size, uint32_t mask) {
+  float *lanes = partial + num_chunks(num_x_rows(args)) * args.hidden;  // [kLanes, hidden], of one chunk
+  const int64_t x_rows = num_x_rows(args), chunks = num_chunks(x_rows), rows_of_chunk = chunk_rows(x_rows);
+  const auto clear_lanes = [&] {
+    for (int64_t i = 0; i < kLanes * args.hidden; ++i) lanes[i] = 0.0f;
+  };
+  if (d_bias != nullptr) clear_lanes();
+  const char *error = for_each_group(args, [&](int64_t x_row, int64_t row, int64_t first, int size,
+                                               const Philox &random) {
     for (int i = 0; i < size; ++i) {
       const int64_t column = first + i;
-      const float d = backward_element(to_float(d_y[row * args.hidden + column]), args.multiplier, mask >> i & 1u);
+      const float d = backward_element(to_float(d_y[row * args.hidden + column]), args.multiplier,
+                                       is_kept(random, i, args.drop_threshold));
       if (d_x != nullptr) d_x[x_row * args.hidden + column] = from_float<X>(d);
-      if (d_bias != nullptr) {
-        float &sum = partial[x_row / rows_of_chunk * args.hidden + column];
-        sum = add(sum, d);
-      }
+      if (d_bias == nullptr) continue;
+      float &sum = lanes[x_row % rows_of_chunk % kLanes * args.hidden + column];
+      sum = add(sum, d);
     }
+    const bool ends_row = first + size == args.hidden;
+    if (d_bias == nullptr || !ends_row || (x_row % rows_of_chunk != rows_of_chunk - 1 && x_row != x_rows - 1)) return;
+    for (int64_t column = 0; column < args.hidden; ++column) {
+      float sum = 0.0f;
+      for (int64_t lane = 0; lane < kLanes; ++lane) sum = add(sum, lanes[lane * args.hidden + column]);
+      partial[x_row / rows_of_chunk * args.hidden + column] = sum;
+    }
+    clear_lanes();
   });
   if (error != nullptr || d_bias == nullptr) return error;
   for (int64_t column = 0; column < args.hidden; ++column) {
@@ -82,7 +95,7 @@ size_t sbld_residual_forward_workspace(const sbld_residual_args *) { return 0; }
 
 size_t sbld_residual_backward_workspace(const sbld_residual_args *args) {
   if (args->d_bias == nullptr) return 0;
-  return static_cast<size_t>(num_chunks(num_x_rows(*args)) * args->hidden) * sizeof(float);
+  return static_cast<size_t>((num_chunks(num_x_rows(*args)) + kLanes) * args->hidden) * sizeof(float);
 }
 
 const char *sbld_residual_forward(const sbld_residual_args *args) {

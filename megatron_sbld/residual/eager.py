@@ -19,7 +19,7 @@ GROUP = 8
 THRESHOLDS = 1 << 16
 """Values of an element's random bits: it is dropped where they are below the threshold."""
 
-_MAX_CHUNKS, _MIN_CHUNK_ROWS, _SECTION_CHUNKS = 256, 32, 16
+_LANES, _MIN_LANE_ROWS, _MAX_CHUNKS, _SECTION_CHUNKS = 16, 4, 256, 16
 _WORD = 0xFFFFFFFF
 
 
@@ -100,16 +100,19 @@ def backward(
 def ordered_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over the rows, [n, hidden] -> [hidden], in an order that n alone decides, the same on every device.
 
-    Over the rows of a chunk, the chunks of a section and the sections, each from the first to the last.
+    A lane of a chunk takes every 16th of its rows; then the lanes of a chunk, the chunks of a section and the sections
+    are summed, each from the first to the last.
     """
     num_rows, hidden = values.shape
     if num_rows == 0:
         return values.new_zeros(hidden)
-    chunk_rows = max(_MIN_CHUNK_ROWS, -(-num_rows // _MAX_CHUNKS))
-    sections = -(-num_rows // (chunk_rows * _SECTION_CHUNKS))
-    for length in (chunk_rows, _SECTION_CHUNKS, sections):
-        values = _sum_in_order(values, length)
-    return values[0]
+    lane_rows = max(_MIN_LANE_ROWS, -(-num_rows // (_MAX_CHUNKS * _LANES)))
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -num_rows % (_LANES * lane_rows)))
+    by_lane = padded.view(-1, lane_rows, _LANES, hidden).transpose(1, 2).reshape(-1, hidden)
+    sections = -(-num_rows // (_LANES * lane_rows * _SECTION_CHUNKS))
+    for length in (lane_rows, _LANES, _SECTION_CHUNKS, sections):
+        by_lane = _sum_in_order(by_lane, length)
+    return by_lane[0]
 
 
 def _sum_in_order(values: torch.Tensor, length: int) -> torch.Tensor:

@@ -104,6 +104,21 @@ def test_the_hot_kernels_move_16_bytes_at_a_time(compiled: Compiled, machine_cod
         assert sum(".128" not in load for load in loads) <= 2, (key, loads)
 
 
+def test_the_backward_kernel_with_a_bias_moves_16_bytes_at_a_time(
+    compiled: Compiled, machine_code: dict[tuple[str, str], str]
+) -> None:
+    hot = {key: code for key, code in machine_code.items() if re.search(r"backward_bias_kernelI\w+Lb1ELb[01]E", key[1])}
+    assert len(hot) == 10 * len(compiled.targets)  # 5 pairs of dtypes, with and without dropout
+    for key, code in hot.items():
+        loads, stores = (re.findall(rf"\b{name}\.E(?:\.\w+)*", code) for name in ("LDG", "STG"))
+        rows_at_once = 4
+        assert sum(".128" in load for load in loads) >= rows_at_once, (key, loads)
+        assert sum(".128" in store for store in stores) >= rows_at_once, (key, stores)
+        assert sum(".128" not in store for store in stores) == 1, (key, stores)  # a column's partial sum
+        # The seed, and from an index the row of each row of x.
+        assert sum(".128" not in load for load in loads) <= 1 + 2 * rows_at_once, (key, loads)
+
+
 def test_it_exports_its_own_functions_alone(compiled: Compiled) -> None:
     """A symbol of the static CUDA runtime would meet the one that torch brings."""
     if not shutil.which("nm"):
