@@ -23,7 +23,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
-from megatron_sbld.mcore.switchable import decoder_layers
+from megatron_sbld.mcore.switchable import decoder_layers, fuse_residual
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.step import this_device, train_step
@@ -90,6 +90,16 @@ class MegatronSbld(Peer):
             self._controller.begin_iteration(number, get_num_microbatches())
             assert self._controller.plan[0].tolist() == list(kept), "every peer takes the controller's decisions"
         return train_step(self._config, self._chunks, self._optimizer, [iter(batches)], stop_requested=False).loss
+
+
+class FusedMegatronSbld(MegatronSbld):
+    """The same with `drop.residual: fused`, in undropped iterations too."""
+
+    name = "megatron-sbld, residual: fused"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fuse_residual(self._chunks)
 
 
 class TorchPeer(Peer):

@@ -2,11 +2,12 @@
 """Measures this project beside other programs that drop layers: the same GPT, decisions and machine, in one run.
 
     python benchmarks/peers.py --out benchmarks/results/peers_cpu.md
-    python benchmarks/peers.py --peers megatron plain --keep-probs 0.5
+    python benchmarks/peers.py --peers fused megatron plain --keep-probs 0.5
 
-Peers: this project on megatron-core; Hugging Face transformers' OPT with its built-in LayerDrop (`pip install
-'.[bench]'`); a plain PyTorch loop that leaves dropped layers out. What they share and where they differ is
-in _peer_models.py. All run in one process, one after the other, on the same random tokens.
+Peers: this project on megatron-core, with Megatron's residual adds and with `drop.residual: fused`; Hugging Face
+transformers' OPT with its built-in LayerDrop (`pip install '.[bench]'`); a plain PyTorch loop that leaves dropped
+layers out. What they share and where they differ is in _peer_models.py. All run in one process, one after the other, on
+the same random tokens.
 
 What is measured. Rounds; in each round, for each keep_prob and each peer, one block of undropped and one of dropped
 iterations, then one undropped iteration whose layers are timed by hooks (_layer_times.py). The order of the peers
@@ -41,7 +42,15 @@ from _layer_times import ModuleTimer
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_load
 from _measure import DISTINCT_BATCHES, progress_bar, random_batches
 from _options import SHOWN, add_model_options, check_at_least, check_named_once, check_one_process
-from _peer_models import TRANSFORMERS_HINT, HuggingFaceOPT, MegatronSbld, Peer, PlainTorch, deepspeed_note
+from _peer_models import (
+    TRANSFORMERS_HINT,
+    FusedMegatronSbld,
+    HuggingFaceOPT,
+    MegatronSbld,
+    Peer,
+    PlainTorch,
+    deepspeed_note,
+)
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     get_num_microbatches,
@@ -58,7 +67,7 @@ from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("megatron", "opt", "plain")
+PEERS = ("megatron", "fused", "opt", "plain")
 
 
 class Decisions:
@@ -112,9 +121,11 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, config: Config) -> None:
         self.args = args
         self.decisions = Decisions(args)
-        controller = DropController(self.decisions.policy(), seed=args.seed)
+        policy = self.decisions.policy()
+        controllers = {name: DropController(policy, seed=args.seed) for name in ("megatron", "fused")}
         builders: dict[str, Callable[[], Peer]] = {
-            "megatron": lambda: MegatronSbld(config, args.vocab_size, controller, args.dropped_update),
+            "megatron": lambda: MegatronSbld(config, args.vocab_size, controllers["megatron"], args.dropped_update),
+            "fused": lambda: FusedMegatronSbld(config, args.vocab_size, controllers["fused"], args.dropped_update),
             "opt": lambda: HuggingFaceOPT(config, args.vocab_size),
             "plain": lambda: PlainTorch(config, args.vocab_size),
         }

@@ -40,7 +40,11 @@ def sharded_state(
     part = _holder(optimizer)
     initialise(part)
     if not isinstance(part, DistributedOptimizer):
-        return optimizer.sharded_state_dict(model_state, metadata=metadata, is_loading=is_loading)
+        state = optimizer.sharded_state_dict(model_state, metadata=metadata, is_loading=is_loading)
+        adam_state = state.get("optimizer", state)["state"]
+        if "common_step" in adam_state:
+            adam_state["common_step"] = adam_state["common_step"].cpu()  # a checkpoint names no device
+        return state
     with _padding_between_buckets(part):
         state = optimizer.sharded_state_dict(model_state, metadata=metadata, is_loading=is_loading)
     if state["param_state"] is None:  # gathered on another rank
@@ -69,18 +73,24 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         part.load_state_dict(loaded)
     for group, is_fused in zip(part.optimizer.param_groups, fused, strict=True):
         group["fused"] = is_fused  # chosen for this machine; the checkpoint may be another's
+    _place_steps(part.optimizer)
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
-    """Let torch's Adam, where Megatron took it, make a step in one pass over memory.
-
-    On a CPU torch otherwise steps parameter by parameter in a dozen operations. On a GPU its default is as good, and a
-    fused one would want `step` on the device, where megatron-core does not load it.
-    """
+    """Let torch's Adam, where Megatron took it, make a step in one pass over memory; before its first step."""
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if not part.is_stub_optimizer and is_torch_adam(part):
             for group in part.optimizer.param_groups:
                 group["fused"] = True
+
+
+def _place_steps(adam: torch.optim.Optimizer) -> None:
+    """Put each `step` where Adam reads it: a fused one on the parameter's device, another on the CPU."""
+    for group in adam.param_groups:
+        for param in group["params"]:
+            state = adam.state.get(param, {})
+            if "step" in state:
+                state["step"] = state["step"].to(param.device if group["fused"] else "cpu")
 
 
 def bucket_sizes(optimizer: MegatronOptimizer) -> list[list[int]]:
@@ -96,6 +106,7 @@ def initialise(optimizer: MegatronOptimizer) -> None:
     if is_torch_adam(optimizer):
         for state in optimizer.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+        _place_steps(optimizer.optimizer)
 
 
 @contextmanager

@@ -54,7 +54,10 @@ def residual_skip_add(
     """
     _check(x, residual, bias, index, dim)
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
-    return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
+    if _is_watched() or not (_is_plain(x) and _is_plain(residual)):
+        return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
+    y: torch.Tensor = _apply_direct(x, residual, bias, index, *random, dim)
+    return y
 
 
 def residual_skip_add_(
@@ -78,6 +81,20 @@ def residual_skip_add_(
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
     result: torch.Tensor = _InPlace.apply(x, residual, bias, index, *random, dim)
     return result
+
+
+def _is_watched() -> bool:
+    """Whether a compiler, a mode or a transform wants to see operators; else torch's dispatcher, which a call passes
+    twice on its way to a library, takes as long as the rest of the call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torch.Tensor | None, float, int]:
@@ -195,23 +212,27 @@ def _backward(
     x_dtype: torch.dtype,
     with_x: bool,
     with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d_x, d_bias); what is not asked for is empty."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(d_x, d_bias) in x's dtype; what is not asked for is None."""
     d_y, hidden = d_y.contiguous(), x_shape[-1]
-    d_x = d_y.new_empty(x_shape if with_x else 0, dtype=x_dtype)
-    d_bias = d_y.new_empty(hidden if with_bias else 0, dtype=x_dtype)
-    if 0 in x_shape:
-        return d_x, d_bias.zero_()
-    wanted = d_x if with_x else None, d_bias if with_bias else None
     library = library_for(d_y.device, x_dtype)
-    if library is not None:
-        launch.backward(library, d_y, index, seed, multiplier, threshold, dim, x_shape, x_dtype, *wanted)
-        return d_x, d_bias
-    rows = _rows(index, d_y.shape, dim)
-    made_x, made_bias = eager.backward(
-        d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_x, with_bias
-    )
-    return d_x if made_x is None else made_x.view(x_shape), d_bias if made_bias is None else made_bias
+    if library is None or 0 in x_shape:
+        rows = _rows(index, d_y.shape, dim)
+        d_x, d_bias = eager.backward(
+            d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_x, with_bias
+        )
+        return None if d_x is None else d_x.view(x_shape), d_bias
+    d_x = d_y.new_empty(x_shape, dtype=x_dtype) if with_x else None
+    d_bias = d_y.new_empty(hidden, dtype=x_dtype) if with_bias else None
+    launch.backward(library, d_y, index, seed, multiplier, threshold, dim, x_shape, x_dtype, d_x, d_bias)
+    return d_x, d_bias
+
+
+def _backward_operator(d_y: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_backward` as an operator, which can return no None: what is not asked for is empty."""
+    d_x, d_bias = _backward(d_y, *args)
+    nothing = d_y.new_empty(0, dtype=args[-3])
+    return nothing if d_x is None else d_x, nothing.clone() if d_bias is None else d_bias
 
 
 def _rows(index: torch.Tensor | None, shape: torch.Size, dim: int) -> torch.Tensor | None:
@@ -262,20 +283,41 @@ class _Gradient(torch.autograd.Function):
         ctx.plain_sum = index is None and (ctx.threshold, ctx.multiplier) == (0, 1.0) and x.dtype == residual.dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-        index, seed = ctx.saved_tensors
-        needs_x, _, with_bias, *_ = ctx.needs_input_grad
-        with_x = needs_x and not ctx.plain_sum
-        d_x = d_y if ctx.plain_sum else None  # the same tensor for both operands, as of torch's own sum
-        d_bias = None
-        if with_x or with_bias:
-            made_x, made_bias = torch.ops.megatron_sbld.residual_skip_add_backward(
-                *(d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim),
-                *(ctx.x_shape, ctx.x_dtype, with_x, with_bias),
-            )
-            d_x, d_bias = made_x if with_x else d_x, made_bias if with_bias else None
-        return d_x, d_y, d_bias, None, None, None, None, None
+        # The wrapper that refuses a second derivative costs as much as the rest: where none can be asked for, without.
+        return _gradients_once(ctx, d_y) if torch.is_grad_enabled() else _gradients(ctx, d_y)
+
+
+def _gradients(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
+    index, seed = ctx.saved_tensors
+    needs_x, _, with_bias, *_ = ctx.needs_input_grad
+    with_x = needs_x and not ctx.plain_sum
+    d_x = d_y if ctx.plain_sum else None  # the same tensor for both operands, as of torch's own sum
+    d_bias = None
+    if with_x or with_bias:
+        direct = _is_plain(d_y) and not _is_watched()
+        function = _backward if direct else torch.ops.megatron_sbld.residual_skip_add_backward
+        made_x, made_bias = function(
+            *(d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim, ctx.x_shape, ctx.x_dtype, with_x, with_bias)
+        )
+        d_x, d_bias = made_x if with_x else d_x, made_bias if with_bias else None
+    return d_x, d_y, d_bias, None, None, None, None, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+
+
+class _Direct(_Gradient):
+    """Without the operator, where nobody wants to see it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        _Gradient.save(ctx, inputs)
+        return _forward(*inputs)
+
+
+# Function.apply without its search for what functorch may have left behind, which takes a third of a call.
+_apply_direct = super(torch.autograd.Function, _Direct).apply
 
 
 class _Functional(_Gradient):
@@ -304,7 +346,7 @@ class _InPlace(_Gradient):
 for _device in ("CPU", "CUDA"):
     _operators.impl("residual_skip_add", _forward, _device)
     _operators.impl("residual_skip_add_", _forward_in_place, _device)
-    _operators.impl("residual_skip_add_backward", _backward, _device)
+    _operators.impl("residual_skip_add_backward", _backward_operator, _device)
 _operators.impl("residual_skip_add", _Functional.apply, "Autograd")
 torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
 torch.library.register_fake("megatron_sbld::residual_skip_add_", _fake_forward_in_place, lib=_operators)

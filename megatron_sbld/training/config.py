@@ -62,6 +62,10 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer spec; auto takes Transformer Engine where it is installed, else megatron-core's own modules."""
 
+    cross_entropy_loss_fusion: bool | None = None
+    """Megatron's loss in compiled functions, with fewer passes over the logits; in bf16 alone. None takes it where it
+    pays: on a GPU in bf16, where torch can compile."""
+
     @property
     def context(self) -> int:
         """Most tokens that the model takes at once: its learned positions, or the length that it is trained with."""

@@ -19,7 +19,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
+from torch.utils._triton import has_triton
 
+from megatron_sbld.mcore.grad_norm import clip_in_groups
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.mcore.optimizer_state import fuse_adam
 from megatron_sbld.residual.choice import library_for
@@ -77,6 +79,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         init_method_std=model.init_method_std,
         bias_activation_fusion=bias_activation_fusion,
         bias_dropout_fusion=on_gpu,
+        cross_entropy_loss_fusion=_fuses_loss(config, on_gpu),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
@@ -117,6 +120,12 @@ def _activation(model: ModelConfig, on_gpu: bool) -> tuple[Callable[[torch.Tenso
         return F.gelu, False
     fused = on_gpu and model.add_bias_linear
     return F.gelu if fused else gelu_tanh, fused
+
+
+def _fuses_loss(config: Config, on_gpu: bool) -> bool:
+    if config.model.cross_entropy_loss_fusion is not None:
+        return config.model.cross_entropy_loss_fusion
+    return on_gpu and config.training.precision == "bf16" and has_triton()
 
 
 def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:
@@ -201,8 +210,8 @@ def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -
         ),
         list(chunks),
     )
-    if not torch.cuda.is_available():
-        fuse_adam(optimizer)
+    fuse_adam(optimizer)
+    clip_in_groups()
     tconfig = get_model_config(chunks[0])
     tconfig.grad_scale_func = optimizer.scale_loss
     tconfig.finalize_model_grads_func = finalize_model_grads

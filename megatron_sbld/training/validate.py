@@ -220,6 +220,11 @@ def _model(config: Config) -> list[str]:
             f"model.max_position_embeddings = {model.max_position_embeddings}: must be at least "
             f"model.seq_length = {model.seq_length}"
         )
+    if model.cross_entropy_loss_fusion and config.training.precision != "bf16":
+        problems.append(
+            f"model.cross_entropy_loss_fusion = True with training.precision = {config.training.precision!r}: "
+            "Megatron's fused loss gives its gradient in bf16; must be false or null there"
+        )
     return problems
 
 

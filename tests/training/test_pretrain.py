@@ -186,6 +186,16 @@ def test_a_residual_that_cannot_be_computed_as_asked_is_refused_before_the_run(
     assert run_here(config) == 0, "it is not asked for"
 
 
+def test_the_fused_loss_is_megatrons(config: Config, tmp_path: Path) -> None:
+    """Where it is not asked for, a CPU does not take it."""
+    config = change(config, training={"precision": "bf16"})
+    stock = trained(config, tmp_path / "stock")
+    fused = trained(change(config, model={"cross_entropy_loss_fusion": True}), tmp_path / "fused")
+    assert trained(change(config, model={"cross_entropy_loss_fusion": False}), tmp_path / "not fused") == stock
+    np.testing.assert_allclose(fused, stock, rtol=2e-3)
+    assert fused != stock, "its sums have another order"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_like_fp32(config: Config, tmp_path: Path, precision: str) -> None:
     config = change(config, model=NO_DROPOUT)

@@ -20,6 +20,11 @@ VALID = change(
 )
 
 MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
+    (
+        {"model": {"cross_entropy_loss_fusion": True}, "training": {"precision": "fp16"}},
+        r"model.cross_entropy_loss_fusion = True with training.precision = 'fp16': Megatron's fused loss gives its "
+        r"gradient in bf16; must be false or null there",
+    ),
     # Ranges of single fields.
     ({"model": {"num_layers": 0}}, r"model.num_layers = 0: must be at least 1"),
     ({"model": {"hidden_size": -1024}}, r"model.hidden_size = -1024: must be at least 1"),
