@@ -216,7 +216,7 @@ def _backward(
     """(d_x, d_bias) in x's dtype; what is not asked for is None."""
     d_y, hidden = d_y.contiguous(), x_shape[-1]
     library = library_for(d_y.device, x_dtype)
-    if library is None or 0 in x_shape:
+    if library is None:
         rows = _rows(index, d_y.shape, dim)
         d_x, d_bias = eager.backward(
             d_y.view(-1, hidden), rows, seed, multiplier, threshold, x_dtype, with_x, with_bias
@@ -224,6 +224,8 @@ def _backward(
         return None if d_x is None else d_x.view(x_shape), d_bias
     d_x = d_y.new_empty(x_shape, dtype=x_dtype) if with_x else None
     d_bias = d_y.new_empty(hidden, dtype=x_dtype) if with_bias else None
+    if 0 in x_shape:  # an empty index has no address to tell a library
+        return d_x, None if d_bias is None else d_bias.zero_()
     launch.backward(library, d_y, index, seed, multiplier, threshold, dim, x_shape, x_dtype, d_x, d_bias)
     return d_x, d_bias
 
