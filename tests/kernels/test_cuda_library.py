@@ -107,7 +107,11 @@ def test_the_hot_kernels_move_16_bytes_at_a_time(compiled: Compiled, machine_cod
 def test_the_backward_kernel_with_a_bias_moves_16_bytes_at_a_time(
     compiled: Compiled, machine_code: dict[tuple[str, str], str]
 ) -> None:
-    hot = {key: code for key, code in machine_code.items() if re.search(r"backward_bias_kernelI\w+Lb1ELb[01]ELb[01]E", key[1])}
+    hot = {
+        key: code
+        for key, code in machine_code.items()
+        if re.search(r"backward_bias_kernelI\w+Lb1ELb[01]ELb[01]E", key[1])
+    }
     assert len(hot) == 20 * len(compiled.targets)  # 5 pairs of dtypes, with and without dropout and index
     for key, code in hot.items():
         loads, stores = (re.findall(rf"\b{name}\.E(?:\.\w+)*", code) for name in ("LDG", "STG"))
