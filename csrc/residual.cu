@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const sbld_residual_
 }
 
 // Sums a tile of a chunk's rows into partial [chunks, hidden]; d_x may be null. The grid is over tiles, then chunks, so that
-// blocks that run at the same time read neighbouring memory. Without an index x_row is the row, which saves an eighth of the
+// blocks that run at the same time read neighbouring memory. Without an index x_row is the row, which saves a tenth of the
 // time where the mask takes most of the instructions.
 template <typename X, typename R, bool kVector, bool kDropout, bool kIndex>
 __global__ void __launch_bounds__(kTileGroups *kLanes, kVector && sizeof(R) == 2 ? kBlocksInFlight : 2)
