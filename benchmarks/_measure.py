@@ -72,6 +72,24 @@ def switch_layers(layers: Sequence[torch.nn.Module], classes: Sequence[type]) ->
         layer.__class__ = cls
 
 
+class Deadline:
+    """`--minutes`, counted from when this is made. Collective: rank 0's clock decides for all ranks.
+
+    rounds: done so far.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.rounds = 0
+        self._end = time.monotonic() + 60 * minutes
+
+    def round_done(self) -> bool:
+        """Whether that was the last one; two are always made, of which a bootstrap can be drawn."""
+        self.rounds += 1
+        passed = [self.rounds >= 2 and time.monotonic() >= self._end]
+        dist.broadcast_object_list(passed)
+        return passed[0]
+
+
 def progress_bar() -> Progress:
     """On rank 0's stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -83,6 +101,7 @@ class RankMeasurement:
     """What one rank measured; in seconds."""
 
     stage: int
+    rounds: int = 0
     undropped: dict[Case, list[float]] = field(default_factory=dict)  # block times, [rounds]
     dropped: dict[Case, list[float]] = field(default_factory=dict)
     kept: dict[Case, list[list[list[bool]]]] = field(default_factory=dict)  # [rounds, iterations, L]
@@ -148,6 +167,7 @@ class Run:
         with progress_bar() as progress:
             task = progress.add_task(name, total=self.num_iterations)
             self.block(self.args.warmup, switchable=False)
+            deadline = Deadline(self.args.minutes)
             for order in self.rounds:
                 for case, undropped_first in order:
                     self.use_sampler(case.sampler)
@@ -158,6 +178,9 @@ class Run:
                             result.kept.setdefault(case, []).append(kept)
                     self.timed_iteration(result)
                     progress.update(task, completed=self.iteration)
+                if deadline.round_done():
+                    break
+        result.rounds = deadline.rounds
         result.overhead = self.time_added_calls()
         return result
 

@@ -21,6 +21,16 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
 
 
+def add_time_option(parser: argparse._ActionsContainer) -> None:
+    """For a machine that is there for so long."""
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no round after this long, but do two; the report says how many there were; default: no limit",
+    )
+
+
 def check_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(args, name) < value:

@@ -40,8 +40,8 @@ from _gain import Interval, Pairs, PassTimes, interval, measure_gain
 from _gain_report import environment_lines, number_text, percent_text, publish
 from _layer_times import ModuleTimer
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_load
-from _measure import DISTINCT_BATCHES, progress_bar, random_batches
-from _options import SHOWN, add_model_options, check_at_least, check_named_once, check_one_process
+from _measure import DISTINCT_BATCHES, Deadline, progress_bar, random_batches
+from _options import SHOWN, add_model_options, add_time_option, check_at_least, check_named_once, check_one_process
 from _peer_models import (
     TRANSFORMERS_HINT,
     FusedMegatronSbld,
@@ -132,6 +132,7 @@ class Comparison:
         self.peers = [builders[name]() for name in args.peers]
         self.results = [Measurement(peer.name) for peer in self.peers]
         self.num_microbatches = get_num_microbatches()
+        self.rounds = 0
         batches = random_batches(args, DISTINCT_BATCHES * self.num_microbatches, args.seed)
         self.batches = itertools.cycle(batches)
 
@@ -142,11 +143,15 @@ class Comparison:
             self.block(peer, [None] * self.args.warmup)
         with progress_bar() as progress:
             task = progress.add_task("rounds", total=self.args.rounds)
+            deadline = Deadline(self.args.minutes)
             for round_ in range(self.args.rounds):
                 for keep_prob in self.args.keep_probs:
                     for turn in range(len(self.peers)):
                         self.pair((round_ + turn) % len(self.peers), round_, keep_prob)
                 progress.advance(task)
+                if deadline.round_done():
+                    break
+        self.rounds = deadline.rounds
         return self.results
 
     def pair(self, index: int, round_: int, keep_prob: float) -> None:
@@ -219,6 +224,7 @@ def parse_args() -> argparse.Namespace:
         help="of this project: freeze passes over dropped layers as the other programs do, apply steps them" + shown,
     )
     add("--rounds", type=int, default=12, help="pairs of blocks for each peer and keep_prob" + shown)
+    add_time_option(parser)
     add("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
     add("--warmup", type=int, default=4, help="iterations of each peer before the first block" + shown)
     add("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
@@ -243,7 +249,7 @@ def report(args: argparse.Namespace, comparison: Comparison, results: Sequence[M
     """Markdown: what was measured with what, a table of speeds and gains, and one of the first peer against others."""
     packages = ["torch", "megatron-core", *(["transformers"] if "opt" in args.peers else [])]
     environment = environment_lines(packages)
-    tokens = args.rounds * args.block_iterations * args.global_batch_size * args.seq_length
+    tokens = comparison.rounds * args.block_iterations * args.global_batch_size * args.seq_length
     lines = [
         "# Dropping layers in several programs",
         "",
@@ -261,25 +267,24 @@ def report(args: argparse.Namespace, comparison: Comparison, results: Sequence[M
         + ", ".join(f"{peer.name} {sum(p.numel() for p in peer.model.parameters()):,}" for peer in comparison.peers),
         f"- Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; AdamW, clipping at 1; "
         f"dropped_update of {MegatronSbld.name}: {args.dropped_update}; the others' AdamW passes over dropped layers",
-        f"- {args.rounds} rounds of pairs of blocks of {args.block_iterations} iterations",
+        f"- {comparison.rounds} rounds of pairs of blocks of {args.block_iterations} iterations",
         f"- {deepspeed_note()}",
         "",
         "| program | keep_prob | layers kept | tokens/s undropped | dropped | ideal gain | realised gain | ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
-        lines += [
-            gain_row(args, result, keep_prob, tokens, comparison.num_microbatches) for keep_prob in args.keep_probs
-        ]
+        lines += [gain_row(args, result, keep_prob, tokens, comparison) for keep_prob in args.keep_probs]
     return lines + speed_table(args, results)
 
 
 def gain_row(
-    args: argparse.Namespace, result: Measurement, keep_prob: float, tokens: int, num_microbatches: int
+    args: argparse.Namespace, result: Measurement, keep_prob: float, tokens: int, comparison: Comparison
 ) -> str:
     undropped, dropped = np.array(result.undropped[keep_prob]), np.array(result.dropped[keep_prob])
     pairs = Pairs(undropped, dropped, np.array(result.kept[keep_prob]))
-    gain = measure_gain(pairs, result.pass_times(args.rounds, num_microbatches), num_microbatches, seed=args.seed)
+    num_microbatches = comparison.num_microbatches
+    gain = measure_gain(pairs, result.pass_times(comparison.rounds, num_microbatches), num_microbatches, seed=args.seed)
     return (
         f"| {result.name} | {keep_prob:g} | {gain.kept_fraction:.1%} | {tokens / undropped.sum():,.0f} "
         f"| {tokens / dropped.sum():,.0f} | {gain.ideal - 1:+.2%} | {percent_text(gain.realised)} "

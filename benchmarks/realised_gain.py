@@ -62,7 +62,7 @@ from _layouts import (
     warn_of_load,
 )
 from _measure import RankMeasurement, Run
-from _options import SHOWN, add_model_options, check_at_least, check_named_once
+from _options import SHOWN, add_model_options, add_time_option, check_at_least, check_named_once
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
@@ -139,6 +139,7 @@ def parse_args() -> argparse.Namespace:
         "--keep-probs", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5], help="besides 1" + shown
     )
     measurement.add_argument("--rounds", type=int, default=12, help="pairs of blocks for each keep_prob" + shown)
+    add_time_option(measurement)
     measurement.add_argument("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
     measurement.add_argument("--warmup", type=int, default=6, help="iterations before the first block" + shown)
     measurement.add_argument("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
@@ -224,7 +225,8 @@ def evaluate(
 ) -> LayoutResult:
     """From all ranks' measurements to the figures of the layout."""
     times = pass_times(args, everyone, num_microbatches)
-    mean = times.mean_over(np.arange(args.rounds))
+    rounds = everyone[0].rounds
+    mean = times.mean_over(np.arange(rounds))
     # Ranks leave a barrier and end an iteration together, but for some microseconds: the last one counts.
     pairs = {
         case: Pairs(
@@ -253,7 +255,7 @@ def evaluate(
         layers=float(saved_time(mean, np.zeros(args.num_layers, dtype=bool), num_microbatches)),
         num_microbatches=num_microbatches,
         overhead=max((rank.overhead for rank in everyone), key=lambda overhead: overhead.total),
-        rounds=args.rounds,
+        rounds=rounds,
         block_iterations=args.block_iterations,
         load_average=(load_before, os.getloadavg()[0]),
     )
@@ -266,11 +268,11 @@ def pass_times(args: argparse.Namespace, everyone: list[RankMeasurement], num_mi
         # [rounds, pairs, layers of the stage + 1, 2], of each rank of the stage
         measured = [np.array(rank.pass_times) / num_microbatches for rank in everyone if rank.stage == stage]
         slowest = max(measured, key=lambda times: float(times[:, -1].sum()))
-        by_round: Floats = slowest.reshape(args.rounds, -1, *slowest.shape[1:]).mean(axis=1)
+        by_round: Floats = slowest.reshape(everyone[0].rounds, -1, *slowest.shape[1:]).mean(axis=1)
         layers.append(by_round[:, :-1])
         stages.append(by_round[:, -1:])
     layer_times, stage_times = np.concatenate(layers, axis=1), np.concatenate(stages, axis=1)
-    iterations = np.max([rank.timed_iterations for rank in everyone], axis=0).reshape(args.rounds, -1)
+    iterations = np.max([rank.timed_iterations for rank in everyone], axis=0).reshape(everyone[0].rounds, -1)
     return PassTimes(
         layer_forward=layer_times[..., 0],
         layer_backward=layer_times[..., 1],

@@ -22,7 +22,7 @@ from megatron_sbld.training.processes import distributed_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from _layouts import Layout, make_config
-from _measure import random_batches
+from _measure import Deadline, random_batches
 from _peer_models import HuggingFaceOPT, MegatronSbld, PlainGPT, PlainTorch, TorchPeer, forced_decisions
 from peers import Decisions, speed_ratio
 
@@ -171,3 +171,11 @@ def test_the_speed_of_two_programs_is_compared_round_by_round() -> None:
     own = np.array([1.0, 2.0, 4.0, 8.0])
     ratio = speed_ratio(1.5 * own, own)
     assert [ratio.value, ratio.low, ratio.high] == pytest.approx([1.5, 1.5, 1.5])
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_deadline_lets_two_rounds_pass() -> None:
+    late, early = Deadline(minutes=0), Deadline(minutes=60)
+    assert [late.round_done() for _ in range(3)] == [False, True, True]
+    assert [early.round_done() for _ in range(3)] == [False, False, False]
+    assert (late.rounds, early.rounds) == (3, 3)
