@@ -22,18 +22,18 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_time_option(parser: argparse._ActionsContainer) -> None:
-    """For a machine that is there for so long."""
+    """For machines that are lent for a while."""
     parser.add_argument(
         "--minutes",
         type=float,
         default=float("inf"),
-        help="begin no round after this long, but do two; the report says how many there were; default: no limit",
+        help="of measuring, of each layout: no round begins later, but two are done; default: no limit",
     )
 
 
 def check_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
-        if getattr(args, name) < value:
+        if not getattr(args, name) >= value:  # nan neither
             parser.error(f"{_option(name)} {getattr(args, name)} is not allowed: at least {value}")
 
 

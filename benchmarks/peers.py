@@ -236,7 +236,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=1, threads=1, vocab_size=2)
+    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=1, threads=1, vocab_size=2, minutes=0)
     if not all(0 < keep_prob < 1 for keep_prob in args.keep_probs):
         parser.error(f"--keep-probs {args.keep_probs}: each must be in (0, 1)")
     check_named_once(parser, args, "keep_probs", "peers")

@@ -379,13 +379,20 @@ void launch_forward(const sbld_residual_args &args, cudaStream_t stream) {
   }
 }
 
-// Whether a kernel may be launched before the one in front of it has ended. Not while a graph is captured: drivers before CUDA
-// 12.3 refuse it there.
+// Whether sum_chunks_kernel may be launched before the kernel in front of it has ended: on a GPU that can, if it was compiled
+// to wait (PTX of an older architecture does not). Not while a graph is captured: drivers before CUDA 12.3 refuse it there.
+template <typename X>
 bool may_overlap(const sbld_residual_args &args, cudaStream_t stream) {
-  int major = 0;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args.device) == cudaSuccess && major >= 9 &&
-         cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone) return false;
+  int major = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args.device) != cudaSuccess || major < 9)
+    return false;
+  static const bool waits = [] {
+    cudaFuncAttributes compiled = {};
+    return cudaFuncGetAttributes(&compiled, sum_chunks_kernel<X>) == cudaSuccess && compiled.ptxVersion >= 90;
+  }();
+  return waits;
 }
 
 template <typename X, typename R, bool kVector>
@@ -419,7 +426,7 @@ void launch_backward(const sbld_residual_args &args, cudaStream_t stream) {
   config.blockDim = dim3(32, kMaxChunks / kSectionChunks);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = may_overlap(args, stream) ? 1 : 0;
+  config.numAttrs = may_overlap<X>(args, stream) ? 1 : 0;
   cudaLaunchKernelEx(&config, sum_chunks_kernel<X>, args, static_cast<const float *>(partial), chunks);
 }
 

@@ -1,7 +1,8 @@
 // The arithmetic of the residual add, compiled by nvcc for the GPU and by a C++ compiler for the CPU.
 //
 // Both do the same operations in the same order, in fp32 and without contraction, so that they agree bit for bit with
-// each other and with megatron_sbld/residual/eager.py. (nvcc would fuse a * b + c; the intrinsics forbid it.)
+// each other and with megatron_sbld/residual/eager.py, but for the bits of a NaN. (nvcc would fuse a * b + c; the intrinsics
+// forbid it.)
 //
 // The unit of work is a group: 8 neighbouring elements of a row, for which one Philox block gives 16 random bits each.
 #ifndef MEGATRON_SBLD_RESIDUAL_CORE_H_

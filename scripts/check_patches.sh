@@ -165,12 +165,11 @@ EOF
     "${tune[@]}"
     resume finetuned dropping.saved pretrain_gpt.py "${drop[@]}" --finetune
     check "megatron-sbld pretrain, from SBLD's weights" near finetuned tuned ${other_layout[@]+"${other_layout[@]}"}
-    for saved in pretrained/checkpoints continued.saved; do
-        sbld evaluate evaluate perplexity --config gpt.yaml --checkpoint "$saved/iter_0000006" --data text.jsonl --limit 20 \
-            --out "$saved.evaluated"
+    for saved in pretrained/checkpoints/iter_0000006 continued.saved/iter_0000006 "pretrained/checkpoints/iter_000000$half"; do
+        sbld evaluate evaluate perplexity --config gpt.yaml --checkpoint "$saved" --data text.jsonl --limit 20 --out "$saved.evaluated"
     done
-    check "megatron-sbld evaluate, both programs' last checkpoints" \
-        perplexity pretrained/checkpoints.evaluated continued.saved.evaluated
+    check "megatron-sbld evaluate, both programs' last checkpoints" perplexity {pretrained/checkpoints,continued.saved}/iter_0000006.evaluated \
+        "pretrained/checkpoints/iter_000000$half.evaluated"
 }
 
 step_350m() {
@@ -182,10 +181,11 @@ step_350m() {
     train wide pretrain_gpt.py "${drop[@]}" --save "$work/wide.saved"
     check "350M's width, $layers layers, SBLD" decisions wide wide.json --layers "$layers" --iterations "$iterations"
     resume wide_resumed wide.saved pretrain_gpt.py "${drop[@]}"
-    check "350M's width, resumed" same wide wide_resumed --first $((half + 1))
+    check "350M's width, resumed" same wide wide_resumed --iterations "$iterations" --first $((half + 1))
     check "350M's width, resumed" decisions wide_resumed wide.json --layers "$layers" --iterations "$iterations" --first $((half + 1))
 }
 
+((${#steps[@]})) || { echo "check_patches: STEPS names no step" >&2; exit 2; }
 for step in "${steps[@]}"; do
     declare -F "step_$step" >/dev/null ||
         { echo "check_patches: STEPS names $step; there are training, checkpoints, 350m" >&2; exit 2; }

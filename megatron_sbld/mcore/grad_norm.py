@@ -30,12 +30,14 @@ def _l2_norm(
 ) -> tuple[torch.Tensor, None]:
     """As amp_C.multi_tensor_l2norm: the norm [1] of all tensors of the one list as one vector."""
     (tensors,) = tensor_lists
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).view(1), None
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)).float()).view(1), None
 
 
 def _scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[Tensors], scale: float) -> None:
     """As amp_C.multi_tensor_scale: the second list becomes the first, scaled; in clipping they are the same tensors."""
     sources, targets = tensor_lists
+    if not targets:
+        return
     if all(source is target for source, target in zip(sources, targets, strict=True)):
         torch._foreach_mul_(targets, scale)
     else:

@@ -54,7 +54,7 @@ def residual_skip_add(
     """
     _check(x, residual, bias, index, dim)
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
-    if _is_watched() or not (_is_plain(x) and _is_plain(residual)):
+    if _is_watched() or not all(map(_is_plain, (x, residual, bias, index))):
         return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
     y: torch.Tensor = _apply_direct(x, residual, bias, index, *random, dim)
     return y
@@ -84,8 +84,8 @@ def residual_skip_add_(
 
 
 def _is_watched() -> bool:
-    """Whether a compiler, a mode or a transform wants to see operators; else torch's dispatcher, which a call passes
-    twice on its way to a library, takes as long as the rest of the call."""
+    """Whether a compiler, a dispatch mode or a transform wants to see operators; else torch's dispatcher, which a call
+    passes twice on its way to a library, takes as long as the rest of the call."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -93,8 +93,9 @@ def _is_watched() -> bool:
     )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+def _is_plain(tensor: torch.Tensor | None) -> bool:
+    """Whether it is no tensor of a subclass, which may have no memory to take the address of."""
+    return tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torch.Tensor | None, float, int]:
@@ -183,7 +184,10 @@ def _forward(
         rows = _rows(index, residual.shape, dim)
         flat_out = None if out is None else out.view(-1, hidden)
         flat = x.reshape(-1, hidden), residual.view(-1, hidden)
-        return eager.forward(*flat, bias, rows, seed, multiplier, threshold, flat_out).view(residual.shape)
+        y = eager.forward(*flat, bias, rows, seed, multiplier, threshold, flat_out)
+        return (
+            torch.ops.aten._unsafe_view(y, residual.shape) if out is None else out
+        )  # no view, which could not be written
     out = torch.empty_like(residual) if out is None else out
     launch.forward(library, x.contiguous(), residual, bias, index, seed, multiplier, threshold, dim, out)
     return out

@@ -62,10 +62,6 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer spec; auto takes Transformer Engine where it is installed, else megatron-core's own modules."""
 
-    cross_entropy_loss_fusion: bool | None = None
-    """Megatron's loss in compiled functions, with fewer passes over the logits; in bf16 alone. None takes it where it
-    pays: on a GPU in bf16, where torch can compile."""
-
     @property
     def context(self) -> int:
         """Most tokens that the model takes at once: its learned positions, or the length that it is trained with."""
@@ -183,6 +179,9 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    cross_entropy_loss_fusion: bool | None = None
+    """Megatron's loss in compiled functions, with fewer passes over the logits; in bf16 alone. None takes it where it
+    pays: on a GPU in bf16, where torch can compile."""
     initial_loss_scale: float = 2.0**32
     min_loss_scale: float = 1.0
     loss_scale_window: int = 1000

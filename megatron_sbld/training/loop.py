@@ -29,6 +29,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.utils import get_model_config
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.drop import build_policy, updates_sensitivity
@@ -354,6 +355,9 @@ class Run:
             f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x "
             f"data {self.replicas}; policy {self.config.drop.policy}; iterations {first} to {self.train_iters}"
         )
+        fuses_loss = get_model_config(self.chunks[0]).cross_entropy_loss_fusion
+        if fuses_loss and self.config.training.cross_entropy_loss_fusion is None:
+            self._note("training.cross_entropy_loss_fusion: null takes the compiled loss (bf16 on a GPU)")
         if self.config.drop.policy != "none" and self.writer is not None:
             recompute = self.config.training.recompute_granularity == "full"
             phi = layer_share(self.config.model, self.vocab_size, recompute=recompute)

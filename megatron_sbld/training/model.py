@@ -123,8 +123,8 @@ def _activation(model: ModelConfig, on_gpu: bool) -> tuple[Callable[[torch.Tenso
 
 
 def _fuses_loss(config: Config, on_gpu: bool) -> bool:
-    if config.model.cross_entropy_loss_fusion is not None:
-        return config.model.cross_entropy_loss_fusion
+    if config.training.cross_entropy_loss_fusion is not None:
+        return config.training.cross_entropy_loss_fusion
     return on_gpu and config.training.precision == "bf16" and has_triton()
 
 

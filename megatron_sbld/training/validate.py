@@ -96,6 +96,7 @@ def validate(config: Config, world_size: int | None, *, trains: bool = True) -> 
             *_layout(config, processes),
             *_length(config),
             *_recomputation(config),
+            *_loss(config),
             *_optimizer(config),
             *(_data(config) if trains else []),
         ]
@@ -220,11 +221,6 @@ def _model(config: Config) -> list[str]:
             f"model.max_position_embeddings = {model.max_position_embeddings}: must be at least "
             f"model.seq_length = {model.seq_length}"
         )
-    if model.cross_entropy_loss_fusion and config.training.precision != "bf16":
-        problems.append(
-            f"model.cross_entropy_loss_fusion = True with training.precision = {config.training.precision!r}: "
-            "Megatron's fused loss gives its gradient in bf16; must be false or null there"
-        )
     return problems
 
 
@@ -339,6 +335,16 @@ def _recomputation(config: Config) -> list[str]:
         return ["training.recompute_modules: needs training.recompute_granularity = 'selective'"]
     if modules is not None and not (modules and set(modules) <= set(_RECOMPUTE_MODULES)):
         return [f"training.recompute_modules = {modules}: allowed are {', '.join(_RECOMPUTE_MODULES)}, or null"]
+    return []
+
+
+def _loss(config: Config) -> list[str]:
+    training = config.training
+    if training.cross_entropy_loss_fusion and training.precision != "bf16":
+        return [
+            f"training.cross_entropy_loss_fusion = True with training.precision = {training.precision!r}: Megatron's "
+            "fused loss gives its gradient in bf16; must be false or null there"
+        ]
     return []
 
 

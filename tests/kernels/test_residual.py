@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sbld.residual import choice, eager, native, residual_skip_add, residual_skip_add_
@@ -569,6 +570,40 @@ def test_a_gradient_without_memory_of_its_own_is_handed_on(operator: Callable[..
     operator(x, residual.clone(), bias).sum().backward()  # one number, expanded
     assert all(leaf.grad.is_contiguous() for leaf in leaves)
     assert [float(leaf.grad.sum()) for leaf in leaves] == [48.0] * 3
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as of quantised or distributed parameters."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = tree_map(lambda value: value.inner if isinstance(value, cls) else value, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "bias", "index"])
+@pytest.mark.usefixtures("setting")
+def test_a_tensor_without_memory_of_its_own_is_asked_for_its_values(name: str) -> None:
+    case = Case(kind="dim 0")
+    tensors = {"x": case.x, "residual": case.residual, "bias": case.bias, "index": case.index}
+    expected = residual_skip_add(**tensors)
+    assert torch.equal(residual_skip_add(**{**tensors, name: Wrapped(tensors[name])}), expected)
+
+
+@pytest.mark.usefixtures("setting")
+def test_the_sum_can_be_written(setting: str) -> None:
+    case = Case()
+    y = residual_skip_add(case.x.requires_grad_(), case.residual)
+    expected = y.detach() * 2 + case.x.detach()
+    residual_skip_add_(case.x, y.mul_(2))
+    torch.testing.assert_close(y.detach(), expected)
 
 
 def test_nothing_of_the_branch_is_kept_for_backward() -> None:

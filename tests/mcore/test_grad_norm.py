@@ -82,6 +82,11 @@ def test_a_scaled_copy_leaves_its_sources() -> None:
     assert [float(tensor[0]) for tensor in (*sources, *targets)] == [1.0, 4.0, 0.5, 2.0]
 
 
+def test_nothing_to_scale_is_no_error() -> None:
+    clip_in_groups()
+    clip_grads.multi_tensor_scale_impl(0, torch.zeros(1), [[], []], 0.5)
+
+
 def test_functions_of_apex_or_transformer_engine_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def theirs() -> None: ...
 

@@ -6,7 +6,8 @@ compare_runs.py near A B            the same to rounding and without validation,
                                     --other-layout leaves out the gradient norms
 compare_runs.py decisions A FILE    theta, mean_keep_prob, kept_fraction and each layer's keep_prob against the plan,
                                     throughput executed against undropped
-compare_runs.py perplexity A B      the losses in two folders of `megatron-sbld evaluate perplexity --out`, to rounding
+compare_runs.py perplexity A B C    losses in folders of `megatron-sbld evaluate perplexity --out`: A as B, to rounding,
+                                    and not as C
 compare_runs.py sensitivity FILE    write the sensitivity file of the runs
 
 A run is a folder of TensorBoard events, or the run folder of `pretrain`.
@@ -57,11 +58,15 @@ def _either(folder: str) -> Scalars:
     return {tag: {row["iteration"]: row[name] for row in rows} for tag, name in _METRICS.items()}
 
 
-def _pairs(ours: Scalars, theirs: Scalars, tags: list[str], first: int) -> Iterator[tuple[str, float, float]]:
+def _pairs(
+    ours: Scalars, theirs: Scalars, tags: list[str], given: argparse.Namespace
+) -> Iterator[tuple[str, float, float]]:
     """What is compared, with its name; a run that did not begin or end where it should is refused."""
-    iterations = range(first, max(ours[_LOSS]) + 1)
-    if sorted(theirs[_LOSS]) != list(iterations):  # a checkpoint that was not found: training began anew
-        raise SystemExit(f"iterations {sorted(theirs[_LOSS])} were logged, expected {list(iterations)}")
+    iterations = range(given.first, given.iterations + 1)
+    whole = sorted(ours[_LOSS])
+    # A checkpoint that was not found: training began anew.
+    if sorted(theirs[_LOSS]) != list(iterations) or whole != list(range(whole[0], given.iterations + 1)):
+        raise SystemExit(f"iterations {whole} and {sorted(theirs[_LOSS])} were logged, expected {list(iterations)}")
     for tag in tags:
         for iteration in iterations:
             if tag != _VALIDATION or iteration in ours[tag]:
@@ -71,11 +76,11 @@ def _pairs(ours: Scalars, theirs: Scalars, tags: list[str], first: int) -> Itera
 def same(first_run: str, second_run: str, given: argparse.Namespace) -> str:
     """What both runs have in common is equal, bit for bit."""
     ours, theirs = scalars(first_run), scalars(second_run)
-    compared = list(_pairs(ours, theirs, [*_METRICS, "loss-scale", _VALIDATION], given.first))
+    compared = list(_pairs(ours, theirs, [*_METRICS, "loss-scale", _VALIDATION], given))
     for name, one, other in compared:
         if one != other:
             raise SystemExit(f"{name}: {one} and {other}")
-    last = max(ours[_LOSS])
+    last = given.iterations
     return (
         f"{len(compared)} scalars equal bit for bit, iterations {given.first} to {last}; "
         f"last loss {ours[_LOSS][last]:.7f}, validation {ours[_VALIDATION][last]:.7f}"
@@ -88,11 +93,11 @@ def near(first_run: str, second_run: str, given: argparse.Namespace) -> str:
     # Megatron's gradient norm is another by 3e-4 on TP 2, in both programs.
     tags = [tag for tag in _METRICS if not (given.other_layout and tag == "grad-norm")]
     largest = dict.fromkeys(tags, 0.0)
-    for name, one, other in _pairs(ours, theirs, tags, given.first):
+    for name, one, other in _pairs(ours, theirs, tags, given):
         tag = name.split(",")[0]
         largest[tag] = max(largest[tag], _difference(name, one, other))
     shown = ", ".join(f"{tag} {value:.1e}" for tag, value in largest.items())
-    return f"equal to rounding, iterations {given.first} to {max(ours[_LOSS])}; largest relative differences: {shown}"
+    return f"equal to rounding, iterations {given.first} to {given.iterations}; largest relative differences: {shown}"
 
 
 def _difference(name: str, one: float, other: float) -> float:
@@ -127,14 +132,16 @@ def decisions(folder: str, sensitivity: str, given: argparse.Namespace) -> str:
     return f"decisions as drawn for the same seed and policy; kept fraction {np.round(kept, 3).tolist()}"
 
 
-def perplexity(first_folder: str, second_folder: str, given: argparse.Namespace) -> str:
-    """Two checkpoints score alike."""
-    (one,), (other,) = (
+def perplexity(first_folder: str, second_folder: str, earlier_folder: str, given: argparse.Namespace) -> str:
+    """Two checkpoints score alike, and not as an earlier one does."""
+    (one,), (other,), (earlier,) = (
         [json.loads(row)["metrics"]["loss"] for row in Path(folder, "evaluations.jsonl").read_text().splitlines()]
-        for folder in (first_folder, second_folder)
+        for folder in (first_folder, second_folder, earlier_folder)
     )
     _difference("loss of the text", one, other)
-    return f"loss of a text {one:.7f} and {other:.7f}"
+    if not abs(one - earlier) > TOLERANCE * one:
+        raise SystemExit(f"loss of the text: {one}, and {earlier} with an earlier checkpoint")
+    return f"loss of a text {one:.7f} and {other:.7f}, {earlier:.7f} half way"
 
 
 def write_sensitivity(path: str, given: argparse.Namespace) -> str:

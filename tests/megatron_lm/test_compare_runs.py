@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.megatron_lm.compare_runs import TOLERANCE, near, perplexity, same
 
-RESUMED = Namespace(first=4, other_layout=False)
+RESUMED = Namespace(first=4, iterations=6, other_layout=False)
 LOSS = 10.0
 
 
@@ -81,6 +81,14 @@ def test_the_trainers_run_is_equal_to_rounding_and_no_further(tmp_path: Path) ->
 
 def test_checkpoints_that_score_otherwise_are_refused(tmp_path: Path) -> None:
     one, alike, other = (evaluated(tmp_path / str(loss), loss) for loss in (5.0, 5.0001, 5.01))
-    assert perplexity(one, alike, RESUMED) == "loss of a text 5.0000000 and 5.0001000"
+    assert perplexity(one, alike, other, RESUMED) == "loss of a text 5.0000000 and 5.0001000, 5.0100000 half way"
     with pytest.raises(SystemExit, match=r"loss of the text: 5\.0 and 5\.01"):
-        perplexity(one, other, RESUMED)
+        perplexity(one, other, alike, RESUMED)
+    with pytest.raises(SystemExit, match=r"loss of the text: 5\.0, and 5\.0001 with an earlier checkpoint"):
+        perplexity(one, alike, alike, RESUMED)
+
+
+def test_runs_that_both_ended_early_are_refused(tmp_path: Path) -> None:
+    whole, resumed = run(tmp_path / "whole"), run(tmp_path / "resumed", 4)
+    with pytest.raises(SystemExit, match=r"expected \[4, 5, 6, 7\]"):
+        same(whole, resumed, Namespace(first=4, iterations=7, other_layout=False))

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from megatron.core import optimizer as megatron_optimizer
 
 from megatron_sbld.training.config import Config
 from tests.training.trainer_helpers import (
+    ITERATIONS,
     NO_DROPOUT,
     change,
     in_folder,
@@ -66,9 +69,32 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(config: Config, tmp_path
         assert [row[field] for row in train_rows(config.logging.run_dir)] == whole
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_count_of_steps_is_where_a_fused_step_reads_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, distributed: bool
+) -> None:
+    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        pytest.skip("Megatron takes the Adam of Transformer Engine or Apex here")
+    config = change(config, parallel={"use_distributed_optimizer": distributed})
+    seen: list[tuple[set[float], bool, bool]] = []
+    step = torch.optim.AdamW.step
+
+    def observed(adam: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        result = step(adam, *args, **kwargs)
+        counts = [(state["step"], param) for param, state in adam.state.items()]
+        placed = all(count.device == param.device for count, param in counts)
+        seen.append(({float(count) for count, _ in counts}, placed, all(group["fused"] for group in adam.param_groups)))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", observed)
+    for part in stop_and_resume(config, 3):
+        run_here(part)
+    assert seen == [({float(iteration)}, True, True) for iteration in range(1, ITERATIONS + 1)]
+
+
 def test_the_fused_loss_is_megatrons(config: Config, tmp_path: Path) -> None:
-    fused = trained(change(config, model={"cross_entropy_loss_fusion": True}), tmp_path / "fused")
-    stock = trained(change(config, model={"cross_entropy_loss_fusion": False}), tmp_path / "stock")
+    fused = trained(change(config, training={"cross_entropy_loss_fusion": True}), tmp_path / "fused")
+    stock = trained(change(config, training={"cross_entropy_loss_fusion": False}), tmp_path / "stock")
     chosen = trained(config, tmp_path / "chosen")
     np.testing.assert_allclose(fused, stock, rtol=2e-3)
     np.testing.assert_allclose(chosen, fused, rtol=1e-3)

@@ -190,8 +190,8 @@ def test_the_fused_loss_is_megatrons(config: Config, tmp_path: Path) -> None:
     """Where it is not asked for, a CPU does not take it."""
     config = change(config, training={"precision": "bf16"})
     stock = trained(config, tmp_path / "stock")
-    fused = trained(change(config, model={"cross_entropy_loss_fusion": True}), tmp_path / "fused")
-    assert trained(change(config, model={"cross_entropy_loss_fusion": False}), tmp_path / "not fused") == stock
+    fused = trained(change(config, training={"cross_entropy_loss_fusion": True}), tmp_path / "fused")
+    assert trained(change(config, training={"cross_entropy_loss_fusion": False}), tmp_path / "not fused") == stock
     np.testing.assert_allclose(fused, stock, rtol=2e-3)
     assert fused != stock, "its sums have another order"
 

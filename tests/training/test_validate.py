@@ -21,8 +21,8 @@ VALID = change(
 
 MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
     (
-        {"model": {"cross_entropy_loss_fusion": True}, "training": {"precision": "fp16"}},
-        r"model.cross_entropy_loss_fusion = True with training.precision = 'fp16': Megatron's fused loss gives its "
+        {"training": {"cross_entropy_loss_fusion": True, "precision": "fp16"}},
+        r"training.cross_entropy_loss_fusion = True with training.precision = 'fp16': Megatron's fused loss gives its "
         r"gradient in bf16; must be false or null there",
     ),
     # Ranges of single fields.
