@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.training.config import Config
-from tests.distributed.harness import end_forgotten_threads, run_distributed
+from tests.distributed.harness import run_distributed
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -205,8 +205,6 @@ def run_here(config: Config) -> int | str:
         return pretrain(config)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        end_forgotten_threads()
 
 
 def rows(run_dir: Path | str) -> list[dict[str, Any]]:
