@@ -1,7 +1,6 @@
 """Run a function on several gloo processes, and set up Megatron's parallel state in them.
 
-Processes are forked from a server that has imported torch and Megatron, which takes 6 s, once a test run. Many cases
-can share a set of them:
+Starting processes costs seconds (each imports torch and Megatron), so start them once and run many cases inside:
 
     def cases() -> dict[str, list[float]]:
         with model_parallel(tp=2):
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -38,10 +36,6 @@ SEED = 1234
 # gloo runs on the CPU also where there is a GPU; one thread each, or tiny models wait for one another; loopback only.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-MANY_THREADS = 40
-
-multiprocessing.get_context("forkserver").set_forkserver_preload(["megatron_sbld.training.loop", "megatron_sbld.mcore"])
-
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call `fn(*args)` on every rank of `world_size` new processes and return what each returned, by rank.
@@ -53,14 +47,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: not all ranks came to an end within `timeout` seconds. They are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, **ENVIRONMENT}
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # for the server, if these are the first
+        with mock.patch.dict(os.environ, ENVIRONMENT):
             context = mp.start_processes(
-                _run_rank,
-                (world_size, folder, environment, fn, args, timeout),
-                nprocs=world_size,
-                join=False,
-                start_method="forkserver",
+                _run_rank, (world_size, folder, fn, args, timeout), nprocs=world_size, join=False, start_method="spawn"
             )
         try:
             _join(context, deadline=time.monotonic() + timeout, description=f"{fn.__qualname__} on {world_size} ranks")
@@ -81,19 +70,9 @@ def _join(context: mp.ProcessContext, deadline: float, description: str) -> None
             raise TimeoutError(f"{description}: ranks {waiting} did not finish in time")
 
 
-def _run_rank(
-    rank: int,
-    world_size: int,
-    folder: str,
-    environment: dict[str, str],
-    fn: Callable[..., Any],
-    args: tuple,
-    timeout: float,
-) -> None:
+def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float) -> None:
     """One process: leave the function's result in a file, or what it raised."""
     try:
-        os.environ.clear()  # the server's, from when it was started
-        os.environ.update(environment)
         result = _call_in_group(rank, world_size, folder, fn, args, timeout)
         _result_file(folder, rank).write_bytes(pickle.dumps(result))
         dist.barrier()
@@ -186,6 +165,9 @@ def model_parallel(
     finally:
         parallel_state.destroy_model_parallel()
         _destroy_subgroups()
+
+
+MANY_THREADS = 40
 
 
 def end_forgotten_threads() -> None:

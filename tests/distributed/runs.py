@@ -27,7 +27,7 @@ from megatron_sbld.mcore import fuse_residual, make_switchable
 from megatron_sbld.mcore.moe_metrics import moe_loss_scale
 from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, Policy
 from megatron_sbld.schedule import Constant, Exponential
-from tests.distributed.harness import model_parallel, run_distributed
+from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import (
     GLOBAL_MICROBATCHES,
     MICRO_BATCH,
@@ -297,10 +297,11 @@ def run_cases(cases: dict[str, Case]) -> dict[str, Result]:
 
 
 def reference_result(case: Case) -> Result:
-    """The result of the case's reference, run once in a process of its own."""
+    """The result of the case's reference, run once in this process."""
     key = repr(case.reference)
     if key not in _reference_results:
-        (_reference_results[key],) = run_distributed(run_case, 1, case.reference)
+        with single_process():
+            _reference_results[key] = run_case(case.reference)
     return _reference_results[key]
 
 

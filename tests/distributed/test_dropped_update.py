@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
 from megatron_sbld.training.config import Config
-from tests.distributed.harness import model_parallel, run_distributed
+from tests.distributed.harness import model_parallel, single_process
 from tests.dropped_update_helpers import Patterns, State, assert_frozen, layer_of, states, steps
 from tests.helpers import (
     GLOBAL_MICROBATCHES,
@@ -205,8 +205,8 @@ def whole_stopped_resumed(folder: Path, corpus: Path, name: str, sections: dict[
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> Outcomes:
     corpus = prepare_corpus(folder)
-    cases = {"freeze": Case(), "apply": Case(freeze=False), "bf16": Case(config=BF16)}
-    (alone,) = run_distributed(run_cases, 1, cases)
+    with single_process():
+        alone = run_cases({"freeze": Case(), "apply": Case(freeze=False), "bf16": Case(config=BF16)})
     whole_chain = change(chain(folder, corpus, "plain optimizer")[0], training={"exit_after_iterations": None})
     here: dict[str, Config] = {
         "whole chain": in_folder(whole_chain, folder / "whole chain"),

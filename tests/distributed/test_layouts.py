@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import run_distributed, single_process
 from tests.distributed.runs import (
     BLOCK_RECOMPUTE,
     BOTH_OVERLAPS,
@@ -145,8 +145,8 @@ def reference_of(case: Case) -> str:
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Result]:
-    (results,) = run_distributed(run_cases, 1, _long({**ONE_PROCESS, **ONE_PROCESS_VARIANTS}))
-    return results
+    with single_process():
+        return run_cases(_long({**ONE_PROCESS, **ONE_PROCESS_VARIANTS}))
 
 
 @pytest.fixture(scope="module")

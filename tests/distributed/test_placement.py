@@ -11,7 +11,7 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.switchable import decoder_layers
 from megatron_sbld.placement import read_layout
-from tests.distributed.harness import model_parallel, run_distributed
+from tests.distributed.harness import model_parallel, run_distributed, single_process
 from tests.distributed.runs import (
     BLOCK_RECOMPUTE,
     BOTH_OVERLAPS,
@@ -115,8 +115,8 @@ def run_cases(spread: bool) -> dict[str, Placed]:
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Placed]:
-    (results,) = run_distributed(run_cases, 1, False)
-    return results
+    with single_process():
+        return run_cases(spread=False)
 
 
 @pytest.fixture(scope="module")
