@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -40,15 +39,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _runs_gpu_tests(config: pytest.Config) -> bool:
     return config.getoption("markexpr") == "gpu"
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    yield
-    if "torch" in sys.modules:
-        from tests.distributed.harness import end_forgotten_threads
-
-        end_forgotten_threads()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ Starting processes costs seconds (each imports torch and Megatron), so start the
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import pickle
 import tempfile
@@ -165,20 +164,6 @@ def model_parallel(
     finally:
         parallel_state.destroy_model_parallel()
         _destroy_subgroups()
-
-
-MANY_THREADS = 40
-
-
-def end_forgotten_threads() -> None:
-    """End the threads of process groups that have ended.
-
-    A group's threads wake a hundred times a second as long as a model names the group. Models are in reference cycles,
-    which Python seldom looks for among so many objects: 1,200 such threads took half of both cores in a test run. Only
-    for the tests' own process, whose groups have one rank: nobody else can be at work with them.
-    """
-    if len(list(Path("/proc/self/task").glob("*"))) > MANY_THREADS:
-        gc.collect()
 
 
 def _destroy_subgroups() -> None:
