@@ -185,9 +185,8 @@ def _forward(
         flat_out = None if out is None else out.view(-1, hidden)
         flat = x.reshape(-1, hidden), residual.view(-1, hidden)
         y = eager.forward(*flat, bias, rows, seed, multiplier, threshold, flat_out)
-        return (
-            torch.ops.aten._unsafe_view(y, residual.shape) if out is None else out
-        )  # no view, which could not be written
+        # Not view: an autograd function's result that is a view cannot be written in place.
+        return torch.ops.aten._unsafe_view(y, residual.shape) if out is None else out
     out = torch.empty_like(residual) if out is None else out
     launch.forward(library, x.contiguous(), residual, bias, index, seed, multiplier, threshold, dim, out)
     return out
