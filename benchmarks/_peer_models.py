@@ -1,4 +1,4 @@
-"""The implementations that peers.py compares: the same GPT, trained by three programs with the same decisions.
+"""The implementations that peers.py compares: the same GPT, trained by several programs with the same decisions.
 
 Each has pre-norm layers with biases, LayerNorm, learned positions, exact GELU, torch's scaled_dot_product_attention,
 output weights tied to the embedding, no dropout, a fused AdamW with decoupled weight decay and clipping of the
@@ -11,6 +11,7 @@ fp32 copies of bf16 weights; the others run fp32 weights under autocast.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -203,6 +204,18 @@ class PlainTorch(TorchPeer):
 
     def iteration(self, batches: Sequence[Batch], number: int | None, kept: Sequence[bool]) -> float:
         return self._step(batches, lambda tokens: self.model(tokens, kept))
+
+
+class CompiledTorch(PlainTorch):
+    """The plain loop with each layer compiled by torch.compile, as torchtitan compiles its blocks."""
+
+    name = "plain PyTorch, compiled layers"
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        forward = torch.compile(PlainLayer.forward, fullgraph=True)  # one graph for all layers
+        for layer in self.layers:
+            layer.forward = functools.partial(forward, layer)  # hooks that time a layer stay outside the graph
 
 
 class _Logits(torch.nn.Module):

@@ -6,7 +6,7 @@
 
 Peers: this project on megatron-core, with Megatron's residual adds and with `drop.residual: fused`; Hugging Face
 transformers' OPT with its built-in LayerDrop (`pip install '.[bench]'`); a plain PyTorch loop that leaves dropped
-layers out. What they share and where they differ is in _peer_models.py. All run in one process, one after the other, on
+layers out, eager and with compiled layers. What they share and where they differ is in _peer_models.py. All run in one process, one after the other, on
 the same random tokens.
 
 What is measured. Rounds; in each round, for each keep_prob and each peer, one block of undropped and one of dropped
@@ -44,6 +44,7 @@ from _measure import DISTINCT_BATCHES, Deadline, progress_bar, random_batches
 from _options import SHOWN, add_model_options, add_time_option, check_at_least, check_named_once, check_one_process
 from _peer_models import (
     TRANSFORMERS_HINT,
+    CompiledTorch,
     FusedMegatronSbld,
     HuggingFaceOPT,
     MegatronSbld,
@@ -67,7 +68,7 @@ from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("megatron", "fused", "opt", "plain")
+PEERS = ("megatron", "fused", "opt", "plain", "compiled")
 
 
 class Decisions:
@@ -128,6 +129,7 @@ class Comparison:
             "fused": lambda: FusedMegatronSbld(config, args.vocab_size, controllers["fused"], args.dropped_update),
             "opt": lambda: HuggingFaceOPT(config, args.vocab_size),
             "plain": lambda: PlainTorch(config, args.vocab_size),
+            "compiled": lambda: CompiledTorch(config, args.vocab_size),
         }
         self.peers = [builders[name]() for name in args.peers]
         self.results = [Measurement(peer.name) for peer in self.peers]

@@ -23,7 +23,15 @@ from megatron_sbld.training.processes import distributed_run
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from _layouts import Layout, make_config
 from _measure import Deadline, random_batches
-from _peer_models import HuggingFaceOPT, MegatronSbld, PlainGPT, PlainTorch, TorchPeer, forced_decisions
+from _peer_models import (
+    CompiledTorch,
+    HuggingFaceOPT,
+    MegatronSbld,
+    PlainGPT,
+    PlainTorch,
+    TorchPeer,
+    forced_decisions,
+)
 from peers import Decisions, speed_ratio
 
 ARGS = argparse.Namespace(
@@ -136,6 +144,15 @@ def test_transformers_opt_trains_as_the_plain_loop_does(config: Config) -> None:
     opt = HuggingFaceOPT(config, ARGS.vocab_size)
     copy_to_opt(plain, opt)
     assert losses(opt, decisions) == pytest.approx(losses(plain, decisions), rel=1e-4)
+
+
+def test_the_compiled_loop_trains_as_the_plain_one_does_and_has_one_graph_for_all_layers(config: Config) -> None:
+    _, plain, decisions = build(config)
+    compiled = CompiledTorch(config, ARGS.vocab_size)
+    compiled.model.load_state_dict(plain.model.state_dict())
+    torch._dynamo.utils.counters.clear()
+    assert losses(compiled, decisions) == pytest.approx(losses(plain, decisions), rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_layer_that_is_not_kept_runs_no_module(config: Config) -> None:
