@@ -166,7 +166,8 @@ class Run:
             chunk.train()
         with progress_bar() as progress:
             task = progress.add_task(name, total=self.num_iterations)
-            self.block(self.args.warmup, switchable=False)
+            self.block(self.args.warmup - 1, switchable=False)
+            self.block(1, switchable=True)  # compiled layers have a graph for each of their classes
             deadline = Deadline(self.args.minutes)
             for order in self.rounds:
                 for case, undropped_first in order:

@@ -30,6 +30,7 @@ from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.step import this_device, train_step
 
 AFTER_ALL = 1 << 30  # an iteration that drops nothing
+COMPILED = ", compiled layers"  # of a peer's name
 TRANSFORMERS_HINT = "Hugging Face transformers is not installed; pip install '.[bench]' installs it"
 
 
@@ -59,13 +60,15 @@ class Peer:
 
 
 class MegatronSbld(Peer):
-    """This project, as its trainer runs it; an undropped iteration has stock Megatron layers."""
+    """This project, as its trainer runs it; an undropped iteration has stock Megatron layers, compiled or not."""
 
     name = "megatron-sbld"
 
     def __init__(
         self, config: Config, vocab_size: int, controller: DropController, dropped_update: str = "freeze"
     ) -> None:
+        if config.training.torch_compile:
+            self.name += COMPILED
         self._config = config
         self._controller = controller
         self._chunks = build_model(config, vocab_size)
@@ -209,7 +212,7 @@ class PlainTorch(TorchPeer):
 class CompiledTorch(PlainTorch):
     """The plain loop with each layer compiled by torch.compile, as torchtitan compiles its blocks."""
 
-    name = "plain PyTorch, compiled layers"
+    name = PlainTorch.name + COMPILED
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__(config, vocab_size)

@@ -4,10 +4,10 @@
     python benchmarks/peers.py --out benchmarks/results/peers_cpu.md
     python benchmarks/peers.py --peers fused megatron plain --keep-probs 0.5
 
-Peers: this project on megatron-core, with Megatron's residual adds and with `drop.residual: fused`; Hugging Face
-transformers' OPT with its built-in LayerDrop (`pip install '.[bench]'`); a plain PyTorch loop that leaves dropped
-layers out, eager and with compiled layers. What they share and where they differ is in _peer_models.py. All run in one process, one after the other, on
-the same random tokens.
+Peers: this project on megatron-core, with Megatron's residual adds and with `drop.residual: fused`, each with its own
+layers and with `training.torch_compile`; Hugging Face transformers' OPT with its built-in LayerDrop (`pip install
+'.[bench]'`); a plain PyTorch loop that leaves dropped layers out, eager and with compiled layers. What they share and
+where they differ is in _peer_models.py. All run in one process, one after the other, on the same random tokens.
 
 What is measured. Rounds; in each round, for each keep_prob and each peer, one block of undropped and one of dropped
 iterations, then one undropped iteration whose layers are timed by hooks (_layer_times.py). The order of the peers
@@ -30,6 +30,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +45,7 @@ from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_lo
 from _measure import DISTINCT_BATCHES, Deadline, progress_bar, random_batches
 from _options import SHOWN, add_model_options, add_time_option, check_at_least, check_named_once, check_one_process
 from _peer_models import (
+    AFTER_ALL,
     TRANSFORMERS_HINT,
     CompiledTorch,
     FusedMegatronSbld,
@@ -68,7 +71,8 @@ from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("megatron", "fused", "opt", "plain", "compiled")
+OWN = ("megatron", "fused", "megatron-compiled", "fused-compiled")
+PEERS = (*OWN, "opt", "plain", "plain-compiled")
 
 
 class Decisions:
@@ -123,14 +127,20 @@ class Comparison:
         self.args = args
         self.decisions = Decisions(args)
         policy = self.decisions.policy()
-        controllers = {name: DropController(policy, seed=args.seed) for name in ("megatron", "fused")}
         builders: dict[str, Callable[[], Peer]] = {
-            "megatron": lambda: MegatronSbld(config, args.vocab_size, controllers["megatron"], args.dropped_update),
-            "fused": lambda: FusedMegatronSbld(config, args.vocab_size, controllers["fused"], args.dropped_update),
             "opt": lambda: HuggingFaceOPT(config, args.vocab_size),
             "plain": lambda: PlainTorch(config, args.vocab_size),
-            "compiled": lambda: CompiledTorch(config, args.vocab_size),
+            "plain-compiled": lambda: CompiledTorch(config, args.vocab_size),
         }
+        compiled = replace(config, training=replace(config.training, torch_compile=True))
+        for name in OWN:
+            builders[name] = partial(
+                FusedMegatronSbld if name.startswith("fused") else MegatronSbld,
+                compiled if name.endswith("compiled") else config,
+                args.vocab_size,
+                DropController(policy, seed=args.seed),
+                args.dropped_update,
+            )
         self.peers = [builders[name]() for name in args.peers]
         self.results = [Measurement(peer.name) for peer in self.peers]
         self.num_microbatches = get_num_microbatches()
@@ -143,6 +153,8 @@ class Comparison:
             peer.model.train()
             peer.prepare(dropping=False)
             self.block(peer, [None] * self.args.warmup)
+            peer.prepare(dropping=True)
+            self.block(peer, [AFTER_ALL])  # a compiled peer has a graph for each class of its layers
         with progress_bar() as progress:
             task = progress.add_task("rounds", total=self.args.rounds)
             deadline = Deadline(self.args.minutes)

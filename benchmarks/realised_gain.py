@@ -42,6 +42,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from megatron_sbld.pipeline import Floats, schedule_time
+from megatron_sbld.training.config import Config
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.validate import data_parallel_size, validate
 
@@ -133,6 +135,7 @@ def parse_args() -> argparse.Namespace:
         choices=("full", "selective"),
         help="recompute activations; default: no recomputation",
     )
+    model.add_argument("--torch-compile", action="store_true", help="with training.torch_compile, undropped blocks too")
 
     measurement = parser.add_argument_group("measurement")
     measurement.add_argument(
@@ -182,12 +185,17 @@ def layout_of_options(args: argparse.Namespace) -> Layout:
     )
 
 
+def config_of(args: argparse.Namespace, layout: Layout) -> Config:
+    config = make_config(args, layout)
+    return replace(config, training=replace(config.training, torch_compile=args.torch_compile))
+
+
 def check_layouts(args: argparse.Namespace, layouts: Sequence[Layout]) -> None:
     """The trainer's own checks, for every layout that is going to run."""
     if not layouts:
         raise ValueError(f"more processes than the {torch.cuda.device_count()} GPU(s) of this machine")
     for layout in layouts:
-        validate(make_config(args, layout), layout.processes)
+        validate(config_of(args, layout), layout.processes)
         if args.vocab_size % layout.tensor:
             raise ValueError(
                 f"--vocab-size {args.vocab_size}: must be divisible by the tensor-parallel size {layout.tensor}"
@@ -202,7 +210,7 @@ def launch(args: argparse.Namespace, layout: Layout) -> LayoutResult:
 def run_layout(args: argparse.Namespace, layout: Layout) -> LayoutResult:
     """Measure one layout; called on each of its ranks, and the same result on each."""
     torch.set_num_threads(args.threads)
-    config = make_config(args, layout)
+    config = config_of(args, layout)
     load_before = os.getloadavg()[0]
     with distributed_run(config):
         replicas = data_parallel_size(config, dist.get_world_size())
@@ -302,6 +310,7 @@ def config_lines(args: argparse.Namespace, left_out: Sequence[Layout]) -> Iterat
         f"Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, sequence "
         f"{args.seq_length}, vocabulary {args.vocab_size}, {args.precision}, no dropout, "
         + (f"{args.recompute_granularity} recomputation" if args.recompute_granularity else "no recomputation")
+        + (", layers compiled by torch" if args.torch_compile else "")
     )
     yield f"Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; Adam, clipping at 1"
     yield "Dropping: LayerDrop, one decision an iteration"

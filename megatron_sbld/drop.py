@@ -148,6 +148,21 @@ def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
         return Constant(config.theta)
 
 
+_POLICIES: dict[str, type[Policy]] = {
+    "sbld": SBLDPolicy,
+    "pld": PLDPolicy,
+    "layerdrop": LayerDropPolicy,
+    "stochastic_depth": StochasticDepthPolicy,
+}
+
+
+def scales_residual(config: DropConfig) -> bool:
+    """Whether kept layers' branches are scaled, by what the section says or by the policy's own rule."""
+    if config.policy == "none":
+        return False
+    return (config.residual_scale or _POLICIES[config.policy].default_residual_scale) != "none"
+
+
 def build_policy(
     config: DropConfig, num_layers: int, train_iters: int, base_dir: str | os.PathLike[str] | None = None
 ) -> Policy:

@@ -110,9 +110,10 @@ class SDPACoreAttention(MegatronModule):
     def _random_state(self, dropout_prob: float) -> Any:
         """The tensor-parallel rank's own random state for dropout: ranks hold different heads.
 
-        With sequence parallelism TransformerBlock has switched to it already.
+        With sequence parallelism TransformerBlock has switched to it already. Compiled layers are those of one
+        tensor-parallel rank, and no graph can switch.
         """
-        if dropout_prob == 0.0 or self.config.sequence_parallel:
+        if dropout_prob == 0.0 or self.config.sequence_parallel or torch.compiler.is_compiling():
             return nullcontext()
         return get_cuda_rng_tracker().fork()
 

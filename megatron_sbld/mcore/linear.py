@@ -62,7 +62,8 @@ def _linear(
     input_: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, skip_bias_add: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     added, returned = (None, bias) if skip_bias_add else (bias, None)
-    if torch.is_grad_enabled() and _adds_to_main_grad(weight):
+    # In a compiled graph (mcore/compiled.py) a backward pass may not change a buffer that is no argument of it.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _adds_to_main_grad(weight):
         return _AccumulatingLinear.apply(input_, weight, added), returned
     return F.linear(input_, weight, added), returned
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch.utils._triton import has_triton
 
+from megatron_sbld.mcore.compiled import compile_layers
 from megatron_sbld.mcore.grad_norm import clip_in_groups
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.mcore.optimizer_state import fuse_adam
@@ -48,6 +49,15 @@ def check_model(config: Config) -> None:
         raise ValueError(
             f"training.recompute_modules = {modules}: {', '.join(unusable)} can be recomputed with Transformer Engine "
             f"only, but model.transformer_impl is local ({reason}); allowed are {', '.join(usable)}"
+        )
+    if config.training.torch_compile and impl != "local":
+        raise ValueError(
+            f"training.torch_compile = True: compiles megatron-core's local layers, but model.transformer_impl is "
+            f"{impl} ({reason}); must be false, or transformer_impl local"
+        )
+    if config.training.torch_compile and torch.cuda.is_available() and not has_triton():
+        raise ValueError(
+            "training.torch_compile = True: torch compiles for a GPU with Triton, which is not usable here"
         )
     if config.drop.residual == "fused":
         try:
@@ -136,6 +146,8 @@ def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel
         vocab_size: padded vocabulary.
     """
     chunks = build_chunks(config, vocab_size)
+    if config.training.torch_compile:
+        compile_layers(chunks)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.training.precision != "fp32",
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, get_args, get_type_hints
 
-from megatron_sbld.drop import validate_drop
+from megatron_sbld.drop import scales_residual, validate_drop
 from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
@@ -97,6 +97,7 @@ def validate(config: Config, world_size: int | None, *, trains: bool = True) -> 
             *_length(config),
             *_recomputation(config),
             *_loss(config),
+            *_compilation(config),
             *_optimizer(config),
             *(_data(config) if trains else []),
         ]
@@ -346,6 +347,37 @@ def _loss(config: Config) -> list[str]:
             "fused loss gives its gradient in bf16; must be false or null there"
         ]
     return []
+
+
+def _compilation(config: Config) -> list[str]:
+    if not config.training.torch_compile:
+        return []
+    parallel, training = config.parallel, config.training
+    reasons = (
+        (
+            "parallel.tensor_model_parallel_size",
+            parallel.tensor_model_parallel_size > 1,
+            "a layer communicates; must be 1",
+        ),
+        ("parallel.context_parallel_size", parallel.context_parallel_size > 1, "a layer communicates; must be 1"),
+        (
+            "parallel.overlap_param_gather",
+            parallel.overlap_param_gather,
+            "modules inside a layer wait for their parameters; must be false",
+        ),
+        (
+            "training.recompute_granularity",
+            training.recompute_granularity == "selective",
+            "the graph decides itself what backward recomputes; must be full or null",
+        ),
+    )
+    problems = [f"with {path} = {_get(config, path)!r}: {why}" for path, conflicts, why in reasons if conflicts]
+    if scales_residual(config.drop):
+        problems.append(
+            f"with drop.policy = {config.drop.policy!r}, which scales branches: each scale would be compiled anew; "
+            "drop.residual_scale must be 'none'"
+        )
+    return [f"training.torch_compile = True {problem}" for problem in problems]
 
 
 def _optimizer(config: Config) -> list[str]:

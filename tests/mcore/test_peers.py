@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -144,6 +145,21 @@ def test_transformers_opt_trains_as_the_plain_loop_does(config: Config) -> None:
     opt = HuggingFaceOPT(config, ARGS.vocab_size)
     copy_to_opt(plain, opt)
     assert losses(opt, decisions) == pytest.approx(losses(plain, decisions), rel=1e-4)
+
+
+def test_compiled_layers_of_this_project_train_as_its_eager_ones_do(config: Config) -> None:
+    own, _, decisions = build(config)
+    controller = DropController(decisions.policy(), seed=ARGS.seed)
+    compiled = MegatronSbld(
+        replace(config, training=replace(config.training, torch_compile=True)), ARGS.vocab_size, controller
+    )
+    assert compiled.name == "megatron-sbld, compiled layers"
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for param, source in zip(compiled.model.parameters(), own.model.parameters(), strict=True):
+            param.copy_(source)
+    assert losses(compiled, decisions) == pytest.approx(losses(own, decisions), rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "of stock layers and of switchable ones"
 
 
 def test_the_compiled_loop_trains_as_the_plain_one_does_and_has_one_graph_for_all_layers(config: Config) -> None:

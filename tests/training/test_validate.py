@@ -25,6 +25,43 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         r"training.cross_entropy_loss_fusion = True with training.precision = 'fp16': Megatron's fused loss gives its "
         r"gradient in bf16; must be false or null there",
     ),
+    (
+        {"training": {"torch_compile": True}, "parallel": {"tensor_model_parallel_size": 2}},
+        r"training.torch_compile = True with parallel.tensor_model_parallel_size = 2: a layer communicates; must be 1",
+    ),
+    (
+        {"training": {"torch_compile": True}, "parallel": {"context_parallel_size": 2}},
+        r"training.torch_compile = True with parallel.context_parallel_size = 2: a layer communicates; must be 1",
+    ),
+    (
+        {
+            "training": {"torch_compile": True},
+            "parallel": {
+                "use_distributed_optimizer": True,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            },
+        },
+        r"training.torch_compile = True with parallel.overlap_param_gather = True: modules inside a layer wait for "
+        r"their parameters; must be false",
+    ),
+    (
+        {"training": {"torch_compile": True, "recompute_granularity": "selective"}},
+        r"training.torch_compile = True with training.recompute_granularity = 'selective': the graph decides itself "
+        r"what backward recomputes; must be full or null",
+    ),
+    (
+        {"training": {"torch_compile": True}, "drop": {"policy": "pld", "theta": 0.5}},
+        r"training.torch_compile = True with drop.policy = 'pld', which scales branches: each scale would be compiled "
+        r"anew; drop.residual_scale must be 'none'",
+    ),
+    (
+        {
+            "training": {"torch_compile": True},
+            "drop": {"policy": "layerdrop", "theta": 0.5, "residual_scale": "inverse_keep_prob"},
+        },
+        r"training.torch_compile = True with drop.policy = 'layerdrop', which scales branches",
+    ),
     # Ranges of single fields.
     ({"model": {"num_layers": 0}}, r"model.num_layers = 0: must be at least 1"),
     ({"model": {"hidden_size": -1024}}, r"model.hidden_size = -1024: must be at least 1"),

@@ -1,0 +1,70 @@
+"""Layers whose forward in training is a compiled graph; `pretrain` with them is in tests/training/test_compiled.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.compiled import compile_layers
+from tests.distributed.harness import model_parallel, single_process
+from tests.helpers import SEQUENCE, Listed, tiny_config, tiny_gpt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process() -> Iterator[None]:
+    with single_process():
+        yield
+
+
+def test_evaluation_compiles_nothing_and_is_megatrons_bit_for_bit() -> None:
+    torch._dynamo.utils.counters.clear()
+    with model_parallel():
+        (compiled,), (stock,) = (tiny_gpt(tiny_config(hidden_dropout=0.5)) for _ in range(2))
+        compile_layers(compiled)
+        hidden = torch.randn(SEQUENCE, 2, 32)
+        for ours, theirs in zip(compiled.eval().decoder.layers, stock.eval().decoder.layers, strict=True):
+            found = ours(hidden_states=hidden, attention_mask=None)[0]
+            assert torch.equal(found, theirs(hidden_states=hidden, attention_mask=None)[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_names_of_parameters_and_state_stay() -> None:
+    with model_parallel():
+        (compiled,), (stock,) = (tiny_gpt(tiny_config()) for _ in range(2))
+        compile_layers(compiled)
+        assert compiled.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_the_switch_comes_in_front_of_the_graph() -> None:
+    with model_parallel():
+        (chunk,) = tiny_gpt(tiny_config())
+        for _ in range(2):
+            compile_layers(chunk)
+        controller = DropController(Listed(0.5, 0.5, 0.5, 0.5))
+        make_switchable(chunk, controller)
+        names = [cls.__name__ for cls in type(chunk.decoder.layers[0]).__mro__[:5]]
+        assert names == [
+            "SwitchableCompiledTransformerLayer",
+            "SwitchableLayer",
+            "CompiledTransformerLayer",
+            "CompiledLayer",
+            "TransformerLayer",
+        ]
+        make_switchable(chunk, controller)
+
+
+def test_layers_that_are_switchable_already_are_refused() -> None:
+    with model_parallel():
+        (chunk,) = tiny_gpt(tiny_config())
+        make_switchable(chunk, DropController(Listed(0.5, 0.5, 0.5, 0.5)))
+        with pytest.raises(ValueError, match="layer 1 is switchable already: call compile_layers before"):
+            compile_layers(chunk)
+
+
+def test_what_is_no_gpt_is_refused() -> None:
+    with pytest.raises(ValueError, match="only GPT-like models"):
+        compile_layers(torch.nn.Linear(2, 2))

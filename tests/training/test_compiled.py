@@ -1,0 +1,102 @@
+"""`pretrain` with training.torch_compile: the graph is Megatron's layer, and dropping is outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sbld.training.config import Config
+from tests.training.trainer_helpers import (
+    FULL_DEPTH,
+    NO_DROPOUT,
+    change,
+    decisions,
+    in_folder,
+    losses,
+    prepare_corpus,
+    run_here,
+    sbld,
+    stop_and_resume,
+    tiny_run,
+    train_rows,
+)
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "fp32": {},
+    "bf16": {"training": {"precision": "bf16"}},
+    "fused residual": {"drop": {"residual": "fused"}},
+    "scope microbatch": {"drop": {"decision_scope": "microbatch"}},
+    "samples": {
+        "drop": {"granularity": "sample", "decision_scope": "microbatch"},
+        "training": {"micro_batch_size": 4, "global_batch_size": 16},
+    },
+    "full recomputation": {
+        "training": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    },
+    "freeze": {"drop": {"dropped_update": "freeze"}},
+}
+TOLERANCE = {"bf16": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, corpus: Path) -> Iterator[Config]:
+    """A compiled run with SBLD and without dropout."""
+    torch._dynamo.reset()  # graphs of other configs count towards torch's limit
+    torch._dynamo.utils.counters.clear()
+    yield tiny_run(tmp_path / "run", corpus, drop=sbld(tmp_path), model=NO_DROPOUT, training={"torch_compile": True})
+    torch._dynamo.reset()
+
+
+def trained(config: Config, folder: Path) -> list[float]:
+    """Losses of a run from beginning to end in a folder of its own."""
+    assert run_here(in_folder(config, folder)) == 0
+    return losses(folder)
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_compiled_run_has_the_decisions_and_losses_of_an_eager_one(config: Config, tmp_path: Path, name: str) -> None:
+    config = change(config, **VARIANTS[name])
+    eager = trained(change(config, training={"torch_compile": False}), tmp_path / "eager")
+    assert graphs() == 0
+    compiled = trained(config, tmp_path / "compiled")
+    assert graphs() > 0
+    assert decisions(tmp_path / "compiled") == decisions(tmp_path / "eager")
+    np.testing.assert_allclose(compiled, eager, rtol=TOLERANCE.get(name, 1e-4))
+    norms = [[row["grad_norm"] for row in train_rows(tmp_path / run)] for run in ("compiled", "eager")]
+    np.testing.assert_allclose(*norms, rtol=10 * TOLERANCE.get(name, 1e-4))
+    assert any(min(row) < 1 for row in decisions(tmp_path / "compiled"))
+
+
+def test_nothing_dropped_is_the_compiled_stock_layer_bit_for_bit(config: Config, tmp_path: Path) -> None:
+    config = change(config, training={"micro_batch_size": 2})  # of one sample the embedding has other strides
+    stock = change(config, drop={**FULL_DEPTH, "sensitivity": None})
+    expected = trained(stock, tmp_path / "stock")
+    assert graphs() == 1, "one for all layers"
+    assert trained(change(stock, drop={"policy": "layerdrop", "theta": 1.0}), tmp_path / "kept") == expected
+    assert trained(config, tmp_path / "dropped") != expected
+    assert graphs() == 1, "decisions are no part of it"
+
+
+def test_a_compiled_run_with_dropout_resumes_bit_for_bit(config: Config, tmp_path: Path) -> None:
+    config = change(config, model={"hidden_dropout": 0.1, "attention_dropout": 0.1})
+    expected = trained(config, tmp_path / "whole")
+    without = change(config, model=NO_DROPOUT)
+    assert trained(without, tmp_path / "without") != expected
+    first, second = stop_and_resume(config, 3)
+    assert run_here(first) == 75
+    assert run_here(second) == 0
+    assert losses(config.logging.run_dir) == expected
