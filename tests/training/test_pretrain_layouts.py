@@ -49,6 +49,10 @@ LAYOUTS = {
     "uneven, distributed optimizer": {**UNEVEN, **SHARDED},
     "interleaved": INTERLEAVED,
 }
+COMPILED = {
+    "uneven": UNEVEN,
+    "replicas that overlap reductions": {**SHARDED, "overlap_grad_reduce": True, "ddp_bucket_size": 20_000},
+}
 # Each run is stopped after 2 iterations and continued on the next layout.
 CHAINS: dict[str, list[dict[str, Any]]] = {
     "plain optimizer": [EVEN, UNEVEN, INTERLEAVED, EVEN],
@@ -68,15 +72,10 @@ def corpus(folder: Path) -> Path:
     return prepare_corpus(folder)
 
 
-def from_common_weights(folder: Path, corpus: Path, name: str, parallel: dict[str, Any], **drop: Any) -> Config:
+def from_common_weights(folder: Path, corpus: Path, name: str, parallel: dict[str, Any], **sections: Any) -> Config:
     """From the weights that one process saved: initial weights are another draw on each layout."""
     return without_dropout(
-        folder,
-        corpus,
-        name,
-        parallel=parallel,
-        drop={**sbld(folder), **drop},
-        checkpoint={"load": str(folder / "base")},
+        folder, corpus, name, parallel=parallel, checkpoint={"load": str(folder / "base")}, **sections
     )
 
 
@@ -116,6 +115,12 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
     there = {
         f"on {name}": from_common_weights(folder, corpus, f"on {name}", layout) for name, layout in LAYOUTS.items()
     }
+    there |= {
+        f"compiled on {name}": from_common_weights(
+            folder, corpus, f"compiled on {name}", layout, training={"torch_compile": True}
+        )
+        for name, layout in COMPILED.items()
+    }
     whole = tiny_run(folder / "whole", corpus, parallel=UNEVEN, drop={**sbld(folder), **BALANCED})
     there["whole"] = whole
     there["stopped"], there["resumed"] = stop_and_resume(in_folder(whole, folder / "resumed"), 3)
@@ -147,6 +152,15 @@ def test_uneven_stages_loaded_from_one_process_have_its_decisions_and_losses(
     assert outcomes[f"on {name}"] == [0, 0]
     assert decisions(folder / f"on {name}") == decisions(folder / "one process")
     np.testing.assert_allclose(losses(folder / f"on {name}"), losses(folder / "one process"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers_have_the_decisions_and_losses_of_one_eager_process(
+    outcomes: dict[str, list[int | str]], folder: Path, name: str
+) -> None:
+    assert outcomes[f"compiled on {name}"] == [0, 0]
+    assert decisions(folder / f"compiled on {name}") == decisions(folder / "one process")
+    np.testing.assert_allclose(losses(folder / f"compiled on {name}"), losses(folder / "one process"), rtol=1e-4)
 
 
 def test_a_run_on_uneven_stages_resumes_bit_for_bit(outcomes: dict[str, list[int | str]], folder: Path) -> None:

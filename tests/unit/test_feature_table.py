@@ -76,8 +76,8 @@ def test_every_switch_that_the_code_refuses_is_listed_with_its_reason() -> None:
 def test_messages_of_other_refusals_are_those_of_the_code() -> None:
     """Every refusal that is not in REASONS quotes its message up to the first reference."""
     sources = "".join(
-        re.sub(r'"\s*\n\s*f?"', "", (ROOT / "megatron_sbld" / "mcore" / name).read_text())
-        for name in ("refusals.py", "switchable.py", "samples.py")
+        re.sub(r'"\s*\n\s*f?"', "", (ROOT / "megatron_sbld" / name).read_text())
+        for name in ("mcore/refusals.py", "mcore/switchable.py", "mcore/samples.py", "training/validate.py")
     )
     for switch, status, evidence in rows():
         if status == "refused" and evidence not in refusal_reasons().values() and "FSDP alone" not in evidence:
