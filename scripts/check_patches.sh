@@ -150,7 +150,7 @@ EOF
         near pretrained dropping_from_pretrained --first 4 ${other_layout[@]+"${other_layout[@]}"}
     check "its decisions" decisions dropping_from_pretrained sensitivity.json --first 4
     resume unpatched_from_pretrained pretrained/checkpoints unpatched_gpt.py
-    if ((processes == 1)); then # else Megatron-LM draws other initial weights
+    if ((processes == 1)); then # else Megatron-LM may draw other initial weights
         check "megatron-sbld pretrain, the same run" near dropping pretrained
         check "unpatched, from megatron-sbld pretrain" near unpatched_from_dropping unpatched_from_pretrained --first 4
     fi
@@ -219,6 +219,9 @@ done
 git apply -R "$patch"
 rm unpatched_gpt.py
 find . -name __pycache__ -prune -exec rm -rf {} +
+# Megatron-LM 0.16 itself makes this folder when it starts on a GPU, for kernels that it no longer builds: it stays empty.
+made_on_gpu=megatron/legacy/fused_kernels/build
+[[ ! -d $made_on_gpu || -d $MEGATRON_LM_DIR/$made_on_gpu ]] || rmdir "$made_on_gpu"
 diff -r --exclude=.git --exclude=__pycache__ --exclude='helpers_cpp*' "$MEGATRON_LM_DIR" .  # compiled on the first use
 say "reverted: equals the original checkout"
 if [[ " ${steps[*]} " == *" training "* ]]; then
