@@ -15,6 +15,7 @@ Starting processes costs seconds (each imports torch and Megatron), so start the
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import pickle
 import tempfile
@@ -29,6 +30,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
 
 SEED = 1234
 
@@ -45,10 +47,16 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         RuntimeError: a rank raised; the message holds its traceback. The others are ended.
         TimeoutError: not all ranks came to an end within `timeout` seconds. They are ended.
     """
+    # Of TCP, not of a file: ranks look into a file again after 10 ms, for each of the groups of each case.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         with mock.patch.dict(os.environ, ENVIRONMENT):
             context = mp.start_processes(
-                _run_rank, (world_size, folder, fn, args, timeout), nprocs=world_size, join=False, start_method="spawn"
+                _run_rank,
+                (world_size, store.port, folder, fn, args, timeout),
+                nprocs=world_size,
+                join=False,
+                start_method="spawn",
             )
         try:
             _join(context, deadline=time.monotonic() + timeout, description=f"{fn.__qualname__} on {world_size} ranks")
@@ -69,10 +77,12 @@ def _join(context: mp.ProcessContext, deadline: float, description: str) -> None
             raise TimeoutError(f"{description}: ranks {waiting} did not finish in time")
 
 
-def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float) -> None:
+def _run_rank(
+    rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float
+) -> None:
     """One process: leave the function's result in a file, or what it raised."""
     try:
-        result = _call_in_group(rank, world_size, folder, fn, args, timeout)
+        result = _call_in_group(rank, world_size, port, fn, args, timeout)
         _result_file(folder, rank).write_bytes(pickle.dumps(result))
         dist.barrier()
         dist.destroy_process_group()
@@ -82,14 +92,14 @@ def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], a
 
 
 def _call_in_group(
-    rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float
+    rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple, timeout: float
 ) -> object:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     install_standins_if_needed()
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/rendezvous",
+        store=dist.TCPStore("127.0.0.1", port, is_master=False),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout),
@@ -112,11 +122,37 @@ def _first_traceback(folder: str) -> str:
 
 
 def install_standins_if_needed() -> None:
-    """Let megatron-core run on the CPU where there is no GPU."""
+    """Let megatron-core run on the CPU where there is no GPU, on groups that are quickly made."""
+    share_gloo_device()
     if not torch.cuda.is_available():
         from megatron_sbld.mcore.standins import install_cpu_standins
 
         install_cpu_standins()
+
+
+@functools.cache
+def share_gloo_device() -> None:
+    """Let all gloo groups of this process use one device on the loopback.
+
+    Else each has one of its own, with a thread that looks for events a hundred times a second: making the groups of a
+    layout takes 0.2 s, and those of some hundred cases that were not freed a third of a core.
+    """
+    gloo = distributed_c10d.ProcessGroupGloo
+    device = gloo.create_device(interface="lo")
+
+    class OnOneDevice(gloo):  # type: ignore[misc, valid-type]
+        def __init__(
+            self,
+            store: dist.Store,
+            rank: int,
+            size: int,
+            timeout: datetime.timedelta = distributed_c10d.default_pg_timeout,
+        ) -> None:
+            options = gloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OnOneDevice  # type: ignore[misc]
 
 
 @contextmanager

@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "freeze": {"drop": {"dropped_update": "freeze"}},
 }
+QUICK = {"bf16", "full recomputation"}  # each compiles for seconds
 TOLERANCE = {"bf16": 5e-3}
 
 
@@ -67,7 +68,9 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in VARIANTS]
+)
 def test_a_compiled_run_has_the_decisions_and_losses_of_an_eager_one(config: Config, tmp_path: Path, name: str) -> None:
     config = change(config, **VARIANTS[name])
     eager = trained(change(config, training={"torch_compile": False}), tmp_path / "eager")

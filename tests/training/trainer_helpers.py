@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.training.config import Config
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import run_distributed, share_gloo_device
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -201,6 +201,7 @@ def run_here(config: Config) -> int | str:
     """Call `pretrain` in this process."""
     from megatron_sbld.training.loop import pretrain
 
+    share_gloo_device()
     try:
         return pretrain(config)
     except Exception as error:
