@@ -95,6 +95,8 @@ class Section:
     """Seconds of an undropped one."""
     layers: float
     """Share of it that all layers have on the critical path."""
+    rounds: int
+    """As many as were done: fewer than asked for where time ran out."""
     rows: list[Row]
 
 
@@ -103,8 +105,8 @@ def read_results(file: str) -> tuple[dict[str, Any], list[Section]]:
     text = (RESULTS / file).read_text(encoding="utf-8")
     words = shlex.split(re.search(r"Command: `(.*)`", text)[1])  # type: ignore[index]
     gpu = re.search(r"Hardware: 1 x ([^;]*);", text)
-    options: dict[str, Any] = {"keep_probs": [0.9, 0.8, 0.7, 0.5], "rounds": 12, "block_iterations": 3, "warmup": 6}
-    for name, kind in (("--rounds", int), ("--block-iterations", int), ("--warmup", int)):
+    options: dict[str, Any] = {"keep_probs": [0.9, 0.8, 0.7, 0.5], "block_iterations": 3, "warmup": 6}
+    for name, kind in (("--block-iterations", int), ("--warmup", int)):
         if name in words:
             options[name[2:].replace("-", "_")] = kind(words[words.index(name) + 1])
     if "--keep-probs" in words:
@@ -116,9 +118,10 @@ def read_results(file: str) -> tuple[dict[str, Any], list[Section]]:
         rows = [read_row(file, title, line) for line in part.splitlines() if re.match(r"\| [\d.]+ \|", line)]
         seconds = float(re.search(r"Undropped iteration: ([\d.]+) ms", part)[1]) / 1e3  # type: ignore[index]
         share = float(re.search(r"all layers on the critical path: ([\d.]+)%", part)[1]) / 100  # type: ignore[index]
+        rounds = int(re.search(r"^- (\d+) rounds of ", part, re.MULTILINE)[1])  # type: ignore[index]
         samplers = tuple(dict.fromkeys(row.sampler for row in rows))
         rows = [row for row in rows if row.keep_prob < 1]
-        sections.append(Section(title, GPUS[gpu[1]] if gpu else None, samplers, seconds, share, rows))
+        sections.append(Section(title, GPUS[gpu[1]] if gpu else None, samplers, seconds, share, rounds, rows))
     return options, sections
 
 
@@ -131,12 +134,14 @@ def read_row(file: str, title: str, line: str) -> Row:
     return Row(file, title, float(cells[0]), sampler, kept, ideals[-1], realised, low, high)
 
 
-def dropped_iterations(options: dict[str, Any], samplers: tuple[str, ...]) -> dict[tuple[float, str], list[int]]:
+def dropped_iterations(
+    options: dict[str, Any], rounds: int, samplers: tuple[str, ...]
+) -> dict[tuple[float, str], list[int]]:
     """In which iterations of a run each case dropped layers (benchmarks/_measure.py, plan_rounds)."""
     cases = [(1.0, samplers[0])] + [(p, sampler) for p in options["keep_probs"] for sampler in samplers]
     rng, length, iteration = np.random.default_rng(1234), options["block_iterations"], options["warmup"]
     found: dict[tuple[float, str], list[int]] = {case: [] for case in cases}
-    for number in range(options["rounds"]):
+    for number in range(rounds):
         for index in rng.permutation(len(cases)):
             start = iteration + 1 + (length if number % 2 == 0 else 0)
             found[cases[index]] += range(start, start + length)
@@ -215,7 +220,7 @@ def check_measured() -> list[Check]:
         for section in sections:
             setup = measured_setup(section)
             predictor = Predictor(setup, setup.tokens / section.iteration)
-            iterations = dropped_iterations(options, section.samplers)
+            iterations = dropped_iterations(options, section.rounds, section.samplers)
             stages = setup.placement.num_ranks
             for row in section.rows:
                 balanced = {"sampler": "balanced", "stages": stages} if row.sampler == "balanced" else {}

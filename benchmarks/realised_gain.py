@@ -135,7 +135,11 @@ def parse_args() -> argparse.Namespace:
         choices=("full", "selective"),
         help="recompute activations; default: no recomputation",
     )
-    model.add_argument("--torch-compile", action="store_true", help="with training.torch_compile, undropped blocks too")
+    model.add_argument(
+        "--torch-compile",
+        action="store_true",
+        help="with training.torch_compile, undropped blocks too; not on layouts with tensor parallelism",
+    )
 
     measurement = parser.add_argument_group("measurement")
     measurement.add_argument(
@@ -157,7 +161,7 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what the trainer's own checks do not know of."""
-    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=0, threads=1, vocab_size=1, minutes=0)
+    check_at_least(parser, args, rounds=2, block_iterations=1, warmup=1, threads=1, vocab_size=1, minutes=0)
     if not all(0 < keep_prob < 1 for keep_prob in args.keep_probs):
         parser.error(f"--keep-probs {args.keep_probs}: each must be in (0, 1); 1 is always measured as well")
     if args.all_layouts and args.layouts:

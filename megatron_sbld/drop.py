@@ -148,19 +148,19 @@ def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
         return Constant(config.theta)
 
 
-_POLICIES: dict[str, type[Policy]] = {
-    "sbld": SBLDPolicy,
+_SCHEDULED: dict[str, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
     "pld": PLDPolicy,
     "layerdrop": LayerDropPolicy,
     "stochastic_depth": StochasticDepthPolicy,
-}
+}  # a schedule is all that they need
 
 
 def scales_residual(config: DropConfig) -> bool:
     """Whether kept layers' branches are scaled, by what the section says or by the policy's own rule."""
     if config.policy == "none":
         return False
-    return (config.residual_scale or _POLICIES[config.policy].default_residual_scale) != "none"
+    own_rule = _SCHEDULED.get(config.policy, SBLDPolicy).default_residual_scale
+    return (config.residual_scale or own_rule) != "none"
 
 
 def build_policy(
@@ -180,12 +180,8 @@ def build_policy(
         "recovery_fraction": config.recovery_fraction,
         "train_iters": train_iters,
     }
-    if config.policy == "pld":
-        return PLDPolicy(schedule, num_layers, **common)
-    if config.policy == "layerdrop":
-        return LayerDropPolicy(schedule, num_layers, **common)
-    if config.policy == "stochastic_depth":
-        return StochasticDepthPolicy(schedule, num_layers, **common)
+    if config.policy in _SCHEDULED:
+        return _SCHEDULED[config.policy](schedule, num_layers, **common)
     measured = _load_sensitivity(config, num_layers, base_dir)
     dynamic = updates_sensitivity(config)
     with _named_as_fields():

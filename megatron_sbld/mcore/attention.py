@@ -110,10 +110,11 @@ class SDPACoreAttention(MegatronModule):
     def _random_state(self, dropout_prob: float) -> Any:
         """The tensor-parallel rank's own random state for dropout: ranks hold different heads.
 
-        With sequence parallelism TransformerBlock has switched to it already. Compiled layers are those of one
-        tensor-parallel rank, and no graph can switch.
+        With sequence parallelism TransformerBlock has switched to it already. One rank alone may take any state, and a
+        compiled graph cannot switch.
         """
-        if dropout_prob == 0.0 or self.config.sequence_parallel or torch.compiler.is_compiling():
+        alone = self.config.tensor_model_parallel_size == 1
+        if dropout_prob == 0.0 or self.config.sequence_parallel or (alone and torch.compiler.is_compiling()):
             return nullcontext()
         return get_cuda_rng_tracker().fork()
 

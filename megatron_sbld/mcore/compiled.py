@@ -1,33 +1,35 @@
 """Layers whose forward pass in training is one compiled graph, for machines without Transformer Engine.
 
 torch.compile fuses what megatron-core's local layer leaves to single operations (norms, biases, the activation, the
-adds to the residual stream), and its graph costs the host less than Megatron's modules. The decision about a layer
-stays outside: a switchable layer asks first and calls the graph only if it is kept, so that decisions compile nothing
-anew. All layers of a model share one graph. Evaluation and generation, whose shapes change, run Megatron's forward.
+adds to the residual stream). The decision about a layer stays outside: a switchable layer asks first and calls the
+graph only if it is kept, so that decisions compile nothing anew. All layers of a model share their graphs. Evaluation
+and generation, whose shapes change, run Megatron's forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
+from megatron_sbld.mcore.attention import SDPACoreAttention
+from megatron_sbld.mcore.switchable import SwitchableLayer, check_kind, decoder_layers
+
+_GRAPHS = 64  # of all models in a process; torch's 8 are few for several models, and the next one would be an error
 
 
 class CompiledLayer(TransformerLayer):
     """Goes in front of a built layer's own class; `compile_layers` puts it there."""
+
+    _compiled_forward: Callable[..., Any]  # of the stock class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock layer's forward: (hidden_states [s, b, h], context)."""
         if not self.training:
             return super().forward(*args, **kwargs)
         return self._compiled_forward(*args, **kwargs)
-
-    def _compiled_forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("each subclass has the compiled forward of its own stock class")
 
 
 _classes: dict[type[TransformerLayer], type] = {}
@@ -36,22 +38,40 @@ _classes: dict[type[TransformerLayer], type] = {}
 def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """Let the decoder layers of a built model run a compiled graph in training; the first pass compiles it.
 
-    A layer that cannot be one graph raises torch's error in that pass. Which switches those are is checked by the
-    trainer's config (`training.torch_compile`). Calling it again changes nothing.
+    A layer that cannot be one graph raises torch's error in that pass: with `overlap_param_gather` or selective
+    recomputation. A scale that the fused residual add multiplies branches by is a constant of the graph. Calling it
+    again changes nothing.
 
     Args:
         model: a model, or the list of its chunks on this rank, wrapped or not.
 
     Raises:
-        ValueError: no decoder layers, or layers that are switchable already: the decision would become part of the
-            graph.
+        ValueError: no decoder layers, or one that is no TransformerLayer, communicates, has another attention than
+            SDPACoreAttention, or is switchable already: the decision would become part of the graph.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    for layer in [layer for chunk in chunks for layer in decoder_layers(chunk)]:
-        if isinstance(layer, SwitchableLayer):
-            raise ValueError(f"layer {layer.layer_number} is switchable already: call compile_layers before")
+    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    for layer in layers:
+        _check_layer(layer)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    for layer in layers:
         if not isinstance(layer, CompiledLayer):
             layer.__class__ = _compiled_class(type(layer))
+
+
+def _check_layer(layer: TransformerLayer) -> None:
+    check_kind(layer)
+    if isinstance(layer, SwitchableLayer):
+        raise ValueError(f"layer {layer.layer_number} is switchable already: call compile_layers before")
+    for name in ("tensor_model_parallel_size", "context_parallel_size"):
+        if getattr(layer.config, name) > 1:
+            raise ValueError(f"{name} = {getattr(layer.config, name)}: compiled layers cannot communicate; must be 1")
+    attention = getattr(layer.self_attention, "core_attention", None)
+    if not isinstance(attention, SDPACoreAttention):
+        raise ValueError(
+            f"layer {layer.layer_number} has {type(attention).__name__}: compiled layers need SDPACoreAttention, of "
+            "megatron_sbld.mcore.layer_specs.gpt_block_spec"
+        )
 
 
 def _compiled_class(cls: type[TransformerLayer]) -> type:

@@ -172,7 +172,7 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     for layer in (layer for chunk in chunks for layer in decoder_layers(chunk)):
-        _check_kind(layer)
+        check_kind(layer)
         fuse_branches(layer)
 
 
@@ -186,13 +186,14 @@ def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
 
 
-def _check_kind(layer: torch.nn.Module) -> None:
+def check_kind(layer: torch.nn.Module) -> None:
+    """Raise ValueError for a decoder layer that is no TransformerLayer."""
     if not isinstance(layer, TransformerLayer):
         raise ValueError(f"a decoder layer is a {type(layer).__name__}; only TransformerLayer can be made switchable")
 
 
 def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
-    _check_kind(layer)
+    check_kind(layer)
     if layer.config.num_layers != controller.num_layers:
         raise ValueError(
             f"the policy is for {controller.num_layers} layers, the model has num_layers = {layer.config.num_layers}"

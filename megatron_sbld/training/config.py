@@ -183,9 +183,10 @@ class TrainingConfig:
     """Megatron's loss in compiled functions, with fewer passes over the logits; in bf16 alone. None takes it where it
     pays: on a GPU in bf16, where torch can compile."""
     torch_compile: bool = False
-    """Each layer's forward and backward pass in training as one compiled graph, where Transformer Engine is not
-    installed: fewer kernels and less work for the host; the first iteration takes up to a minute longer. Not with
-    tensor or context parallelism, overlap_param_gather, selective recomputation, or scaled branches."""
+    """Each layer's forward and backward pass in training as one graph of torch's compiler, with the local layers (not
+    Transformer Engine's): fewer kernels. Compiling takes up to a minute of the first iteration, and again where a
+    microbatch has another shape. Not with tensor or context parallelism, overlap_param_gather, selective recomputation,
+    or branches that drop.residual fused scales."""
     initial_loss_scale: float = 2.0**32
     min_loss_scale: float = 1.0
     loss_scale_window: int = 1000

@@ -55,15 +55,30 @@ def check_model(config: Config) -> None:
             f"training.torch_compile = True: compiles megatron-core's local layers, but model.transformer_impl is "
             f"{impl} ({reason}); must be false, or transformer_impl local"
         )
-    if config.training.torch_compile and torch.cuda.is_available() and not has_triton():
-        raise ValueError(
-            "training.torch_compile = True: torch compiles for a GPU with Triton, which is not usable here"
-        )
+    if config.training.torch_compile:
+        _check_compiler()
     if config.drop.residual == "fused":
         try:
             library_for(this_device(), _DTYPES[config.training.precision])
         except RuntimeError as error:
             raise ValueError(f"drop.residual = 'fused': {error}") from error
+
+
+def _check_compiler() -> None:
+    """Raise ValueError where torch.compile has nothing to compile with."""
+    obstacle = None
+    if torch.cuda.is_available():
+        if not has_triton():
+            obstacle = "torch compiles for a GPU with Triton, which is not usable here"
+    else:
+        from torch._inductor import cpp_builder  # here, because it takes a second
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except RuntimeError as error:
+            obstacle = str(error).splitlines()[0]
+    if obstacle:
+        raise ValueError(f"training.torch_compile = True: {obstacle}; must be false")
 
 
 def transformer_config(config: Config) -> TransformerConfig:

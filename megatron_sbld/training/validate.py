@@ -110,6 +110,7 @@ def validate(config: Config, world_size: int | None, *, trains: bool = True) -> 
             validate_drop(config.drop, config.model.num_layers, train_iterations(config), stages)
         except ValueError as error:
             problems = [str(error)]
+    problems = problems or _compiled_scales(config)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -371,13 +372,20 @@ def _compilation(config: Config) -> list[str]:
             "the graph decides itself what backward recomputes; must be full or null",
         ),
     )
-    problems = [f"with {path} = {_get(config, path)!r}: {why}" for path, conflicts, why in reasons if conflicts]
-    if scales_residual(config.drop):
-        problems.append(
-            f"with drop.policy = {config.drop.policy!r}, which scales branches: each scale would be compiled anew; "
-            "drop.residual_scale must be 'none'"
-        )
-    return [f"training.torch_compile = True {problem}" for problem in problems]
+    return [
+        f"training.torch_compile = True with {path} = {_get(config, path)!r}: {why}"
+        for path, conflicts, why in reasons
+        if conflicts
+    ]
+
+
+def _compiled_scales(config: Config) -> list[str]:
+    if config.training.torch_compile and config.drop.residual == "fused" and scales_residual(config.drop):
+        return [
+            "training.torch_compile = True with drop.residual = 'fused' and scaled branches (drop.residual_scale, PLD's"
+            " default): each scale would be compiled anew; must be 'stock', or residual_scale 'none'"
+        ]
+    return []
 
 
 def _optimizer(config: Config) -> list[str]:

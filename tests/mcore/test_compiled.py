@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
@@ -21,6 +22,7 @@ def _one_process() -> Iterator[None]:
 
 
 def test_evaluation_compiles_nothing_and_is_megatrons_bit_for_bit() -> None:
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with model_parallel():
         (compiled,), (stock,) = (tiny_gpt(tiny_config(hidden_dropout=0.5)) for _ in range(2))
@@ -63,6 +65,24 @@ def test_layers_that_are_switchable_already_are_refused() -> None:
         make_switchable(chunk, DropController(Listed(0.5, 0.5, 0.5, 0.5)))
         with pytest.raises(ValueError, match="layer 1 is switchable already: call compile_layers before"):
             compile_layers(chunk)
+
+
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "context_parallel_size"])
+def test_layers_that_communicate_are_refused(name: str) -> None:
+    with model_parallel():
+        (chunk,) = tiny_gpt(tiny_config())
+        setattr(chunk.config, name, 2)
+        with pytest.raises(ValueError, match=f"{name} = 2: compiled layers cannot communicate; must be 1"):
+            compile_layers(chunk)
+
+
+def test_another_attention_is_refused() -> None:
+    with model_parallel():
+        (chunk,) = tiny_gpt(tiny_config())
+        chunk.decoder.layers[1].self_attention.core_attention = torch.nn.Identity()
+        with pytest.raises(ValueError, match="layer 2 has Identity: compiled layers need SDPACoreAttention"):
+            compile_layers(chunk)
+        assert type(chunk.decoder.layers[0]) is TransformerLayer
 
 
 def test_what_is_no_gpt_is_refused() -> None:

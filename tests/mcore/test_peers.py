@@ -154,6 +154,7 @@ def test_compiled_layers_of_this_project_train_as_its_eager_ones_do(config: Conf
         replace(config, training=replace(config.training, torch_compile=True)), ARGS.vocab_size, controller
     )
     assert compiled.name == "megatron-sbld, compiled layers"
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         for param, source in zip(compiled.model.parameters(), own.model.parameters(), strict=True):
@@ -166,6 +167,7 @@ def test_the_compiled_loop_trains_as_the_plain_one_does_and_has_one_graph_for_al
     _, plain, decisions = build(config)
     compiled = CompiledTorch(config, ARGS.vocab_size)
     compiled.model.load_state_dict(plain.model.state_dict())
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert losses(compiled, decisions) == pytest.approx(losses(plain, decisions), rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -26,6 +26,8 @@ from tests.training.trainer_helpers import (
     train_rows,
 )
 
+FULL_RECOMPUTATION = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+WITH_DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "fp32": {},
     "bf16": {"training": {"precision": "bf16"}},
@@ -35,12 +37,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "drop": {"granularity": "sample", "decision_scope": "microbatch"},
         "training": {"micro_batch_size": 4, "global_batch_size": 16},
     },
-    "full recomputation": {
-        "training": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    "full recomputation": {"training": FULL_RECOMPUTATION},
+    "samples, full recomputation": {
+        "drop": {"granularity": "sample"},
+        "training": {**FULL_RECOMPUTATION, "micro_batch_size": 4, "global_batch_size": 16},
     },
+    "scaled branches": {"drop": {"residual_scale": "inverse_keep_prob"}},
     "freeze": {"drop": {"dropped_update": "freeze"}},
 }
-QUICK = {"bf16", "full recomputation"}  # each compiles for seconds
+QUICK = {"bf16", "scaled branches"}  # each compiles for seconds
 TOLERANCE = {"bf16": 5e-3}
 
 
@@ -90,16 +95,31 @@ def test_nothing_dropped_is_the_compiled_stock_layer_bit_for_bit(config: Config,
     expected = trained(stock, tmp_path / "stock")
     assert graphs() == 1, "one for all layers"
     assert trained(change(stock, drop={"policy": "layerdrop", "theta": 1.0}), tmp_path / "kept") == expected
+    assert graphs() == 2, "and one for all switchable layers"
     assert trained(config, tmp_path / "dropped") != expected
-    assert graphs() == 1, "decisions are no part of it"
+    assert graphs() == 2, "decisions are no part of it"
 
 
-def test_a_compiled_run_with_dropout_resumes_bit_for_bit(config: Config, tmp_path: Path) -> None:
-    config = change(config, model={"hidden_dropout": 0.1, "attention_dropout": 0.1})
+def test_dropout_is_repeated_by_recomputation_and_by_a_resumed_run_bit_for_bit(config: Config, tmp_path: Path) -> None:
+    config = change(config, model=WITH_DROPOUT)
     expected = trained(config, tmp_path / "whole")
-    without = change(config, model=NO_DROPOUT)
-    assert trained(without, tmp_path / "without") != expected
+    assert trained(change(config, model=NO_DROPOUT), tmp_path / "without") != expected
+    assert trained(change(config, training=FULL_RECOMPUTATION), tmp_path / "recomputed") == expected, "the same masks"
     first, second = stop_and_resume(config, 3)
     assert run_here(first) == 75
     assert run_here(second) == 0
     assert losses(config.logging.run_dir) == expected
+
+
+def test_a_missing_compiler_is_named_before_the_run_starts(config: Config) -> None:
+    with torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")):
+        outcome = run_here(config)
+    assert outcome.startswith("ValueError: training.torch_compile = True: No working C++ compiler found")
+    assert not Path(config.logging.run_dir).exists()
+
+
+@pytest.mark.slow
+def test_many_models_in_one_process_have_graphs_of_their_own(config: Config, tmp_path: Path) -> None:
+    for width in range(17, 26):  # torch's own limit is 8
+        trained(change(config, model={"ffn_hidden_size": width}, training={"train_iters": 3}), tmp_path / str(width))
+    assert graphs() > 8

@@ -33,6 +33,7 @@ OPTIMIZERS: dict[str, dict[str, dict[str, Any]]] = {
     "frozen": {"drop": {"dropped_update": "freeze"}},
     "fp32": {"training": {"precision": "fp32"}},
     "fused residual": {"drop": {"residual": "fused"}},
+    "compiled": {"training": {"torch_compile": True}},
 }
 
 

@@ -161,6 +161,8 @@ def test_compiled_layers_have_the_decisions_and_losses_of_one_eager_process(
     assert outcomes[f"compiled on {name}"] == [0, 0]
     assert decisions(folder / f"compiled on {name}") == decisions(folder / "one process")
     np.testing.assert_allclose(losses(folder / f"compiled on {name}"), losses(folder / "one process"), rtol=1e-4)
+    if name in LAYOUTS:
+        assert losses(folder / f"compiled on {name}") != losses(folder / f"on {name}"), "its sums have another order"
 
 
 def test_a_run_on_uneven_stages_resumes_bit_for_bit(outcomes: dict[str, list[int | str]], folder: Path) -> None:

@@ -51,16 +51,21 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
         r"what backward recomputes; must be full or null",
     ),
     (
-        {"training": {"torch_compile": True}, "drop": {"policy": "pld", "theta": 0.5}},
-        r"training.torch_compile = True with drop.policy = 'pld', which scales branches: each scale would be compiled "
-        r"anew; drop.residual_scale must be 'none'",
+        {"training": {"torch_compile": True}, "drop": {"policy": "pld", "theta": 0.5, "residual": "fused"}},
+        r"training.torch_compile = True with drop.residual = 'fused' and scaled branches \(drop.residual_scale, PLD's "
+        r"default\): each scale would be compiled anew; must be 'stock', or residual_scale 'none'",
     ),
     (
         {
             "training": {"torch_compile": True},
-            "drop": {"policy": "layerdrop", "theta": 0.5, "residual_scale": "inverse_keep_prob"},
+            "drop": {
+                "policy": "layerdrop",
+                "theta": 0.5,
+                "residual": "fused",
+                "residual_scale": "inverse_keep_prob",
+            },
         },
-        r"training.torch_compile = True with drop.policy = 'layerdrop', which scales branches",
+        r"training.torch_compile = True with drop.residual = 'fused' and scaled branches",
     ),
     # Ranges of single fields.
     ({"model": {"num_layers": 0}}, r"model.num_layers = 0: must be at least 1"),

@@ -19,7 +19,7 @@ def checks():
 
 def test_rows_are_read_as_they_are_written():
     options, sections = read_results("realised_gain_distributed_cpu.md")
-    assert options == {"keep_probs": [0.7, 0.5], "rounds": 10, "block_iterations": 3, "warmup": 6}
+    assert options == {"keep_probs": [0.7, 0.5], "block_iterations": 3, "warmup": 6}
     assert [section.samplers for section in sections][1] == ("bernoulli", "balanced")
     row = sections[1].rows[1]
     assert row.sampler == "balanced"
