@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class MetricsWriter:
         drop_rows_from(path, first_iteration)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(run_dir, first_iteration) if config.tensorboard else None
-        self._wandb = _wandb_run(config, run_config) if config.wandb_project is not None else None
+        self._wandb = _wandb_run(config, first_iteration, run_config) if config.wandb_project is not None else None
         self._progress = _ProgressDisplay(config, first_iteration, train_iters)
 
     def train_row(self, row: dict[str, Any]) -> None:
@@ -141,10 +142,25 @@ def _tensorboard_writer(run_dir: Path, first_iteration: int) -> Any:
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_iteration)
 
 
-def _wandb_run(config: LoggingConfig, run_config: dict[str, Any]) -> Any:
+def _wandb_run(config: LoggingConfig, first_iteration: int, run_config: dict[str, Any]) -> Any:
+    """The run that earlier processes of this run folder logged to, or a new one from the first iteration on.
+
+    Iterations that are repeated after a crash are there already: W&B takes no step twice, and they are the same.
+    """
     import wandb
 
-    return wandb.init(project=config.wandb_project, name=config.wandb_name, dir=config.run_dir, config=run_config)
+    id_file = Path(config.run_dir) / "wandb_id"
+    if first_iteration == 1 or not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return wandb.init(
+        project=config.wandb_project,
+        name=config.wandb_name,
+        dir=config.run_dir,
+        config=run_config,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        allow_val_change=True,  # a resumed run may have another layout or length
+    )
 
 
 def progress_mode(config: LoggingConfig) -> str:

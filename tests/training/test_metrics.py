@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from tests.training.trainer_helpers import (
     LAYERS,
     SEQUENCE,
     change,
+    in_folder,
+    losses,
     prepare_corpus,
     rows,
     run_here,
     sbld,
+    stop_and_resume,
     tiny_run,
     train_rows,
+    valid_losses,
 )
 
 HIDDEN = 32  # of the tiny run
@@ -203,29 +208,59 @@ def test_wandb_that_is_not_installed_is_refused_on_every_rank_before_the_start(
     assert "needs wandb" in str(run_here(change(config, logging={"wandb_project": "mine"})))
 
 
-def test_wandb_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[tuple[int, dict[str, Any]]] = []
+def wandb_records(run_dir: Path) -> list[Any]:
+    """What W&B wrote for a later upload, in order: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
 
-    class Wandb:
-        @staticmethod
-        def init(**options: Any) -> Any:
-            assert (options["project"], options["name"]) == ("mine", "first")
-            return Wandb
+    records = []
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+        data, position, record = file.read_bytes(), 7, b""
+        while position < len(data):
+            left = 2**15 - position % 2**15  # of the block; headers are never split
+            if left < 7:
+                position += left
+                continue
+            length, kind = struct.unpack("<HB", data[position + 4 : position + 7])  # after a checksum
+            record += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                records.append(wandb_internal_pb2.Record.FromString(record))
+                record = b""
+    return records
 
-        @staticmethod
-        def log(values: dict[str, Any], step: int) -> None:
-            logged.append((step, values))
 
-        @staticmethod
-        def finish() -> None:
-            logged.append((0, {}))
+def test_wandb_gets_every_row_in_one_run_that_a_resumed_process_continues(
+    run: tuple[Config, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logging = {"wandb_project": "mine", "wandb_name": "first", "tensorboard": False}
+    config = change(in_folder(run[0], tmp_path / "run"), logging=logging)
+    for part in stop_and_resume(config, 3):
+        run_here(part)
+    records = wandb_records(tmp_path / "run")
+    started = [record.run for record in records if record.HasField("run")]
+    assert {(started_run.project, started_run.display_name) for started_run in started} == {("mine", "first")}
+    assert {started_run.run_id for started_run in started} == {(tmp_path / "run" / "wandb_id").read_text()}
+    logged: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.HasField("history"):
+            items = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            row = {name: json.loads(value) for name, value in items.items()}
+            logged.setdefault(row["_step"], {}).update(row)
+    assert [logged[step]["loss"] for step in sorted(logged)] == losses(tmp_path / "run")
+    assert logged[4]["valid_loss"] == valid_losses(tmp_path / "run")[4]
+    assert logged[1]["keep_prob/layer_01"] == train_rows(tmp_path / "run")[0]["keep_probs"][0]
+    assert "kept" not in logged[1]
 
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    open_writer = writer(tmp_path, wandb_project="mine", wandb_name="first")
-    open_writer.train_row({"iteration": 1, **ROW})
-    open_writer.valid_row({"iteration": 1, "valid_loss": 2.0})
-    open_writer.close()
-    assert [step for step, _ in logged] == [1, 1, 0]
-    assert logged[0][1]["loss"] == 5.5
-    assert "kept" not in logged[0][1]
-    assert logged[1][1] == {"valid_loss": 2.0}
+
+def test_a_run_from_the_beginning_is_another_one_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for _ in range(2):
+        writer(tmp_path, wandb_project="mine").close()
+        ids.append((tmp_path / "wandb_id").read_text())
+    assert ids[0] != ids[1]
