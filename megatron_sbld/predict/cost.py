@@ -15,8 +15,8 @@ reduced one, without latency. Counted from megatron-core 0.16.1:
 - The optimizer: Adam's reads and writes of fp32 state, the norm, the scaling by clipping, and zeroing the gradients.
 
 Not counted: latencies and launches, data loading, logging, validation, checkpoints, the decisions themselves (0.02 to
-0.12 % of an iteration, benchmarks/results/realised_gain_*.md), and what drop.dropped_update freeze leaves out: the
-optimizer's step of dropped layers and the gathers of buckets that hold nothing else.
+0.12 % of an iteration, benchmarks/results/realised_gain_*.md), and with overlap_param_gather the gathers that
+drop.dropped_update freeze leaves out.
 """
 
 from __future__ import annotations
@@ -196,7 +196,10 @@ class StepCosts:
     second_per_gathered: float
     """Of one parameter of the rank, gathered from the replicas; 0 without the distributed optimizer."""
     second_per_updated: float
-    """Of one parameter of the rank: the optimizer's memory traffic."""
+    """Of one parameter of the rank, whose optimizer's state its replicas share with the distributed optimizer: the
+    optimizer's memory traffic."""
+    second_per_stepped: float
+    """The part of it that a frozen parameter is spared, of one parameter whose state the rank holds."""
     second_per_tied: float
     """Of one value of the word embeddings, whose gradients the first and the last stage add up."""
 
@@ -212,7 +215,8 @@ def step_costs(config: Config, hardware: Hardware, data_parallel: int) -> StepCo
     gradient = 4  # bytes: fp32, as the trainer and Megatron-LM reduce those of bf16
     # Adam reads gradient, weight and both moments and writes the last three; the norm reads the gradients, clipping
     # reads and writes them; from 16 bits they are copied to fp32 and the weights back.
-    update = 28 + 4 + 8 + (0 if value == 4 else 8 + value)
+    adam = 28
+    update = adam + 4 + 8 + (0 if value == 4 else 8 + value)
     tied = 0.0
     if stages > 1 and not config.model.untie_embeddings_and_output_weights:
         tied = gradient / hardware.link_rate(stages, size * tensor)  # both ends send all: 2 (n - 1)/n = 1 for two
@@ -220,6 +224,7 @@ def step_costs(config: Config, hardware: Hardware, data_parallel: int) -> StepCo
         second_per_reduced=(1 if sharded else 2) * gradient * ring,
         second_per_gathered=value * ring if sharded else 0.0,
         second_per_updated=(update / (size if sharded else 1) + gradient) / hardware.memory_rate,
+        second_per_stepped=adam / hardware.memory_rate,
         second_per_tied=tied,
     )
 

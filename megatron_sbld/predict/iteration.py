@@ -3,7 +3,8 @@
 The passes run in the pipeline's schedule (simulate.py). Each rank then reduces its gradients: after its last pass, or
 with overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped
 are left out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the
-optimizer steps, and with the distributed optimizer parameters are gathered, or with overlap_param_gather while the next
+optimizer steps (with dropped_update freeze over the layers that ran alone), and with the distributed optimizer
+parameters are gathered, or with overlap_param_gather while the next
 forward pass runs, bucket by bucket as its layers need them. With replicas `distinct` the slowest replica decides when a
 stage is done.
 """
@@ -22,7 +23,13 @@ from megatron_sbld.pipeline import Floats
 from megatron_sbld.placement import Placement
 from megatron_sbld.predict.cost import Attention, Costs, pass_costs, step_costs
 from megatron_sbld.predict.hardware import Hardware
-from megatron_sbld.predict.parameters import Bucket, chunk_parameters, default_bucket_size, make_buckets
+from megatron_sbld.predict.parameters import (
+    Bucket,
+    chunk_parameters,
+    default_bucket_size,
+    make_buckets,
+    shard_sizes,
+)
 from megatron_sbld.predict.simulate import Run, run_schedule
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.validate import data_parallel_size
@@ -67,10 +74,10 @@ class IterationTimes:
     """From the first forward pass to the last backward pass of any rank, [n]."""
     exposed_reduction: Floats
     """Until all gradients are reduced, [n]."""
-    step: float
-    """The optimizer, of the rank with the most parameters."""
-    gather: float
-    """Of parameters after the step; what forward passes wait for is in `schedule`."""
+    step: Floats
+    """The optimizer, of the slowest rank, [n]."""
+    gather: Floats
+    """Of parameters after the step, [n]; what forward passes wait for is in `schedule`."""
     run: Run
     """The schedule, of the first replica."""
 
@@ -209,20 +216,57 @@ class IterationModel:
         evenly: as in `passes`; the same buckets are left out.
         """
         runs = [self.run(shares, evenly) for shares in replicas]
-        skip = self._skipped(np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0))
+        ran = np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0)
+        skip = self._skipped(ran)
         last = (self.spread_evenly(replicas[0]) if evenly else replicas[0])[..., -1, :]
         reduced = np.max([self._reduced(rank, runs, last, skip) for rank in range(self.num_ranks)], axis=0)
         schedule = np.max([run.end for run in runs], axis=0)
         parallel = self.setup.config.parallel
-        sizes = [
-            sum(bucket.size for chunk in range(rank, self.num_chunks, self.num_ranks) for bucket in self.buckets[chunk])
-            for rank in range(self.num_ranks)
-        ]
-        step = max(sizes) * self.step_costs.second_per_updated
-        gather = 0.0 if parallel.overlap_param_gather else max(sizes) * self.step_costs.second_per_gathered
         table = self.setup.vocab_size // parallel.tensor_model_parallel_size * self.setup.config.model.hidden_size
         exposed = reduced - schedule + table * self.step_costs.second_per_tied
+        step, gather = self._step(ran), self._gather(skip)
         return IterationTimes(schedule + exposed + step + gather, schedule, exposed, step, gather, runs[0])
+
+    @property
+    def _freezes(self) -> bool:
+        return self.setup.config.drop.dropped_update == "freeze"
+
+    def _sizes(self, rank: int) -> list[int]:
+        """Values of each bucket of a pipeline rank."""
+        return [bucket.size for chunk in range(rank, self.num_chunks, self.num_ranks) for bucket in self.buckets[chunk]]
+
+    @functools.cached_property
+    def state_sizes(self) -> Floats:
+        """Values of each owner whose optimizer state a rank holds, [pipeline ranks, replicas that share it, L + 2]."""
+        setup = self.setup
+        parallel, owners = setup.config.parallel, setup.config.model.num_layers + 2
+        shards = setup.replicas * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+        sizes = np.zeros((self.num_ranks, shards, owners))
+        for chunk, buckets in enumerate(self.buckets):
+            params = chunk_parameters(setup.config, setup.vocab_size, setup.placement, chunk)
+            sizes[chunk % self.num_ranks] += shard_sizes(params, buckets, shards, owners)
+        return sizes
+
+    def _step(self, ran: NDArray[np.bool_]) -> Floats:
+        """Seconds of the optimizer on the slowest rank, [n]: layers that ran at all [n, L]."""
+        costs = self.step_costs
+        whole = np.array([sum(self._sizes(rank)) for rank in range(self.num_ranks)]) * costs.second_per_updated
+        if not self._freezes:
+            return np.full(len(ran), whole.max())
+        frozen = np.pad(~ran, ((0, 0), (1, 1)), constant_values=False).astype(float)
+        spared = (self.state_sizes @ frozen.T).min(axis=1) * costs.second_per_stepped  # [pipeline ranks, n]
+        return (whole[:, None] - spared).max(axis=0)
+
+    def _gather(self, skip: Sequence[NDArray[np.bool_]]) -> Floats:
+        """Seconds of gathering parameters after the step, [n]; skip: as in `_reduced`."""
+        n = len(skip[0])
+        if self.setup.config.parallel.overlap_param_gather:
+            return np.zeros(n)
+        sizes = np.array([sum(self._sizes(rank)) for rank in range(self.num_ranks)], dtype=float)[:, None].repeat(n, 1)
+        if self._freezes:
+            for chunk, (buckets, skipped) in enumerate(zip(self.buckets, skip, strict=True)):
+                sizes[chunk % self.num_ranks] -= skipped @ np.array([bucket.size for bucket in buckets])
+        return sizes.max(axis=0) * self.step_costs.second_per_gathered
 
     def _skipped(self, ran: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         """Which buckets of each chunk hold dropped layers alone: layers that ran at all [n, L] -> [n, buckets] each."""
@@ -297,6 +341,6 @@ class IterationModel:
             **parts,
             "pipeline bubble and waiting": waiting,
             "gradient reduction, exposed": float(times.exposed_reduction[0]),
-            "optimizer": times.step,
-            "parameter gathering, exposed": times.gather + float(times.schedule[0]) - ungathered,
+            "optimizer": float(times.step[0]),
+            "parameter gathering, exposed": float(times.gather[0] + times.schedule[0]) - ungathered,
         }

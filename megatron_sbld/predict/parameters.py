@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from megatron_sbld.pipeline import Floats
 from megatron_sbld.placement import Placement
 from megatron_sbld.training.config import Config, ModelConfig
 from megatron_sbld.training.flops import ffn_hidden_size
@@ -49,6 +52,30 @@ def make_buckets(params: Sequence[tuple[int, int]], bucket_size: float) -> list[
             buckets.append(Bucket(size, frozenset(owners)))
             size, owners = 0, set()
     return buckets + ([Bucket(size, frozenset(owners))] if size else [])
+
+
+def shard_sizes(params: Sequence[tuple[int, int]], buckets: Sequence[Bucket], shards: int, owners: int) -> Floats:
+    """How many values of each owner the distributed optimizer gives to each replica, [shards, owners].
+
+    Every bucket is cut into equal ranges of values, whatever lies there (param_and_grad_buffer.py:82, shard_buffer).
+
+    params, buckets: of a chunk, as make_buckets takes and gives them.
+    owners: one more than the last of them.
+    """
+    sizes = np.zeros((shards, owners))
+    ends = np.cumsum([bucket.size for bucket in buckets])
+    edges = np.concatenate(
+        [np.linspace(end - bucket.size, end, shards + 1)[:-1] for bucket, end in zip(buckets, ends, strict=True)]
+    )  # where a range begins; its replica is the index modulo shards
+    upper = np.append(edges[1:], ends[-1])
+    begin = 0
+    for count, owner in reversed(params):
+        first, last = np.searchsorted(upper, begin, side="right"), np.searchsorted(edges, begin + count, side="left")
+        for index in range(first, last):
+            within = min(begin + count, upper[index]) - max(begin, edges[index])
+            sizes[index % shards, owner] += within
+        begin += count
+    return sizes
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel: int = 1) -> list[int]:

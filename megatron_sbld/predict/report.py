@@ -71,11 +71,12 @@ def _gains(outcome: Outcome) -> str:
     lines = [prediction_table(outcome.predictions, outcome)]
     if not outcome.predictions:
         lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
-    drop = outcome.setup.config.drop
-    if drop.policy != "none" and drop.dropped_update == "freeze":
+    config = outcome.setup.config
+    freezes = config.drop.policy != "none" and config.drop.dropped_update == "freeze"
+    if freezes and config.parallel.overlap_param_gather:
         lines.append(
-            "drop.dropped_update freeze: not counted is that the optimizer's step and the gathers of parameters leave "
-            "dropped layers out"
+            "drop.dropped_update freeze: not counted is that the overlapped gathers of parameters leave dropped layers "
+            "out"
         )
     proposals = {proposal.placement: proposal for proposal in outcome.proposals}
     lines += [_proposal(proposal, outcome) for proposal in proposals.values()]

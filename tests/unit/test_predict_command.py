@@ -112,9 +112,11 @@ def test_no_share_is_shown_as_minus_zero(config, capsys):
     assert "parameter gathering, exposed" in shown
 
 
-def test_what_freezing_dropped_layers_saves_is_said_not_to_be_counted(config, capsys):
-    for update, said in (("apply", False), ("freeze", True)):
-        assert predict("--config", config, "--gpus", 2, "--drop.dropped_update", update) == 0
+def test_what_freezing_saves_of_overlapped_gathers_is_said_not_to_be_counted(config, capsys):
+    overlaps = ("overlap_grad_reduce", "use_distributed_optimizer", "overlap_param_gather")
+    overlapped = [word for name in overlaps for word in (f"--parallel.{name}", "true")]
+    for update, layout, said in (("apply", overlapped, False), ("freeze", [], False), ("freeze", overlapped, True)):
+        assert predict("--config", config, "--gpus", 2, "--drop.dropped_update", update, *layout) == 0
         assert ("drop.dropped_update freeze: not counted" in capsys.readouterr().out) is said
 
 

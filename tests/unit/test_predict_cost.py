@@ -14,7 +14,13 @@ from megatron_sbld.placement import Placement
 from megatron_sbld.predict.cost import pass_costs, step_costs
 from megatron_sbld.predict.iteration import IterationModel
 from megatron_sbld.predict.memory import activation_bytes, rank_memory
-from megatron_sbld.predict.parameters import chunk_parameters, layer_parameters, num_parameters
+from megatron_sbld.predict.parameters import (
+    chunk_parameters,
+    layer_parameters,
+    make_buckets,
+    num_parameters,
+    shard_sizes,
+)
 from megatron_sbld.training.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -182,6 +188,78 @@ def test_a_gathered_parameter_is_waited_for_by_its_layer_alone():
     hidden = apart.total - times.total
     first_pass = float(beside.passes(np.ones((1, 1, 8)))[0].sum())
     assert 0 < hidden[0] < first_pass
+
+
+LAYER = 12 * 256**2 + 13 * 256
+HALF_KEPT = np.array([[True] * 8, [True, False] * 4, [False] * 8])
+
+
+def shares_of(kept):
+    """[n, L] -> of one microbatch that stands for all, [n, 1, L]."""
+    return kept[:, None, :].astype(float)
+
+
+def test_freezing_spares_adam_the_dropped_layers():
+    apply, freeze = (
+        IterationModel(make_setup(1, dropped_update=update), 0.5).times([shares_of(HALF_KEPT)])
+        for update in ("apply", "freeze")
+    )
+    spared = 28 * LAYER / (1000e9)  # seconds a layer: Adam's bytes at the memory's rate
+    np.testing.assert_allclose(apply.step - freeze.step, [0, 4 * spared, 8 * spared], atol=1e-12)
+    np.testing.assert_allclose(apply.total - freeze.total, [0, 4 * spared, 8 * spared], atol=1e-12)
+    assert len(set(apply.step.tolist())) == 1
+
+
+def test_freezing_saves_what_it_saves_on_the_slowest_rank():
+    """Of two stages one drops nothing."""
+    setup = make_setup(2, dropped_update="freeze", pipeline_model_parallel_size=2)
+    kept = np.array([[True] * 8, [False] * 4 + [True] * 4])
+    model = IterationModel(setup, 0.5)
+    sizes = [sum(bucket.size for bucket in model.buckets[stage]) for stage in (0, 1)]
+    expected = [size * model.step_costs.second_per_updated for size in sizes]
+    assert model.times([shares_of(kept)]).step.tolist() == pytest.approx(expected)
+
+
+def test_a_replica_that_holds_the_state_of_kept_layers_alone_steps_as_long_as_ever():
+    """All of a chunk is one bucket, cut in two where the layers' parameters are: in front the last ones."""
+    setup = make_setup(2, dropped_update="freeze", use_distributed_optimizer=True)
+    model = IterationModel(setup, 0.5)
+    assert model.state_sizes.sum() == num_parameters(setup.config, 1024)
+    assert model.state_sizes.shape == (1, 2, 10)
+    assert model.state_sizes[0].sum(axis=1) == pytest.approx([num_parameters(setup.config, 1024) / 2] * 2)
+    assert model.state_sizes[0, 0, :4].sum() == model.state_sizes[0, 1, 6:].sum() == 0
+    kept = np.array([[True] * 8, [False] * 3 + [True] * 5, [False] * 8])
+    step = model.times([shares_of(kept)]).step
+    assert step[0] == step[1] > step[2]
+
+
+@pytest.mark.parametrize("bucket_size", [100_000, 500_000, 2_000_000])
+def test_every_value_of_every_bucket_is_held_by_one_replica(bucket_size):
+    setup = make_setup(4)
+    params = chunk_parameters(setup.config, 1024, setup.placement, 0)
+    buckets = make_buckets(params, bucket_size)
+    owner_of = np.repeat([owner for _, owner in reversed(params)], [size for size, _ in reversed(params)])
+    expected = np.zeros((4, 10))
+    begin = 0
+    for bucket in buckets:
+        for shard, values in enumerate(np.array_split(owner_of[begin : begin + bucket.size], 4)):
+            expected[shard] += np.bincount(values, minlength=10)
+        begin += bucket.size
+    found = shard_sizes(params, buckets, 4, 10)
+    np.testing.assert_allclose(found, expected, atol=len(buckets))  # where a bucket's size is no multiple of 4
+    assert found.sum(axis=0).tolist() == pytest.approx(expected.sum(axis=0).tolist())
+
+
+def test_freezing_leaves_out_gathers_of_buckets_that_hold_dropped_layers_alone():
+    fields = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "ddp_bucket_size": 500_000}
+    apply, freeze = (
+        IterationModel(make_setup(2, dropped_update=update, **fields), 0.5) for update in ("apply", "freeze")
+    )
+    found = freeze.times([shares_of(HALF_KEPT)]).gather
+    np.testing.assert_array_equal(apply.times([shares_of(HALF_KEPT)]).gather, found[0])
+    kept = [bucket.size for bucket in freeze.buckets[0] if bucket.owners & {0, 9}]
+    assert found[2] == pytest.approx(sum(kept) * freeze.step_costs.second_per_gathered)
+    assert found[2] < found[1] <= found[0]
 
 
 def test_a_parameter_count_is_megatrons_formula():
