@@ -330,6 +330,15 @@ def _choices(torch: Any, core: Any) -> Iterator[Finding]:
         status="missing" if here else "ok",
         mend=_TRANSFORMER_ENGINE if here else "",
     )
+    from megatron_sbld.mcore.compiled import compiler_obstacle
+
+    obstacle = compiler_obstacle()
+    yield Finding(
+        section="in use",
+        name="torch_compile",
+        value=obstacle or "can be used where transformer_impl is local, if training.torch_compile asks for it",
+        status="ok" if obstacle is None else "absent",
+    )
 
 
 def _residual_choice(torch: Any) -> Finding:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils._triton import has_triton
 
 from megatron_sbld.mcore.attention import SDPACoreAttention
 from megatron_sbld.mcore.switchable import SwitchableLayer, check_kind, decoder_layers
@@ -57,6 +58,19 @@ def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     for layer in layers:
         if not isinstance(layer, CompiledLayer):
             layer.__class__ = _compiled_class(type(layer))
+
+
+def compiler_obstacle() -> str | None:
+    """Why torch.compile cannot be used here, in a sentence; None if it can."""
+    if torch.cuda.is_available():
+        return None if has_triton() else "torch compiles for a GPU with Triton, which is not usable here"
+    from torch._inductor import cpp_builder  # here, because it takes a second
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _check_layer(layer: TransformerLayer) -> None:

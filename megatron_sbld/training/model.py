@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch.utils._triton import has_triton
 
-from megatron_sbld.mcore.compiled import compile_layers
+from megatron_sbld.mcore.compiled import compile_layers, compiler_obstacle
 from megatron_sbld.mcore.grad_norm import clip_in_groups
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.mcore.optimizer_state import fuse_adam
@@ -55,30 +55,13 @@ def check_model(config: Config) -> None:
             f"training.torch_compile = True: compiles megatron-core's local layers, but model.transformer_impl is "
             f"{impl} ({reason}); must be false, or transformer_impl local"
         )
-    if config.training.torch_compile:
-        _check_compiler()
+    if config.training.torch_compile and (obstacle := compiler_obstacle()) is not None:
+        raise ValueError(f"training.torch_compile = True: {obstacle}; must be false")
     if config.drop.residual == "fused":
         try:
             library_for(this_device(), _DTYPES[config.training.precision])
         except RuntimeError as error:
             raise ValueError(f"drop.residual = 'fused': {error}") from error
-
-
-def _check_compiler() -> None:
-    """Raise ValueError where torch.compile has nothing to compile with."""
-    obstacle = None
-    if torch.cuda.is_available():
-        if not has_triton():
-            obstacle = "torch compiles for a GPU with Triton, which is not usable here"
-    else:
-        from torch._inductor import cpp_builder  # here, because it takes a second
-
-        try:
-            cpp_builder.get_cpp_compiler()
-        except RuntimeError as error:
-            obstacle = str(error).splitlines()[0]
-    if obstacle:
-        raise ValueError(f"training.torch_compile = True: {obstacle}; must be false")
 
 
 def transformer_config(config: Config) -> TransformerConfig:

@@ -50,7 +50,14 @@ def test_the_command_shows_versions_and_what_will_be_used(capsys: pytest.Capture
     assert torch.__version__ in lines["torch"]
     assert "0.16." in lines["megatron-core"]
     assert "auto takes" in lines["transformer_impl"]
+    assert "can be used" in lines["torch_compile"]
     assert {"Python", "megatron-sbld", "numpy", "NCCL", "cuda library", "cpu library", "residual add"} <= lines.keys()
+
+
+def test_without_a_compiler_layers_cannot_be_compiled() -> None:
+    with torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")):
+        (found,) = [finding for finding in doctor.examine() if finding.name == "torch_compile"]
+    assert (found.status, "No working C++ compiler" in found.value) == ("absent", True)
 
 
 def test_the_usage_lists_the_command(capsys: pytest.CaptureFixture[str]) -> None:
