@@ -145,8 +145,9 @@ def _section(result: LayoutResult) -> list[str]:
         f"- Undropped iteration: {result.iteration * 1e3:.1f} ms, {result.num_microbatches} microbatch(es) a replica; "
         f"{result.timed_iteration / result.iteration - 1:+.1%} when its layers are timed.",
         f"- A layer: {result.layer_forward * 1e3:.2f} ms forward, {result.layer_backward * 1e3:.2f} ms backward a "
-        f"microbatch. Of an iteration, all layers on the critical path: {result.layers / result.iteration:.1%}; "
-        f"forward and backward passes with embedding and logits: {result.passes / result.iteration:.1%}.",
+        "microbatch. Of a timed iteration, all layers on the critical path: "
+        f"{result.layers / result.timed_iteration:.1%}; forward and backward passes with embedding and "
+        f"logits: {result.passes / result.timed_iteration:.1%}.",
         f"- {result.rounds} rounds of one pair of blocks of {result.block_iterations} iterations for each row; "
         f"load average {result.load_average[0]:.1f} before, {result.load_average[1]:.1f} after, this program's own "
         "processes included.",

@@ -8,6 +8,8 @@ and generation, whose shapes change, run Megatron's forward.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,8 +42,8 @@ def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """Let the decoder layers of a built model run a compiled graph in training; the first pass compiles it.
 
     A layer that cannot be one graph raises torch's error in that pass: with `overlap_param_gather` or selective
-    recomputation. A scale that the fused residual add multiplies branches by is a constant of the graph. Calling it
-    again changes nothing.
+    recomputation. With branches that the fused residual add scales, each scale is compiled anew, until torch's limit on
+    graphs is an error; that limit is raised to 64 here, for the whole process. Calling it again changes nothing.
 
     Args:
         model: a model, or the list of its chunks on this rank, wrapped or not.
@@ -54,7 +56,8 @@ def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
     for layer in layers:
         _check_layer(layer)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), _GRAPHS))
     for layer in layers:
         if not isinstance(layer, CompiledLayer):
             layer.__class__ = _compiled_class(type(layer))
@@ -63,7 +66,11 @@ def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
 def compiler_obstacle() -> str | None:
     """Why torch.compile cannot be used here, in a sentence; None if it can."""
     if torch.cuda.is_available():
-        return None if has_triton() else "torch compiles for a GPU with Triton, which is not usable here"
+        if not has_triton():
+            return "torch compiles for a GPU with Triton, which is not usable here"
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        found = any(shutil.which(compiler) for compiler in compilers)
+        return None if found else f"Triton needs a C compiler: there is no {' and no '.join(compilers)} (CC, PATH)"
     from torch._inductor import cpp_builder  # here, because it takes a second
 
     try:

@@ -3,10 +3,9 @@
 The passes run in the pipeline's schedule (simulate.py). Each rank then reduces its gradients: after its last pass, or
 with overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped
 are left out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the
-optimizer steps (with dropped_update freeze over the layers that ran alone), and with the distributed optimizer
-parameters are gathered, or with overlap_param_gather while the next
-forward pass runs, bucket by bucket as its layers need them. With replicas `distinct` the slowest replica decides when a
-stage is done.
+optimizer steps, with dropped_update freeze without Adam's part for dropped layers; and with the distributed optimizer
+parameters are gathered, or with overlap_param_gather while the next forward pass runs, bucket by bucket as its layers
+need them. With replicas `distinct` the slowest replica decides when a stage is done.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from megatron_sbld.predict.parameters import (
     default_bucket_size,
     make_buckets,
     shard_sizes,
+    tied_table,
 )
 from megatron_sbld.predict.simulate import Run, run_schedule
 from megatron_sbld.training.config import Config
@@ -121,7 +121,8 @@ class IterationModel:
         for chunk in range(self.num_chunks):
             params = chunk_parameters(config, self.setup.vocab_size, self.setup.placement, chunk)
             bucketed = config.parallel.overlap_grad_reduce and chunk == 0
-            buckets.append(make_buckets(params, size if bucketed else np.inf))
+            alone = tied_table(config, self.setup.placement, chunk)
+            buckets.append(make_buckets(params, size if bucketed else np.inf, alone))
         return buckets
 
     def passes(self, shares: Floats, evenly: bool = False) -> tuple[Floats, Floats]:
@@ -213,7 +214,7 @@ class IterationModel:
     def times(self, replicas: Sequence[Floats], evenly: bool = False) -> IterationTimes:
         """The iterations: of each replica that decides for itself, shares of the microbatches, [n, m or 1, L].
 
-        evenly: as in `passes`; the same buckets are left out.
+        evenly: as in `passes`; the same buckets are left out, and the same layers frozen.
         """
         runs = [self.run(shares, evenly) for shares in replicas]
         ran = np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0)

@@ -36,19 +36,26 @@ def default_bucket_size(data_parallel: int) -> int:
     return max(40_000_000, 1_000_000 * data_parallel)
 
 
-def make_buckets(params: Sequence[tuple[int, int]], bucket_size: float) -> list[Bucket]:
+def make_buckets(params: Sequence[tuple[int, int]], bucket_size: float, alone: int | None = None) -> list[Bucket]:
     """Megatron's buckets, in the order in which they are reduced.
 
     From the last parameter to the first, a bucket is closed once it holds `bucket_size` values or more. Left out: the
-    padding of the distributed optimizer, and the bucket of its own that tied embeddings have with pipeline stages.
+    padding of the distributed optimizer.
 
     params: (values, owner as in Bucket) of each parameter, in Megatron's order.
+    alone: position of a parameter that has a bucket of its own (`tied_table`).
     """
-    buckets, size, owners = [], 0, set()
-    for count, owner in reversed(params):
+    buckets: list[Bucket] = []
+    size: int = 0
+    owners: set[int] = set()
+    for position in reversed(range(len(params))):
+        count, owner = params[position]
+        if position == alone and size:
+            buckets.append(Bucket(size, frozenset(owners)))
+            size, owners = 0, set()
         size += count
         owners.add(owner)
-        if size >= bucket_size:
+        if size >= bucket_size or position == alone:
             buckets.append(Bucket(size, frozenset(owners)))
             size, owners = 0, set()
     return buckets + ([Bucket(size, frozenset(owners))] if size else [])
@@ -127,6 +134,18 @@ def chunk_parameters(config: Config, vocab_size: int, placement: Placement, chun
         if model.untie_embeddings_and_output_weights or chunks > 1:
             params.append((table, last))
     return params
+
+
+def tied_table(config: Config, placement: Placement, chunk: int) -> int | None:
+    """Position in `chunk_parameters` of tied embeddings that the distributed optimizer puts into a bucket of their own.
+
+    It does on the first and the last of several stages (param_and_grad_buffer.py, _does_param_require_new_bucket).
+    """
+    tied = not config.model.untie_embeddings_and_output_weights and config.parallel.use_distributed_optimizer
+    chunks = len(placement.layers_per_chunk)
+    if not tied or chunks == 1 or chunk not in (0, chunks - 1):
+        return None
+    return 0 if chunk == 0 else len(chunk_parameters(config, 1, placement, chunk)) - 1
 
 
 def num_parameters(config: Config, vocab_size: int) -> int:

@@ -145,12 +145,12 @@ def _tensorboard_writer(run_dir: Path, first_iteration: int) -> Any:
 def _wandb_run(config: LoggingConfig, first_iteration: int, run_config: dict[str, Any]) -> Any:
     """The run that earlier processes of this run folder logged to, or a new one from the first iteration on.
 
-    Iterations that are repeated after a crash are there already: W&B takes no step twice, and they are the same.
+    W&B takes no step twice: of iterations that are repeated after a crash it keeps the first values.
     """
     import wandb
 
     id_file = Path(config.run_dir) / "wandb_id"
-    if first_iteration == 1 or not id_file.exists():
+    if first_iteration == 1 or not id_file.exists() or not id_file.read_text(encoding="utf-8"):
         id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return wandb.init(
         project=config.wandb_project,

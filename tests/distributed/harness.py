@@ -48,7 +48,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: not all ranks came to an end within `timeout` seconds. They are ended.
     """
     # Of TCP, not of a file: ranks look into a file again after 10 ms, for each of the groups of each case.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    patience = datetime.timedelta(seconds=timeout)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
     with tempfile.TemporaryDirectory() as folder:
         with mock.patch.dict(os.environ, ENVIRONMENT):
             context = mp.start_processes(
@@ -99,7 +100,7 @@ def _call_in_group(
     install_standins_if_needed()
     dist.init_process_group(
         "gloo",
-        store=dist.TCPStore("127.0.0.1", port, is_master=False),
+        store=dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=timeout)),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout),

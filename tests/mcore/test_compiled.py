@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore import compiled, make_switchable
 from megatron_sbld.mcore.compiled import compile_layers
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import SEQUENCE, Listed, tiny_config, tiny_gpt
@@ -25,10 +26,10 @@ def test_evaluation_compiles_nothing_and_is_megatrons_bit_for_bit() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with model_parallel():
-        (compiled,), (stock,) = (tiny_gpt(tiny_config(hidden_dropout=0.5)) for _ in range(2))
-        compile_layers(compiled)
+        (graph,), (stock,) = (tiny_gpt(tiny_config(hidden_dropout=0.5)) for _ in range(2))
+        compile_layers(graph)
         hidden = torch.randn(SEQUENCE, 2, 32)
-        for ours, theirs in zip(compiled.eval().decoder.layers, stock.eval().decoder.layers, strict=True):
+        for ours, theirs in zip(graph.eval().decoder.layers, stock.eval().decoder.layers, strict=True):
             found = ours(hidden_states=hidden, attention_mask=None)[0]
             assert torch.equal(found, theirs(hidden_states=hidden, attention_mask=None)[0])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
@@ -36,9 +37,9 @@ def test_evaluation_compiles_nothing_and_is_megatrons_bit_for_bit() -> None:
 
 def test_names_of_parameters_and_state_stay() -> None:
     with model_parallel():
-        (compiled,), (stock,) = (tiny_gpt(tiny_config()) for _ in range(2))
-        compile_layers(compiled)
-        assert compiled.state_dict().keys() == stock.state_dict().keys()
+        (graph,), (stock,) = (tiny_gpt(tiny_config()) for _ in range(2))
+        compile_layers(graph)
+        assert graph.state_dict().keys() == stock.state_dict().keys()
 
 
 def test_the_switch_comes_in_front_of_the_graph() -> None:
@@ -83,6 +84,20 @@ def test_another_attention_is_refused() -> None:
         with pytest.raises(ValueError, match="layer 2 has Identity: compiled layers need SDPACoreAttention"):
             compile_layers(chunk)
         assert type(chunk.decoder.layers[0]) is TransformerLayer
+
+
+def test_on_a_gpu_triton_and_a_c_compiler_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compiled, "has_triton", lambda: True)
+    monkeypatch.setenv("CC", sys.executable)
+    assert compiled.compiler_obstacle() is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert compiled.compiler_obstacle() == "Triton needs a C compiler: there is no no-such-compiler (CC, PATH)"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert compiled.compiler_obstacle() == "Triton needs a C compiler: there is no gcc and no clang (CC, PATH)"
+    monkeypatch.setattr(compiled, "has_triton", lambda: False)
+    assert "with Triton, which is not usable" in compiled.compiler_obstacle()
 
 
 def test_what_is_no_gpt_is_refused() -> None:

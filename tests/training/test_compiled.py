@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 QUICK = {"bf16", "scaled branches"}  # each compiles for seconds
 TOLERANCE = {"bf16": 5e-3}
+MOST_GRAPHS = {"scaled branches": 3, "samples": 4, "full recomputation": 4, "samples, full recomputation": 7}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_compiled_run_has_the_decisions_and_losses_of_an_eager_one(config: Con
     eager = trained(change(config, training={"torch_compile": False}), tmp_path / "eager")
     assert graphs() == 0
     compiled = trained(config, tmp_path / "compiled")
-    assert graphs() > 0
+    assert 0 < graphs() <= MOST_GRAPHS.get(name, 2)
     assert decisions(tmp_path / "compiled") == decisions(tmp_path / "eager")
     np.testing.assert_allclose(compiled, eager, rtol=TOLERANCE.get(name, 1e-4))
     norms = [[row["grad_norm"] for row in train_rows(tmp_path / run)] for run in ("compiled", "eager")]

@@ -233,6 +233,21 @@ def test_a_replica_that_holds_the_state_of_kept_layers_alone_steps_as_long_as_ev
     assert step[0] == step[1] > step[2]
 
 
+def test_replicas_of_a_stage_with_tied_embeddings_share_them_and_its_layers_evenly():
+    """They have a bucket of their own there, else one replica would hold little but them."""
+    setup = make_setup(4, dropped_update="freeze", use_distributed_optimizer=True, pipeline_model_parallel_size=2)
+    model = IterationModel(setup, 0.5)
+    assert [[bucket.owners for bucket in buckets] for buckets in model.buckets] == [
+        [{0, 1, 2, 3, 4}, {0}],  # positions are with the layers
+        [{9}, {5, 6, 7, 8, 9}],
+    ]
+    layers = model.state_sizes[:, :, 1:9].sum(axis=2)
+    np.testing.assert_allclose(layers, np.full((2, 2), 2 * LAYER), rtol=0.03)
+    kept = np.array([[True] * 8, [False] * 8])
+    step = model.times([shares_of(kept)]).step
+    assert step[0] - step[1] == pytest.approx(2 * LAYER * model.step_costs.second_per_stepped, rel=0.03)
+
+
 @pytest.mark.parametrize("bucket_size", [100_000, 500_000, 2_000_000])
 def test_every_value_of_every_bucket_is_held_by_one_replica(bucket_size):
     setup = make_setup(4)
@@ -380,6 +395,7 @@ OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "o
 def test_a_later_stages_gather_begins_with_its_first_pass_whether_its_layers_are_dropped_or_not(kept: float):
     slow = dataclasses.replace(HARDWARE, intra_bandwidth=0.5)
     fields = {"pipeline_model_parallel_size": 2, "ddp_bucket_size": 10**9, **OVERLAPPED}
+    fields["untie_embeddings_and_output_weights"] = True  # tied ones have a bucket of their own
     model = IterationModel(make_setup(4, hardware=slow, **fields), 0.5)
     shares = np.full((1, 1, 8), kept)
     forward = model.passes(shares)[0][0, 0]
