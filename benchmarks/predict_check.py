@@ -267,8 +267,8 @@ def measured_lines(checks: list[Check]) -> Iterator[str]:
     yield (
         "Where it misses on CPUs, it is mostly above, and the more the larger the gain: what an iteration does outside "
         "of its layers is more here than the model's bytes and FLOPs say, and stays when layers are dropped. Five "
-        "points of an iteration are nine points of gain at keep_prob 0.5. The layers' share of an undropped iteration (on a "
-        "pipeline: what of it the schedule would save without them):"
+        "points of an iteration are nine points of gain at keep_prob 0.5. The layers' share of an undropped iteration "
+        "(on a pipeline: what of it the schedule would save without them):"
     )
     yield ""
     yield "| layout | file | predicted | measured |"
