@@ -111,6 +111,14 @@ class IterationModel:
         return np.full(num_layers, costs.layer_forward.total), backward
 
     @functools.cached_property
+    def _params(self) -> list[list[tuple[int, int]]]:
+        """(values, owner as in Bucket) of each parameter of each chunk, in Megatron's order."""
+        setup = self.setup
+        return [
+            chunk_parameters(setup.config, setup.vocab_size, setup.placement, chunk) for chunk in range(self.num_chunks)
+        ]
+
+    @functools.cached_property
     def buckets(self) -> list[list[Bucket]]:
         """Of each chunk, in the order in which they are reduced."""
         config = self.setup.config
@@ -118,10 +126,9 @@ class IterationModel:
             self.setup.replicas * config.parallel.context_parallel_size
         )
         buckets = []
-        for chunk in range(self.num_chunks):
-            params = chunk_parameters(config, self.setup.vocab_size, self.setup.placement, chunk)
+        for chunk, params in enumerate(self._params):
             bucketed = config.parallel.overlap_grad_reduce and chunk == 0
-            alone = tied_table(config, self.setup.placement, chunk)
+            alone = tied_table(config, chunk, self.num_chunks, len(params))
             buckets.append(make_buckets(params, size if bucketed else np.inf, alone))
         return buckets
 
@@ -175,8 +182,7 @@ class IterationModel:
         As much of a layer's time passes before a bucket is needed as of its parameters come before.
         """
         starts = []
-        for chunk, buckets in enumerate(self.buckets):
-            params = chunk_parameters(self.setup.config, self.setup.vocab_size, self.setup.placement, chunk)
+        for params, buckets in zip(self._params, self.buckets, strict=True):
             sizes: dict[int, int] = {}
             for size, owner in params:
                 sizes[owner] = sizes.get(owner, 0) + size
@@ -232,9 +238,13 @@ class IterationModel:
     def _freezes(self) -> bool:
         return self.setup.config.drop.dropped_update == "freeze"
 
-    def _sizes(self, rank: int) -> list[int]:
-        """Values of each bucket of a pipeline rank."""
-        return [bucket.size for chunk in range(rank, self.num_chunks, self.num_ranks) for bucket in self.buckets[chunk]]
+    @functools.cached_property
+    def _rank_sizes(self) -> Floats:
+        """Values of the parameters of each pipeline rank."""
+        sizes = np.zeros(self.num_ranks)
+        for chunk, params in enumerate(self._params):
+            sizes[chunk % self.num_ranks] += sum(size for size, _ in params)
+        return sizes
 
     @functools.cached_property
     def state_sizes(self) -> Floats:
@@ -243,15 +253,14 @@ class IterationModel:
         parallel, owners = setup.config.parallel, setup.config.model.num_layers + 2
         shards = setup.replicas * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
         sizes = np.zeros((self.num_ranks, shards, owners))
-        for chunk, buckets in enumerate(self.buckets):
-            params = chunk_parameters(setup.config, setup.vocab_size, setup.placement, chunk)
+        for chunk, (params, buckets) in enumerate(zip(self._params, self.buckets, strict=True)):
             sizes[chunk % self.num_ranks] += shard_sizes(params, buckets, shards, owners)
         return sizes
 
     def _step(self, ran: NDArray[np.bool_]) -> Floats:
         """Seconds of the optimizer on the slowest rank, [n]: layers that ran at all [n, L]."""
         costs = self.step_costs
-        whole = np.array([sum(self._sizes(rank)) for rank in range(self.num_ranks)]) * costs.second_per_updated
+        whole = self._rank_sizes * costs.second_per_updated
         if not self._freezes:
             return np.full(len(ran), whole.max())
         frozen = np.pad(~ran, ((0, 0), (1, 1)), constant_values=False).astype(float)
@@ -263,7 +272,7 @@ class IterationModel:
         n = len(skip[0])
         if self.setup.config.parallel.overlap_param_gather:
             return np.zeros(n)
-        sizes = np.array([sum(self._sizes(rank)) for rank in range(self.num_ranks)], dtype=float)[:, None].repeat(n, 1)
+        sizes = self._rank_sizes[:, None].repeat(n, 1)
         if self._freezes:
             for chunk, (buckets, skipped) in enumerate(zip(self.buckets, skip, strict=True)):
                 sizes[chunk % self.num_ranks] -= skipped @ np.array([bucket.size for bucket in buckets])

@@ -136,16 +136,18 @@ def chunk_parameters(config: Config, vocab_size: int, placement: Placement, chun
     return params
 
 
-def tied_table(config: Config, placement: Placement, chunk: int) -> int | None:
-    """Position in `chunk_parameters` of tied embeddings that the distributed optimizer puts into a bucket of their own.
+def tied_table(config: Config, chunk: int, num_chunks: int, num_params: int) -> int | None:
+    """Position among a chunk's parameters of tied embeddings that have a bucket of their own; None without such.
 
-    It does on the first and the last of several stages (param_and_grad_buffer.py, _does_param_require_new_bucket).
+    The distributed optimizer gives them one on the first and the last of several stages (param_and_grad_buffer.py,
+    _does_param_require_new_bucket).
+
+    num_params: of the chunk, as `chunk_parameters` lists them.
     """
     tied = not config.model.untie_embeddings_and_output_weights and config.parallel.use_distributed_optimizer
-    chunks = len(placement.layers_per_chunk)
-    if not tied or chunks == 1 or chunk not in (0, chunks - 1):
+    if not tied or num_chunks == 1 or chunk not in (0, num_chunks - 1):
         return None
-    return 0 if chunk == 0 else len(chunk_parameters(config, 1, placement, chunk)) - 1
+    return 0 if chunk == 0 else num_params - 1
 
 
 def num_parameters(config: Config, vocab_size: int) -> int:

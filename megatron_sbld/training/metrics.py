@@ -150,14 +150,16 @@ def _wandb_run(config: LoggingConfig, first_iteration: int, run_config: dict[str
     import wandb
 
     id_file = Path(config.run_dir) / "wandb_id"
-    if first_iteration == 1 or not id_file.exists() or not id_file.read_text(encoding="utf-8"):
-        id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    run_id = id_file.read_text(encoding="utf-8") if first_iteration > 1 and id_file.exists() else ""
+    if not run_id:
+        run_id = uuid.uuid4().hex[:12]
+        id_file.write_text(run_id, encoding="utf-8")
     return wandb.init(
         project=config.wandb_project,
         name=config.wandb_name,
         dir=config.run_dir,
         config=run_config,
-        id=id_file.read_text(encoding="utf-8"),
+        id=run_id,
         resume="allow",
         allow_val_change=True,  # a resumed run may have another layout or length
     )

@@ -16,7 +16,6 @@ from tests.training.trainer_helpers import (
     NO_DROPOUT,
     change,
     decisions,
-    in_folder,
     losses,
     prepare_corpus,
     run_here,
@@ -24,6 +23,7 @@ from tests.training.trainer_helpers import (
     stop_and_resume,
     tiny_run,
     train_rows,
+    trained,
 )
 
 FULL_RECOMPUTATION = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -62,12 +62,6 @@ def config(tmp_path: Path, corpus: Path) -> Iterator[Config]:
     torch._dynamo.utils.counters.clear()
     yield tiny_run(tmp_path / "run", corpus, drop=sbld(tmp_path), model=NO_DROPOUT, training={"torch_compile": True})
     torch._dynamo.reset()
-
-
-def trained(config: Config, folder: Path) -> list[float]:
-    """Losses of a run from beginning to end in a folder of its own."""
-    assert run_here(in_folder(config, folder)) == 0
-    return losses(folder)
 
 
 def graphs() -> int:

@@ -15,7 +15,6 @@ from tests.training.trainer_helpers import (
     ITERATIONS,
     NO_DROPOUT,
     change,
-    in_folder,
     losses,
     prepare_corpus,
     run_here,
@@ -23,6 +22,7 @@ from tests.training.trainer_helpers import (
     stop_and_resume,
     tiny_run,
     train_rows,
+    trained,
 )
 
 pytestmark = pytest.mark.gpu
@@ -47,11 +47,6 @@ def config(tmp_path: Path, corpus: Path) -> Config:
     """A run in bf16 with SBLD; heads as small as fused attention takes them."""
     model = {**NO_DROPOUT, "hidden_size": 64}
     return tiny_run(tmp_path / "run", corpus, drop=sbld(tmp_path), model=model, training={"precision": "bf16"})
-
-
-def trained(config: Config, folder: Path) -> list[float]:
-    assert run_here(in_folder(config, folder)) == 0
-    return losses(folder)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -229,12 +229,17 @@ def wandb_records(run_dir: Path) -> list[Any]:
     return records
 
 
-def test_wandb_gets_every_row_in_one_run_that_a_resumed_process_continues(
-    run: tuple[Config, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.mark.usefixtures("wandb_offline")
+def test_wandb_gets_every_row_in_one_run_that_a_resumed_process_continues(
+    run: tuple[Config, str], tmp_path: Path
+) -> None:
     logging = {"wandb_project": "mine", "wandb_name": "first", "tensorboard": False}
     config = change(in_folder(run[0], tmp_path / "run"), logging=logging)
     for part in stop_and_resume(config, 3):
@@ -255,10 +260,8 @@ def test_wandb_gets_every_row_in_one_run_that_a_resumed_process_continues(
     assert "kept" not in logged[1]
 
 
-def test_a_run_from_the_beginning_is_another_one_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+@pytest.mark.usefixtures("wandb_offline")
+def test_a_run_from_the_beginning_is_another_one_for_wandb(tmp_path: Path) -> None:
     ids = []
     for _ in range(2):
         writer(tmp_path, wandb_project="mine").close()

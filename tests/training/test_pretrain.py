@@ -34,6 +34,7 @@ from tests.training.trainer_helpers import (
     stop_and_resume,
     tiny_run,
     train_rows,
+    trained,
     valid_losses,
 )
 
@@ -95,12 +96,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tmp_path: Path, corpus: Path) -> Config:
     """A run with dropout and SBLD."""
     return tiny_run(tmp_path / "run", corpus, drop=sbld(tmp_path))
-
-
-def trained(config: Config, folder: Path) -> list[float]:
-    """Losses of a run from beginning to end in a folder of its own."""
-    assert run_here(in_folder(config, folder)) == 0
-    return losses(folder)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -208,6 +208,12 @@ def run_here(config: Config) -> int | str:
         return f"{type(error).__name__}: {error}"
 
 
+def trained(config: Config, folder: Path) -> list[float]:
+    """Losses of a run from beginning to end in a folder of its own, in this process."""
+    assert run_here(in_folder(config, folder)) == 0
+    return losses(folder)
+
+
 def rows(run_dir: Path | str) -> list[dict[str, Any]]:
     """All rows of metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
