@@ -44,7 +44,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     `fn` must be importable (module level), its arguments and its return value picklable.
 
     Raises:
-        RuntimeError: a rank raised; the message holds its traceback. The others are ended.
+        RuntimeError: a rank raised; the message holds its traceback, and what others raised. They are ended.
         TimeoutError: not all ranks came to an end within `timeout` seconds. They are ended.
     """
     # Of TCP, not of a file: ranks look into a file again after 10 ms, for each of the groups of each case.
@@ -62,7 +62,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         try:
             _join(context, deadline=time.monotonic() + timeout, description=f"{fn.__qualname__} on {world_size} ranks")
         except mp.ProcessRaisedException as error:
-            raise RuntimeError(_first_traceback(folder)) from error
+            raise RuntimeError(_tracebacks(folder)) from error
         finally:
             for process in context.processes:
                 process.kill()
@@ -116,10 +116,14 @@ def _error_file(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.error"
 
 
-def _first_traceback(folder: str) -> str:
-    """What the rank raised that failed first: the others lose their connection to it, and may be noticed before it."""
-    first = min(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
-    return f"{first.stem} failed:\n{first.read_text()}"
+def _tracebacks(folder: str) -> str:
+    """What each failed rank raised, the first one first: others lose their connection to it, and may be noticed before.
+
+    The order is that of writing it down, so the last lines of all stand there: the cause may be in the second.
+    """
+    first, *others = sorted(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+    consequences = [f"then {file.stem}: {file.read_text().splitlines()[-1]}" for file in others]
+    return "\n".join([f"{first.stem} failed:", first.read_text(), *consequences])
 
 
 def install_standins_if_needed() -> None:

@@ -182,6 +182,7 @@ def call_on_ranks(
 def _call_each(function: Callable[[Any], Any], ports: list[int], arguments: list[Any]) -> list[Any]:
     """On one rank: leave the harness's process group, let each call make its own, and come back."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # a rank that leaves while another still connects to it fails that one
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="True")
     outcomes = []
