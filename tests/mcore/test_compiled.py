@@ -86,6 +86,14 @@ def test_another_attention_is_refused() -> None:
         assert type(chunk.decoder.layers[0]) is TransformerLayer
 
 
+def test_layers_of_another_kind_are_refused() -> None:
+    with model_parallel():
+        (chunk,) = tiny_gpt(tiny_config())
+        chunk.decoder.layers[1] = torch.nn.Linear(2, 2)
+        with pytest.raises(ValueError, match="a decoder layer is a Linear; only TransformerLayer can be compiled"):
+            compile_layers(chunk)
+
+
 def test_on_a_gpu_triton_and_a_c_compiler_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(compiled, "has_triton", lambda: True)
