@@ -23,7 +23,7 @@ help_if_asked() {
 }
 
 need_file() {  # what it is, path
-  [ -r "$2" ] || die "$1 $2 is not there or not readable (from $(pwd) on $(hostname))"
+  [ -r "$2" ] || die "$1 $2 is not there or not readable (from $(pwd) on $HOSTNAME)"
 }
 
 print_command() {
@@ -47,10 +47,10 @@ set_nccl_defaults() {
 }
 
 need_package() {
-  command -v "$SBLD_PYTHON" >/dev/null || die "SBLD_PYTHON=$SBLD_PYTHON is not there on $(hostname)"
+  command -v "$SBLD_PYTHON" >/dev/null || die "SBLD_PYTHON=$SBLD_PYTHON is not there on $HOSTNAME"
   "$SBLD_PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
     megatron_sbld torch megatron.core 2>/dev/null ||
-    die "$SBLD_PYTHON on $(hostname) lacks megatron_sbld, torch or megatron.core: set SBLD_PYTHON, SBLD_SETUP or" \
+    die "$SBLD_PYTHON on $HOSTNAME lacks megatron_sbld, torch or megatron.core: set SBLD_PYTHON, SBLD_SETUP or" \
       "SBLD_CONTAINER, and see python -m megatron_sbld.doctor"
 }
 
@@ -64,9 +64,9 @@ processes() {
       if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
         gpus=$(awk -F, -v all="$gpus" '{ print NF < all ? NF : all }' <<<"$CUDA_VISIBLE_DEVICES")
       fi
-      [ "$gpus" -gt 0 ] || die "no GPU on $(hostname): nvidia-smi lists none; SBLD_DEVICE=cpu trains without"
+      [ "$gpus" -gt 0 ] || die "no GPU on $HOSTNAME: nvidia-smi lists none; SBLD_DEVICE=cpu trains without"
       [ "${SBLD_NPROC_PER_NODE:-1}" -le "$gpus" ] ||
-        die "SBLD_NPROC_PER_NODE=$SBLD_NPROC_PER_NODE, but $(hostname) has $gpus GPU(s) to use"
+        die "SBLD_NPROC_PER_NODE=$SBLD_NPROC_PER_NODE, but $HOSTNAME has $gpus GPU(s) to use"
       echo "${SBLD_NPROC_PER_NODE:-$gpus}"
       ;;
     *) die "SBLD_DEVICE=$SBLD_DEVICE is not allowed: gpu or cpu" ;;
@@ -81,7 +81,7 @@ on_this_machine() {
   count=$(processes)  # its message is printed, and set -e ends the script
   set_nccl_defaults
   mkdir -p "$SBLD_LOG_DIR"
-  log=$SBLD_LOG_DIR/$name-$(hostname -s)-$(date +%Y%m%d-%H%M%S).log
+  log=$SBLD_LOG_DIR/$name-${HOSTNAME%%.*}-$(date +%Y%m%d-%H%M%S).log
   exec > >(trap '' INT TERM USR1 HUP; exec tee -a "$log") 2>&1  # tee becomes a child of the launcher, which signals those
   echo "log: $log"
   set -- "$SBLD_PYTHON" -m megatron_sbld.launch --standalone --nproc-per-node "$count" -m megatron_sbld "$@"

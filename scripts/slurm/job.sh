@@ -35,21 +35,29 @@ in_container() {
     mounts+=,$setup:$setup
   fi
   mounts+=${SBLD_CONTAINER_MOUNTS:+,$SBLD_CONTAINER_MOUNTS}
-  local runtime=${SBLD_CONTAINER_RUNTIME:-}
+  local runtime=${SBLD_CONTAINER_RUNTIME:-} image=$SBLD_CONTAINER
+  case $image in
+    /* | ./* | ../* | *.sif | *.sqsh)
+      need_file SBLD_CONTAINER "$image"
+      image=$(realpath "$image")  # to pyxis a name that begins otherwise is a registry's
+      ;;
+  esac
   if [ -z "$runtime" ]; then
-    case $SBLD_CONTAINER in *.sif) runtime=apptainer ;; *) runtime=pyxis ;; esac
+    if [[ $image = *.sif || ( $image = /* && -d $image ) ]]; then runtime=apptainer; else runtime=pyxis; fi
   fi
-  case $SBLD_CONTAINER in /* | ./* | *.sif | *.sqsh) need_file SBLD_CONTAINER "$SBLD_CONTAINER" ;; esac  # else a registry's
   case $runtime in
     pyxis)
       srun --help | grep -q -- --container-image ||
         die "SBLD_CONTAINER=$SBLD_CONTAINER needs pyxis, which this Slurm does not have; SBLD_CONTAINER_RUNTIME=apptainer?"
-      container_options=(--container-image="$SBLD_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
+      container_options=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$PWD")
       ;;
     apptainer)
       local gpus=()
       if [ "$SBLD_DEVICE" = gpu ]; then gpus=(--nv); fi
-      container=(apptainer exec "${gpus[@]}" --bind "$mounts" --pwd "$PWD" "$SBLD_CONTAINER")
+      # Without it the image is mounted by a process of the step: Slurm's signals end that too, and the run, which is to
+      # save, loses its files.
+      export APPTAINER_UNSQUASH=${APPTAINER_UNSQUASH:-true}
+      container=(apptainer exec "${gpus[@]}" --bind "$mounts" --pwd "$PWD" "$image")
       ;;
     *) die "SBLD_CONTAINER_RUNTIME=$runtime is not allowed: pyxis or apptainer" ;;
   esac

@@ -14,11 +14,11 @@ shift
 if [ -n "${SBLD_SETUP:-}" ]; then
   set +eu  # such files are not written for it
   # shellcheck disable=SC1090
-  source "$SBLD_SETUP" || die "SBLD_SETUP=$SBLD_SETUP failed on $(hostname)"
+  source "$SBLD_SETUP" || die "SBLD_SETUP=$SBLD_SETUP failed on $HOSTNAME"
   set -eu
 fi
 need_package
-echo "$(date '+%F %T') $(hostname) as node $SLURM_NODEID of ${SLURM_NNODES:?}"
+echo "$(date '+%F %T') $HOSTNAME as node $SLURM_NODEID of ${SLURM_NNODES:?}"
 if [ -z "${SBLD_STATUS_FILE:-}" ]; then
   set -- "$SBLD_PYTHON" -m megatron_sbld "$@"
 else

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,13 +38,20 @@ def which(name: str) -> str | None:
 
 
 class Cluster:
-    """The running daemons, and Slurm's commands with the environment that reaches them."""
+    """The running daemons, and Slurm's commands with the environment that reaches them.
 
-    def __init__(self, folder: Path) -> None:
+    With `pyxis`, the plugin's file, srun runs enroot's containers.
+    """
+
+    def __init__(self, folder: Path, pyxis: Path | None = None) -> None:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._conf = folder / "slurm.conf"
         self._conf.write_text(_configuration(folder))
+        if pyxis is not None:
+            (folder / "plugstack.conf").write_text(f"required {pyxis} runtime_path={folder}/pyxis\n")
+            for node in NODES:
+                _give_its_own_containers(folder / node)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
             "SLURM_CONF": str(self._conf),
@@ -81,18 +88,23 @@ class Cluster:
         return states == [f"{node} idle" for node in NODES]
 
     def start_node(self, node: str) -> None:
-        (self.folder / node).mkdir(exist_ok=True)
-        self._start(node, ["-N", node], "slurmd")
+        own_programs = self.folder / node / "bin"
+        own_programs.mkdir(parents=True, exist_ok=True)
+        self._start(node, ["-N", node], "slurmd", {"PATH": f"{own_programs}:{os.environ['PATH']}"})
 
     def kill_node(self, node: str) -> None:
         """End a node's daemon as a crash would."""
         self._daemons[node].kill()
         self._daemons.pop(node).wait(60)
 
-    def _start(self, name: str, options: list[str], program: str | None = None) -> None:
+    def _start(
+        self, name: str, options: list[str], program: str | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         command = [which(program or name) or name, "-D", "-f", str(self._conf), *options]
         with (self.folder / f"{name}.out").open("ab") as log:
-            self._daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+            self._daemons[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, env={**os.environ, **(environment or {})}
+            )
 
     def call(self, *command: str, **environment: str) -> str:
         """What a command prints; it must succeed."""
@@ -175,6 +187,19 @@ def processes_of(job: str) -> list[int]:
         except OSError:  # ended, or another user's
             continue
     return found
+
+
+def _give_its_own_containers(node: Path) -> None:
+    """Put a program enroot into a node's path that has folders of its own: a step's container has one name on all."""
+    (node / "bin").mkdir(parents=True)
+    lines = [
+        "#!/bin/sh",
+        *(f"export ENROOT_{kind}_PATH={shlex.quote(f'{node}/enroot/{kind}')}" for kind in ("DATA", "RUNTIME", "CACHE")),
+        f'exec {which("enroot")} "$@"',
+    ]
+    program = node / "bin" / "enroot"
+    program.write_text("\n".join(lines) + "\n")
+    program.chmod(0o755)
 
 
 def _free_ports(count: int) -> list[int]:

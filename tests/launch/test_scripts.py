@@ -152,34 +152,38 @@ def test_the_chain_shows_its_commands_without_slurm(tmp_path: Path) -> None:
 
 
 def container_of(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What job.sh would put before a node's command: a line of srun's options, then one of a command of its own."""
+    """Of job.sh: the options for srun, the command before a node's own, and whether Apptainer unpacks images."""
     srun = folder / "srun"
     srun.write_text(f'#!/bin/sh\necho "{environment.pop("srun_help", "")}"\n')
     srun.chmod(0o755)
     script = f"""set -euo pipefail
         source {SCRIPTS}/common.sh; source {SCRIPTS}/slurm/job.sh; job_logs=/logs/job
-        in_container; echo "${{container_options[@]}}"; echo "${{container[@]}}\""""
+        in_container; printf '%s\\n' "${{container_options[*]}}" "${{container[*]}}" "${{APPTAINER_UNSQUASH-}}\""""
     path = f"{folder}:{os.environ['PATH']}"
     return run(folder, "bash", "-c", script, SBLD_HOME="/repository", PATH=path, **environment)
 
 
 def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
-    (tmp_path / "image.sif").touch()
+    for image in ("image.sif", "image.sqsh"):
+        (tmp_path / image).touch()
     mounts = f"/repository:/repository,{tmp_path}:{tmp_path},/logs/job:/logs/job"
-    assert container_of(tmp_path).stdout == "\n\n"
+    assert container_of(tmp_path).stdout.split("\n") == ["", "", "", ""]
+
     setup = {"SBLD_SETUP": "/usr/../etc/profile"}
-    apptainer = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data", **setup)
-    mounted = f"{mounts},/etc:/etc,/data:/data"
-    assert apptainer.stdout == f"\napptainer exec --nv --bind {mounted} --pwd {tmp_path} image.sif\n"
-    pyxis = container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch", srun_help="--container-image")
-    assert pyxis.stdout == (
-        f"--container-image=nvcr.io#nvidia/pytorch --container-mounts={mounts} --container-workdir={tmp_path}\n\n"
-    )
+    with_more = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data", **setup)
+    command = f"apptainer exec --nv --bind {mounts},/etc:/etc,/data:/data --pwd {tmp_path} {tmp_path}/image.sif"
+    assert with_more.stdout.split("\n") == ["", command, "true", ""]
+    of_folder = container_of(tmp_path, SBLD_CONTAINER=str(tmp_path), APPTAINER_UNSQUASH="false")
+    command = f"apptainer exec --nv --bind {mounts} --pwd {tmp_path} {tmp_path}"
+    assert of_folder.stdout.split("\n") == ["", command, "false", ""]
+
+    for given, image in (("nvcr.io#nvidia/pytorch",) * 2, ("image.sqsh", f"{tmp_path}/image.sqsh")):
+        pyxis = container_of(tmp_path, SBLD_CONTAINER=given, srun_help="--container-image")
+        options = f"--container-image={image} --container-mounts={mounts} --container-workdir={tmp_path}"
+        assert pyxis.stdout.split("\n") == [options, "", "", ""]
+
     for refused, message in (
-        (
-            container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch"),
-            "needs pyxis",
-        ),
+        (container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch"), "needs pyxis"),
         (container_of(tmp_path, SBLD_CONTAINER="other.sif"), "SBLD_CONTAINER other.sif is not there"),
         (container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_RUNTIME="docker"), "pyxis or apptainer"),
     ):
