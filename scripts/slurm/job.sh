@@ -52,6 +52,7 @@ in_container() {
       container_options=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$PWD")
       ;;
     apptainer)
+      command -v apptainer >/dev/null || die "SBLD_CONTAINER=$SBLD_CONTAINER needs apptainer, which is not on the path of $HOSTNAME"
       local gpus=()
       if [ "$SBLD_DEVICE" = gpu ]; then gpus=(--nv); fi
       # Without it the image is mounted by a process of the step: Slurm's signals end that too, and the run, which is to

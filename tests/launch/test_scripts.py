@@ -152,15 +152,25 @@ def test_the_chain_shows_its_commands_without_slurm(tmp_path: Path) -> None:
 
 
 def container_of(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Of job.sh: the options for srun, the command before a node's own, and whether Apptainer unpacks images."""
-    srun = folder / "srun"
-    srun.write_text(f'#!/bin/sh\necho "{environment.pop("srun_help", "")}"\n')
-    srun.chmod(0o755)
+    """Of job.sh: the options for srun, the command before a node's own, and whether Apptainer unpacks images.
+
+    Only what the script needs is there beside srun, whose help is `srun_help`.
+    """
+    path = folder / "path"
+    path.mkdir(exist_ok=True)
+    for name in ("bash", "dirname", "realpath", "grep"):
+        if not (path / name).exists():
+            (path / name).symlink_to(str(shutil.which(name)))
+    fake_program(path / "srun", f'echo "{environment.pop("srun_help", "")}"')
     script = f"""set -euo pipefail
         source {SCRIPTS}/common.sh; source {SCRIPTS}/slurm/job.sh; job_logs=/logs/job
         in_container; printf '%s\\n' "${{container_options[*]}}" "${{container[*]}}" "${{APPTAINER_UNSQUASH-}}\""""
-    path = f"{folder}:{os.environ['PATH']}"
-    return run(folder, "bash", "-c", script, SBLD_HOME="/repository", PATH=path, **environment)
+    return run(folder, "bash", "-c", script, SBLD_HOME="/repository", PATH=str(path), **environment)
+
+
+def fake_program(path: Path, command: str) -> None:
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o755)
 
 
 def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
@@ -169,14 +179,6 @@ def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
     mounts = f"/repository:/repository,{tmp_path}:{tmp_path},/logs/job:/logs/job"
     assert container_of(tmp_path).stdout.split("\n") == ["", "", "", ""]
 
-    setup = {"SBLD_SETUP": "/usr/../etc/profile"}
-    with_more = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data", **setup)
-    command = f"apptainer exec --nv --bind {mounts},/etc:/etc,/data:/data --pwd {tmp_path} {tmp_path}/image.sif"
-    assert with_more.stdout.split("\n") == ["", command, "true", ""]
-    of_folder = container_of(tmp_path, SBLD_CONTAINER=str(tmp_path), APPTAINER_UNSQUASH="false")
-    command = f"apptainer exec --nv --bind {mounts} --pwd {tmp_path} {tmp_path}"
-    assert of_folder.stdout.split("\n") == ["", command, "false", ""]
-
     for given, image in (("nvcr.io#nvidia/pytorch",) * 2, ("image.sqsh", f"{tmp_path}/image.sqsh")):
         pyxis = container_of(tmp_path, SBLD_CONTAINER=given, srun_help="--container-image")
         options = f"--container-image={image} --container-mounts={mounts} --container-workdir={tmp_path}"
@@ -184,11 +186,21 @@ def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
 
     for refused, message in (
         (container_of(tmp_path, SBLD_CONTAINER="nvcr.io#nvidia/pytorch"), "needs pyxis"),
+        (container_of(tmp_path, SBLD_CONTAINER="image.sif"), "image.sif needs apptainer, which is not on the path of"),
         (container_of(tmp_path, SBLD_CONTAINER="other.sif"), "SBLD_CONTAINER other.sif is not there"),
         (container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_RUNTIME="docker"), "pyxis or apptainer"),
     ):
         assert refused.returncode == 2
         assert message in refused.stderr
+
+    fake_program(tmp_path / "path" / "apptainer", "false")
+    setup = {"SBLD_SETUP": "/usr/../etc/profile"}
+    with_more = container_of(tmp_path, SBLD_CONTAINER="image.sif", SBLD_CONTAINER_MOUNTS="/data:/data", **setup)
+    command = f"apptainer exec --nv --bind {mounts},/etc:/etc,/data:/data --pwd {tmp_path} {tmp_path}/image.sif"
+    assert with_more.stdout.split("\n") == ["", command, "true", ""]
+    of_folder = container_of(tmp_path, SBLD_CONTAINER=str(tmp_path), APPTAINER_UNSQUASH="false")
+    command = f"apptainer exec --nv --bind {mounts} --pwd {tmp_path} {tmp_path}"
+    assert of_folder.stdout.split("\n") == ["", command, "false", ""]
 
 
 # The launcher
