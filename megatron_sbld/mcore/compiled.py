@@ -81,7 +81,7 @@ def compiler_obstacle() -> str | None:
 
 
 def _check_layer(layer: TransformerLayer) -> None:
-    check_kind(layer, "compiled")
+    check_kind(layer, "only TransformerLayer can be compiled")
     if isinstance(layer, SwitchableLayer):
         raise ValueError(f"layer {layer.layer_number} is switchable already: call compile_layers before")
     for name in ("tensor_model_parallel_size", "context_parallel_size"):

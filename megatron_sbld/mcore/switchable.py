@@ -186,10 +186,10 @@ def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
     raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
 
 
-def check_kind(layer: torch.nn.Module, wish: str = "made switchable") -> None:
-    """Raise ValueError for a decoder layer that is no TransformerLayer."""
+def check_kind(layer: torch.nn.Module, allowed: str = "only TransformerLayer can be made switchable") -> None:
+    """Raise ValueError, which ends with `allowed`, for a decoder layer that is no TransformerLayer."""
     if not isinstance(layer, TransformerLayer):
-        raise ValueError(f"a decoder layer is a {type(layer).__name__}; only TransformerLayer can be {wish}")
+        raise ValueError(f"a decoder layer is a {type(layer).__name__}; {allowed}")
 
 
 def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
