@@ -15,6 +15,7 @@ Starting processes costs seconds (each imports torch and Megatron), so start the
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import functools
 import os
 import pickle
@@ -82,6 +83,7 @@ def _run_rank(
     rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float
 ) -> None:
     """One process: leave the function's result in a file, or what it raised."""
+    faulthandler.enable()  # a crash in native code says where Python was
     try:
         result = _call_in_group(rank, world_size, port, fn, args, timeout)
         _result_file(folder, rank).write_bytes(pickle.dumps(result))
@@ -137,10 +139,13 @@ def install_standins_if_needed() -> None:
 
 @functools.cache
 def share_gloo_device() -> None:
-    """Let all gloo groups of this process use one device on the loopback.
+    """Let all gloo groups of this process use one device on the loopback, and one thread each.
 
-    Else each has one of its own, with a thread that looks for events a hundred times a second: making the groups of a
-    layout takes 0.2 s, and those of some hundred cases that were not freed a third of a core.
+    With a device of its own each group has a thread that looks for events a hundred times a second: making the groups
+    of a layout takes 0.2 s, and those of some hundred cases that were not freed a third of a core.
+
+    With torch's two threads a group, coalesced all-gathers that are under way together damage the heap (pytorch issue
+    65237 looks alike): interleaved stages with overlap_param_gather crashed within 60 cases, stock Megatron's too.
     """
     gloo = distributed_c10d.ProcessGroupGloo
     device = gloo.create_device(interface="lo")
@@ -154,7 +159,7 @@ def share_gloo_device() -> None:
             timeout: datetime.timedelta = distributed_c10d.default_pg_timeout,
         ) -> None:
             options = gloo._Options()
-            options._devices, options._timeout = [device], timeout
+            options._devices, options._timeout, options._threads = [device], timeout, 1
             super().__init__(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = OnOneDevice  # type: ignore[misc]
