@@ -10,12 +10,13 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -92,10 +93,25 @@ class Cluster:
         own_programs.mkdir(parents=True, exist_ok=True)
         self._start(node, ["-N", node], "slurmd", {"PATH": f"{own_programs}:{os.environ['PATH']}"})
 
-    def kill_node(self, node: str) -> None:
-        """End a node's daemon as a crash would."""
+    @contextmanager
+    def lost_node(self, node: str, job: str) -> Iterator[None]:
+        """Cut a node off from a job: its daemon is gone, and the job's ranks there stand still until Slurm has noticed.
+
+        Slurm takes 6 s to 30 s; a run that went on meanwhile might be complete.
+        """
+        ranks = [process for process in processes_of(job) if _environment(process).get("SLURMD_NODENAME") == node]
+        assert ranks, f"job {job} has no process on {node}\n{self.logs()}"
         self._daemons[node].kill()
         self._daemons.pop(node).wait(60)
+        try:
+            _send(signal.SIGSTOP, ranks)
+            try:
+                self.wait_until(lambda: self.field(job, "JobState") != "RUNNING", f"Slurm notices that {node} is lost")
+            finally:
+                _send(signal.SIGCONT, ranks)
+            yield
+        finally:
+            self.start_node(node)
 
     def _start(
         self, name: str, options: list[str], program: str | None = None, environment: Mapping[str, str] | None = None
@@ -179,14 +195,22 @@ class Cluster:
 
 def processes_of(job: str) -> list[int]:
     """Processes on this machine that belong to a job."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"SLURM_JOB_ID={job}".encode() in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
-        except OSError:  # ended, or another user's
-            continue
-    return found
+    processes = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [process for process in processes if _environment(process).get("SLURM_JOB_ID") == job]
+
+
+def _environment(process: int) -> dict[str, str]:
+    try:
+        variables = Path(f"/proc/{process}/environ").read_text(errors="replace").split("\0")
+    except OSError:  # ended, or another user's
+        return {}
+    return dict(variable.partition("=")[::2] for variable in variables)
+
+
+def _send(number: signal.Signals, processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _give_its_own_containers(node: Path) -> None:

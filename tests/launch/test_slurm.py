@@ -79,10 +79,9 @@ def test_a_run_that_loses_a_node_is_requeued_and_continues_bit_for_bit(
     job, run_dir = start_training(cluster, config, "node lost")
     wait_for_iteration(cluster, job, run_dir, 20)  # past its first checkpoint
     attempt = cluster.attempt(job)
-    cluster.kill_node(NODES[1])
-    cluster.wait_for_requeue(job, attempt)
-    assert 20 <= written(run_dir) < ITERATIONS
-    cluster.start_node(NODES[1])
+    with cluster.lost_node(NODES[1], job):
+        cluster.wait_for_requeue(job, attempt)
+        assert 20 <= written(run_dir) < ITERATIONS
     cluster.release(job)
     cluster.wait_for_state(job, "COMPLETED")
     assert losses(run_dir) == undisturbed
