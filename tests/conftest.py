@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models are slower on more
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 # New random examples on every developer's run, the same ones on every CI run.
 settings.register_profile("ci", derandomize=True)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_sbld.mcore.gloo import use_one_gloo_thread
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.watchdog import watched
 
@@ -63,6 +64,8 @@ def _init_process_group(config: Config) -> None:
         raise ValueError("parallel.distributed_backend = 'nccl': needs a CUDA device; use auto or gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if backend == "gloo":
+        use_one_gloo_thread()
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
-import functools
 import os
 import pickle
 import tempfile
@@ -31,7 +30,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed import distributed_c10d
 
 SEED = 1234
 
@@ -129,47 +127,20 @@ def _tracebacks(folder: str) -> str:
 
 
 def install_standins_if_needed() -> None:
-    """Let megatron-core run on the CPU where there is no GPU, on groups that are quickly made."""
-    share_gloo_device()
+    """Let megatron-core run on the CPU where there is no GPU, on groups like those of the trainer."""
+    from megatron_sbld.mcore.gloo import use_one_gloo_thread
+
+    use_one_gloo_thread()
     if not torch.cuda.is_available():
         from megatron_sbld.mcore.standins import install_cpu_standins
 
         install_cpu_standins()
 
 
-@functools.cache
-def share_gloo_device() -> None:
-    """Let all gloo groups of this process use one device on the loopback, and one thread each.
-
-    With a device of its own each group has a thread that looks for events a hundred times a second: making the groups
-    of a layout takes 0.2 s, and those of some hundred cases that were not freed a third of a core.
-
-    With torch's two threads a group, coalesced all-gathers that are under way together damage the heap (pytorch issue
-    65237 looks alike): interleaved stages with overlap_param_gather crashed within 60 cases, stock Megatron's too.
-    """
-    gloo = distributed_c10d.ProcessGroupGloo
-    device = gloo.create_device(interface="lo")
-
-    class OnOneDevice(gloo):  # type: ignore[misc, valid-type]
-        def __init__(
-            self,
-            store: dist.Store,
-            rank: int,
-            size: int,
-            timeout: datetime.timedelta = distributed_c10d.default_pg_timeout,
-        ) -> None:
-            options = gloo._Options()
-            options._devices, options._timeout, options._threads = [device], timeout, 1
-            super().__init__(store, rank, size, options)
-
-    distributed_c10d.ProcessGroupGloo = OnOneDevice  # type: ignore[misc]
-
-
 @contextmanager
 def single_process() -> Iterator[None]:
     """A process group of this one process, for unit tests of modules that ask for Megatron's groups."""
     install_standins_if_needed()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

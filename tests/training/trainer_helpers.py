@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.training.config import Config
-from tests.distributed.harness import run_distributed, share_gloo_device
+from tests.distributed.harness import run_distributed
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -202,7 +202,6 @@ def run_here(config: Config) -> int | str:
     """Call `pretrain` in this process."""
     from megatron_sbld.training.loop import pretrain
 
-    share_gloo_device()
     try:
         return pretrain(config)
     except Exception as error:
