@@ -24,6 +24,7 @@ from torch.utils._triton import has_triton
 from megatron_sbld.mcore.compiled import compile_layers, compiler_obstacle
 from megatron_sbld.mcore.grad_norm import clip_in_groups
 from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
+from megatron_sbld.mcore.optimizer_copies import copy_in_groups
 from megatron_sbld.mcore.optimizer_state import fuse_adam
 from megatron_sbld.residual.choice import library_for
 from megatron_sbld.training.config import Config, ModelConfig
@@ -222,6 +223,7 @@ def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -
     )
     fuse_adam(optimizer)
     clip_in_groups()
+    copy_in_groups(optimizer)
     tconfig = get_model_config(chunks[0])
     tconfig.grad_scale_func = optimizer.scale_loss
     tconfig.finalize_model_grads_func = finalize_model_grads

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from megatron.core.optimizer import clip_grads
-from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
-from torch.utils._python_dispatch import TorchDispatchMode
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale, to_local_if_dtensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_sbld.mcore.grad_norm import clip_in_groups
+from tests.mcore.operators import Count
 
 SHAPES = [(64, 32), (32,), (1,), (7, 5), (4096,)]
-
-
-class Count(TorchDispatchMode):
-    """Operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operators[str(func)] += 1
-        return func(*args, **kwargs or {})
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +22,7 @@ def megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start from megatron-core's local functions, and leave what was there."""
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
     monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", local_multi_tensor_scale)
+    monkeypatch.setattr(clip_grads, "to_local_if_dtensor", to_local_if_dtensor)
 
 
 def gradients(scale: float, times: int) -> list[torch.nn.Parameter]:
@@ -94,3 +84,13 @@ def test_functions_of_apex_or_transformer_engine_stay(monkeypatch: pytest.Monkey
     monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", theirs)
     clip_in_groups()
     assert clip_grads.l2_norm_impl is clip_grads.multi_tensor_scale_impl is theirs
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_dtensor_gives_its_local_part() -> None:
+    clip_in_groups()
+    tensor = torch.arange(4.0)
+    distributed = DTensor.from_local(tensor, init_device_mesh("cpu", (1,)), [Replicate()])
+    assert clip_grads.to_local_if_dtensor is not to_local_if_dtensor
+    assert torch.equal(clip_grads.to_local_if_dtensor(distributed), tensor)
+    assert clip_grads.to_local_if_dtensor(tensor) is tensor
