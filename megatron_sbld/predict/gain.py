@@ -110,8 +110,9 @@ class Predictor:
         model = self.model if placement is None else self.on(placement)
         policy, iterations = self.policy(drop), self.sampled(drop)
         replicas = self.shares(drop, policy, iterations, model.setup.placement)
-        times = model.times(replicas).total
-        even = times if model.num_ranks == 1 else model.times(replicas, evenly=True).total
+        freezes = drop.dropped_update == "freeze"
+        times = model.times(replicas, freezes=freezes).total
+        even = times if model.num_ranks == 1 else model.times(replicas, evenly=True, freezes=freezes).total
         means = [policy.keep_probs(iteration) for iteration in iterations]
         kept = _kept(replicas)
         mean, stderr = _expected(times, kept - np.mean(means, axis=1))
@@ -139,7 +140,8 @@ class Predictor:
         model, policy = self.on(placement), self.policy(drop)
         replicas = self.shares(drop, policy, iterations, placement)
         means = [policy.keep_probs(iteration) for iteration in iterations]
-        return _expected(model.times(replicas).total, _kept(replicas) - np.mean(means, axis=1))[0]
+        times = model.times(replicas, freezes=drop.dropped_update == "freeze").total
+        return _expected(times, _kept(replicas) - np.mean(means, axis=1))[0]
 
     def hours(self, iteration_s: float) -> float:
         """Of the run."""
@@ -318,7 +320,10 @@ def compared_sections(drop: DropConfig, thetas: tuple[float, ...] = (0.9, 0.7, 0
     """
     common = {
         name: getattr(drop, name)
-        for name in ("sampler", "balance_stages", "decision_scope", "granularity", "recovery_fraction", "seed")
+        for name in (
+            *("sampler", "balance_stages", "decision_scope", "granularity"),
+            *("dropped_update", "recovery_fraction", "seed"),
+        )
     }
     sections = []
     for policy in ("sbld", "pld", "layerdrop", "stochastic_depth"):

@@ -217,11 +217,14 @@ class IterationModel:
             clock = clock + (1.0 - passed) * seconds[owner]
         return clock
 
-    def times(self, replicas: Sequence[Floats], evenly: bool = False) -> IterationTimes:
+    def times(self, replicas: Sequence[Floats], evenly: bool = False, freezes: bool | None = None) -> IterationTimes:
         """The iterations: of each replica that decides for itself, shares of the microbatches, [n, m or 1, L].
 
         evenly: as in `passes`; the same buckets are left out, and the same layers frozen.
+        freezes: whether layers that ran nothing are frozen; None is what the setup's drop section says.
         """
+        if freezes is None:
+            freezes = self.setup.config.drop.dropped_update == "freeze"
         runs = [self.run(shares, evenly) for shares in replicas]
         ran = np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0)
         skip = self._skipped(ran)
@@ -231,12 +234,8 @@ class IterationModel:
         parallel = self.setup.config.parallel
         table = self.setup.vocab_size // parallel.tensor_model_parallel_size * self.setup.config.model.hidden_size
         exposed = reduced - schedule + table * self.step_costs.second_per_tied
-        step, gather = self._step(ran), self._gather(skip)
+        step, gather = self._step(ran, freezes), self._gather(skip, freezes)
         return IterationTimes(schedule + exposed + step + gather, schedule, exposed, step, gather, runs[0])
-
-    @property
-    def _freezes(self) -> bool:
-        return self.setup.config.drop.dropped_update == "freeze"
 
     @functools.cached_property
     def _rank_sizes(self) -> Floats:
@@ -257,23 +256,23 @@ class IterationModel:
             sizes[chunk % self.num_ranks] += shard_sizes(params, buckets, shards, owners)
         return sizes
 
-    def _step(self, ran: NDArray[np.bool_]) -> Floats:
+    def _step(self, ran: NDArray[np.bool_], freezes: bool) -> Floats:
         """Seconds of the optimizer on the slowest rank, [n]: layers that ran at all [n, L]."""
         costs = self.step_costs
         whole = self._rank_sizes * costs.second_per_updated
-        if not self._freezes:
+        if not freezes:
             return np.full(len(ran), whole.max())
         frozen = np.pad(~ran, ((0, 0), (1, 1)), constant_values=False).astype(float)
         spared = (self.state_sizes @ frozen.T).min(axis=1) * costs.second_per_stepped  # [pipeline ranks, n]
         return (whole[:, None] - spared).max(axis=0)
 
-    def _gather(self, skip: Sequence[NDArray[np.bool_]]) -> Floats:
+    def _gather(self, skip: Sequence[NDArray[np.bool_]], freezes: bool) -> Floats:
         """Seconds of gathering parameters after the step, [n]; skip: as in `_reduced`."""
         n = len(skip[0])
         if self.setup.config.parallel.overlap_param_gather:
             return np.zeros(n)
         sizes = self._rank_sizes[:, None].repeat(n, 1)
-        if self._freezes:
+        if freezes:
             for chunk, (buckets, skipped) in enumerate(zip(self.buckets, skip, strict=True)):
                 sizes[chunk % self.num_ranks] -= skipped @ np.array([bucket.size for bucket in buckets])
         return sizes.max(axis=0) * self.step_costs.second_per_gathered

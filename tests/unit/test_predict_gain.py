@@ -83,6 +83,20 @@ def test_on_one_gpu_the_gain_is_the_dropped_layers_time():
     assert prediction.hours == pytest.approx(200 * prediction.iteration_s / 3600)
 
 
+@pytest.mark.parametrize("fields", [{}, {"gpus": 2, "use_distributed_optimizer": True, "ddp_bucket_size": 1000}])
+def test_frozen_layers_are_those_of_the_section_that_is_asked_for(fields):
+    """Whatever the config's own section says."""
+    freeze = dataclasses.replace(LAYERDROP, theta=0.5, dropped_update="freeze")
+    apply = dataclasses.replace(freeze, dropped_update="apply")
+    predictors = [make_predictor(**fields, dropped_update=update) for update in ("apply", "freeze")]
+    assert predictors[0].predict(freeze) == predictors[1].predict(freeze)
+    assert predictors[0].predict(apply) == predictors[1].predict(apply)
+    placement = predictors[0].setup.placement
+    seconds = [predictors[0].iteration_s(drop, placement, [1, 2, 3]) for drop in (apply, freeze)]
+    assert seconds[1] < seconds[0]
+    assert predictors[0].predict(freeze).gain > predictors[0].predict(apply).gain
+
+
 def test_a_model_without_other_costs_gains_the_ideal():
     free = dataclasses.replace(HARDWARE, hbm_bandwidth=1e12)
     predictor = make_predictor(hardware=free, attention="unfused")  # phi counts the whole matrix
@@ -228,11 +242,12 @@ def test_a_target_is_checked():
 
 
 def test_every_policy_is_compared_and_the_configs_own_as_it_is(sensitivity):
-    own = DropConfig(policy="pld", gamma=0.5, seed=7, recovery_fraction=0.1)
+    own = DropConfig(policy="pld", gamma=0.5, seed=7, recovery_fraction=0.1, dropped_update="freeze")
     sections = compared_sections(own)
     assert [(section.policy, section.theta) for section in sections[:3]] == [("pld", 0.9), ("pld", 0.7), ("pld", 0.5)]
     assert {section.policy for section in sections} == {"pld", "layerdrop", "stochastic_depth"}
     assert all(section.seed == 7 and section.recovery_fraction == 0.1 for section in sections)
+    assert {section.dropped_update for section in sections} == {"freeze"}
     assert [section.gamma for section in sections[:4]] == [0.5, 0.5, 0.5, None]
     assert "sbld" in {
         section.policy for section in compared_sections(dataclasses.replace(own, sensitivity=sensitivity))
