@@ -78,6 +78,10 @@ def fuse_branches(layer: TransformerLayer) -> None:
         setattr(layer, name, _Fused(layer, getattr(present, "stock", present)))
 
 
+def are_fused(layer: TransformerLayer) -> bool:
+    return any(isinstance(function, _Fused) for _, function in _present(layer))
+
+
 def _present(layer: TransformerLayer) -> list[tuple[str, Any]]:
     """The layer's functions by name, without those that a layer does not have."""
     functions = [(name, getattr(layer, name)) for name in _NAMES]

@@ -20,7 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore.branches import fuse_branches, scale_branches
+from megatron_sbld.mcore.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
@@ -143,7 +143,8 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
 
     Raises:
         ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
-            layers than the policy's, or a switch of the model's config under which a drop would be wrong or ignored.
+            layers than the policy's, a switch of the model's config under which a drop would be wrong or ignored, or
+            compiled layers with fused branches that the controller scales.
     """
     check_megatron_core()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
@@ -168,11 +169,15 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
         model: a model, or the list of its chunks on this rank, wrapped or not.
 
     Raises:
-        ValueError: no decoder layers, or one that is no TransformerLayer.
+        ValueError: no decoder layers, one that is no TransformerLayer, or compiled ones whose branches are scaled.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    for layer in (layer for chunk in chunks for layer in decoder_layers(chunk)):
+    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    for layer in layers:
         check_kind(layer)
+        if isinstance(layer, SwitchableLayer) and layer._drop_controller.scales_residual:
+            _refuse_compiled_scales(layer)
+    for layer in layers:
         fuse_branches(layer)
 
 
@@ -208,6 +213,16 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
         sample_granularity=controller.granularity == "sample",
         distinct_replicas=not controller.replicas_run_alike,
     )
+    if controller.scales_residual and are_fused(layer):
+        _refuse_compiled_scales(layer)
+
+
+def _refuse_compiled_scales(layer: TransformerLayer) -> None:
+    if hasattr(layer, "_compiled_forward"):
+        raise ValueError(
+            f"layer {layer.layer_number} is compiled, and its branches are fused and scaled: each scale would be compiled "
+            "anew; leave out fuse_residual, or use residual_scale 'none'"
+        )
 
 
 def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import compiled, make_switchable
+from megatron_sbld.mcore import compiled, fuse_residual, make_switchable
 from megatron_sbld.mcore.compiled import compile_layers
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import SEQUENCE, Listed, tiny_config, tiny_gpt
@@ -66,6 +66,27 @@ def test_layers_that_are_switchable_already_are_refused() -> None:
         make_switchable(chunk, DropController(Listed(0.5, 0.5, 0.5, 0.5)))
         with pytest.raises(ValueError, match="layer 1 is switchable already: call compile_layers before"):
             compile_layers(chunk)
+
+
+@pytest.mark.parametrize("order", ["compile fuse switch", "fuse compile switch", "compile switch fuse"])
+@pytest.mark.parametrize("residual_scale", ["none", "inverse_keep_prob"])
+def test_fused_branches_of_a_compiled_layer_may_not_be_scaled(order: str, residual_scale: str) -> None:
+    controller = DropController(Listed(0.5, 0.5, 0.5, 0.5, residual_scale=residual_scale))
+    with model_parallel():
+        (chunk,) = tiny_gpt(tiny_config())
+        steps: dict[str, Callable[[], object]] = {
+            "compile": lambda: compile_layers(chunk),
+            "fuse": lambda: fuse_residual(chunk),
+            "switch": lambda: make_switchable(chunk, controller),
+        }
+        *before, last = [steps[name] for name in order.split()]
+        for step in before:
+            step()
+        if residual_scale == "none":
+            last()
+            return
+        with pytest.raises(ValueError, match="layer 1 is compiled, and its branches are fused and scaled"):
+            last()
 
 
 @pytest.mark.parametrize("name", ["tensor_model_parallel_size", "context_parallel_size"])
