@@ -42,7 +42,7 @@ def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """Let the decoder layers of a built model run a compiled graph in training; the first pass compiles it.
 
     A layer that cannot be one graph raises torch's error in that pass: with `overlap_param_gather` or selective
-    recomputation. torch's limit on graphs is raised to 64 here, for the whole process. Calling it again changes nothing.
+    recomputation. torch's limit on graphs is raised to 64 here, for the whole process. A second call changes nothing.
 
     Args:
         model: a model, or the list of its chunks on this rank, wrapped or not.

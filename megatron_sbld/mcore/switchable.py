@@ -220,8 +220,8 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
 def _refuse_compiled_scales(layer: TransformerLayer) -> None:
     if hasattr(layer, "_compiled_forward"):
         raise ValueError(
-            f"layer {layer.layer_number} is compiled, and its branches are fused and scaled: each scale would be compiled "
-            "anew; leave out fuse_residual, or use residual_scale 'none'"
+            f"layer {layer.layer_number} is compiled, and its branches are fused and scaled: each scale would be "
+            "compiled anew; leave out fuse_residual, or use residual_scale 'none'"
         )
 
 
