@@ -46,12 +46,28 @@ set_nccl_defaults() {
   # storage alone), NCCL_SOCKET_IFNAME (interface for the first contact, ib0 or ^lo,docker0 say), NCCL_IB_GID_INDEX (RoCE).
 }
 
+# What the package imports.
+modules=(megatron_sbld torch megatron.core numpy scipy jsonargparse docstring_parser yaml tokenizers tensorboard rich
+  safetensors matplotlib)
+
 need_package() {
+  local missing
   command -v "$SBLD_PYTHON" >/dev/null || die "SBLD_PYTHON=$SBLD_PYTHON is not there on $HOSTNAME"
-  "$SBLD_PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
-    megatron_sbld torch megatron.core 2>/dev/null ||
-    die "$SBLD_PYTHON on $HOSTNAME lacks megatron_sbld, torch or megatron.core: set SBLD_PYTHON, SBLD_SETUP or" \
-      "SBLD_CONTAINER, and see python -m megatron_sbld.doctor"
+  missing=$("$SBLD_PYTHON" - "${modules[@]}" <<'EOF'
+import importlib.util, sys
+
+def found(name):
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package that it is in
+        return None
+
+print(*(name for name in sys.argv[1:] if not found(name)), sep=", ")
+EOF
+  ) || die "SBLD_PYTHON=$SBLD_PYTHON does not run on $HOSTNAME"
+  [ -z "$missing" ] ||
+    die "$SBLD_PYTHON on $HOSTNAME lacks $missing: install what is missing, or set SBLD_PYTHON, SBLD_SETUP or" \
+      "SBLD_CONTAINER; see python -m megatron_sbld.doctor"
 }
 
 # Processes to start on this machine: SBLD_NPROC_PER_NODE, or one a GPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -78,7 +79,8 @@ def test_help_is_the_usage_and_no_arguments_are_a_mistake(script: Path, tmp_path
         ([COMMANDS[2], "runs/none", "no.txt"], {}, "checkpoint runs/none is not there"),
         ([COMMANDS[2], REPOSITORY, "no.txt"], {}, "file of passages no.txt is not there"),
         ([COMMANDS[0], CONFIG], {"SBLD_PYTHON": "/no/python"}, "SBLD_PYTHON=/no/python is not there"),
-        ([COMMANDS[0], CONFIG], {"SBLD_PYTHON": "/usr/bin/python3", "PYTHONPATH": ""}, "lacks megatron_sbld"),
+        ([COMMANDS[0], CONFIG], {"SBLD_PYTHON": "/usr/bin/python3", "PYTHONPATH": ""}, "lacks megatron_sbld, torch, "),
+        ([COMMANDS[0], CONFIG], {"SBLD_PYTHON": "/bin/false"}, "SBLD_PYTHON=/bin/false does not run on"),
         ([COMMANDS[0], CONFIG], {"SBLD_DEVICE": "tpu"}, "SBLD_DEVICE=tpu is not allowed: gpu or cpu"),
         ([JOBS[0], CONFIG], {}, "submit it with sbatch"),
         ([JOBS[0], CONFIG], {"SLURM_SUBMIT_DIR": "/tmp"}, "submit from the repository's folder, or set SBLD_HOME"),
@@ -99,6 +101,28 @@ def test_what_is_missing_is_named_before_anything_starts(
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("error:") == 1
+
+
+def test_one_missing_dependency_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    hide = "import sys; sys.modules['rich'] = None; sys.argv = sys.argv[1:]; exec(sys.stdin.read())"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{hide}" "$@"\n')
+    program.chmod(0o755)
+    result = run(tmp_path, COMMANDS[0], CONFIG, SBLD_PYTHON=str(program))
+    assert result.returncode == 2
+    assert re.search(r"/python on \S+ lacks rich: install what is missing", result.stderr)
+
+
+def test_every_dependency_is_looked_for() -> None:
+    """By the name that is imported, where that is another one."""
+    required = importlib.metadata.requires("megatron-sbld") or []
+    names = {re.split(r"[\[<>=]", each)[0] for each in required if "extra ==" not in each}
+    modules = {"PyYAML": "yaml", "megatron-core": "megatron.core"}
+    expected = {modules.get(name, name.replace("-", "_")) for name in names}
+    text = (SCRIPTS / "common.sh").read_text()
+    looked_for = re.search(r"modules=\(([^)]+)\)", text)
+    assert looked_for
+    assert set(looked_for[1].split()) == {"megatron_sbld", *expected}
 
 
 def fake_gpus(folder: Path, count: int) -> dict[str, str]:
