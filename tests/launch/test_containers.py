@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cluster import NODES, Cluster, missing_programs, which
-from tests.launch.jobs import log_of, node_logs, preempt_then_ask_to_stop, run_chain, start_training, write_long_run
-from tests.training.trainer_helpers import losses, prepare_corpus
+from tests.launch.jobs import log_of, node_logs, preempt_then_ask_to_stop, run_chain, start_training
+from tests.training.trainer_helpers import losses
 
 IMAGES = {"pyxis": "MEGATRON_SBLD_TEST_SQSH", "apptainer": "MEGATRON_SBLD_TEST_SIF"}
 PROGRAM = {"pyxis": "enroot", "apptainer": "apptainer"}
@@ -45,26 +45,11 @@ on_each_runtime = pytest.mark.parametrize("runtime", [param(runtime) for runtime
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("containers")
-
-
-@pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Cluster]:
     with_pyxis = missing("pyxis") is None
     started = Cluster(folder, Path(os.environ[PLUGIN]) if with_pyxis else None)
     with started.running():
         yield started
-
-
-@pytest.fixture(scope="module")
-def corpus(folder: Path) -> Path:
-    return prepare_corpus(folder)
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path, corpus: Path) -> Path:
-    return write_long_run(folder, corpus)
 
 
 @pytest.fixture(scope="module")

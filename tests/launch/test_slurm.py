@@ -18,14 +18,9 @@ from tests.launch.jobs import (
     run_chain,
     start_training,
     wait_for_iteration,
-    write_long_run,
     written,
 )
-from tests.training.trainer_helpers import (
-    LAYERS,
-    losses,
-    prepare_corpus,
-)
+from tests.training.trainer_helpers import LAYERS, losses
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,25 +30,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slurm")
-
-
-@pytest.fixture(scope="module")
-def corpus(folder: Path) -> Path:
-    return prepare_corpus(folder)
-
-
-@pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Cluster]:
     started = Cluster(folder)
     with started.running():
         yield started
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path, corpus: Path) -> Path:
-    return write_long_run(folder, corpus)
 
 
 @pytest.fixture(scope="module")
