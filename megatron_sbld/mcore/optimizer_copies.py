@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer import optimizer as mcore_optimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import local_multi_tensor_scale
+
+from megatron_sbld.mcore.optimizer_state import parts_with_parameters
 
 Tensors = list[torch.Tensor]
 
@@ -26,9 +28,7 @@ def copy_in_groups(optimizer: MegatronOptimizer) -> None:
 
     Parts that store their parameters in another way (fp8, precision-aware, FSDP) keep Megatron's methods.
     """
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
-        if part.is_stub_optimizer:
-            continue
+    for part in parts_with_parameters(optimizer):
         if type(part) is DistributedOptimizer:
             _copy_shards_in_groups(part)
         elif type(part) is Float16OptimizerWithFloat16Params and _copies_one_by_one(part):

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_sbld.mcore.optimizer_state import parts_with_parameters
 
 
 @dataclass(frozen=True)
@@ -29,24 +31,18 @@ class OptimizerSnapshot:
     """The state of an optimizer at the moment when this is made. Local to the rank: no communication."""
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
-        self._parts = [_take(part) for part in _parts(optimizer)]
+        self._parts = [_take(part) for part in parts_with_parameters(optimizer)]
 
     @torch.no_grad()
     def restore(self, optimizer: MegatronOptimizer) -> None:
         """Put it back into the optimizer that it was taken from. Tensors are written in place, later ones removed."""
-        for part, saved in zip(_parts(optimizer), self._parts, strict=True):
+        for part, saved in zip(parts_with_parameters(optimizer), self._parts, strict=True):
             _restore(part, saved)
 
 
 def to_host(value: Any) -> Any:
     """A copy that shares nothing with the value; tensors are copied to host memory."""
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that hold parameters; a rank may have none of some kind."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if not part.is_stub_optimizer]
 
 
 def _take(part: MegatronOptimizer) -> _PartSnapshot:

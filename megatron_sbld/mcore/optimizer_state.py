@@ -76,10 +76,16 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     _place_steps(part.optimizer)
 
 
+def parts_with_parameters(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that hold parameters; a rank may have none of some kind."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
     """Let torch's Adam, where Megatron took it, make a step in one pass over memory; before its first step."""
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
-        if not part.is_stub_optimizer and is_torch_adam(part):
+    for part in parts_with_parameters(optimizer):
+        if is_torch_adam(part):
             for group in part.optimizer.param_groups:
                 group["fused"] = True
 
