@@ -50,7 +50,7 @@ STOCK_CLIPPING = {name: getattr(clip_grads, name) for name in CLIPPING}
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
-    with distributed_run(Config()):
+    with distributed_run(Config(training=TrainingConfig(seed=args.seed))):
         lines = report(args)
     text = "\n".join(lines) + "\n"
     if args.out is None:
@@ -107,15 +107,17 @@ def measure(args: argparse.Namespace, precision: str, distributed: bool) -> list
             num_attention_heads=args.hidden_size // 16,
             seq_length=16,
         ),
-        training=TrainingConfig(precision=precision, seed=args.seed),
+        training=TrainingConfig(precision=precision),
         optimizer=OptimizerConfig(clip_grad=1.0),
         parallel=ParallelConfig(use_distributed_optimizer=distributed),
     )
     steps = {name: megatron_step(config, PATCHED[:number]) for number, name in enumerate(PROGRAMS)}
     steps["plain PyTorch"] = plain_step(config)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP + args.rounds):
-        for name in sorted(steps, key=lambda name: (list(steps).index(name) + number) % len(steps)):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             seconds = steps[name]()
             if number >= WARMUP:
                 times[name].append(1e3 * seconds)
@@ -149,7 +151,7 @@ def plain_step(config: Config) -> Callable[[], float]:
     """The same for as many fp32 parameters in a plain loop."""
     params = [
         torch.nn.Parameter(param.detach().float().clone())
-        for chunk in trainer.build_model(config, VOCAB_SIZE)
+        for chunk in trainer.build_chunks(config, VOCAB_SIZE)
         for param in chunk.parameters()
     ]
     for param in params:

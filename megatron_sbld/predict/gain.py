@@ -321,8 +321,13 @@ def compared_sections(drop: DropConfig, thetas: tuple[float, ...] = (0.9, 0.7, 0
     common = {
         name: getattr(drop, name)
         for name in (
-            *("sampler", "balance_stages", "decision_scope", "granularity"),
-            *("dropped_update", "recovery_fraction", "seed"),
+            "sampler",
+            "balance_stages",
+            "decision_scope",
+            "granularity",
+            "dropped_update",
+            "recovery_fraction",
+            "seed",
         )
     }
     sections = []

@@ -11,7 +11,6 @@ PROGRAM = """
 import json
 import torch
 from megatron.core import parallel_state
-from torch.distributed import distributed_c10d
 from megatron_sbld.training.config import Config, ParallelConfig
 from megatron_sbld.training.processes import distributed_run
 
