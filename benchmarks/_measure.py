@@ -31,6 +31,7 @@ from megatron_sbld.policy import LayerDropPolicy
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.data import Batch
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.step import train_step
 
 DISTINCT_BATCHES = 16  # iterations after which the random tokens repeat
@@ -131,7 +132,7 @@ class Run:
         make_switchable(self.chunks, self.controller)
         self.switchable_classes = [type(layer) for layer in self.layers]
         self.optimizer = build_optimizer(config, self.chunks)
-        self.scheduler = build_param_scheduler(config, self.optimizer, self.num_iterations)
+        self.scheduler = build_param_scheduler(config, self.optimizer, RunLength(config.training))
         seed = args.seed + parallel_state.get_data_parallel_rank()
         self.batches = itertools.cycle(random_batches(args, DISTINCT_BATCHES * self.num_microbatches, seed))
 

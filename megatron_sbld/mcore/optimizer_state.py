@@ -25,6 +25,9 @@ import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 
+_GROUP_STATE = ("params", "step")
+"""What of a parameter group is state; the rest is configured."""
+
 
 def sharded_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
@@ -56,24 +59,32 @@ def sharded_state(
 def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Take over optimizer state, as `optimizer.load_state_dict` does where Apex or Transformer Engine is installed.
 
+    What the parameter groups were configured with (rates, betas, epsilon, ...) stays. megatron-core would put the saved
+    groups over it, where even its scheduler reads max_lr and min_lr.
+
     Args:
         optimizer: the optimizer whose `sharded_state` said what to read.
         loaded: what dist_checkpointing.load made of it; consumed.
     """
     part = _holder(optimizer)
+    if not loaded.get("grad_scaler"):  # saved with a constant loss scale, which has no state
+        loaded.pop("grad_scaler", None)
+    configured = [
+        {name: value for name, value in group.items() if name not in _GROUP_STATE}
+        for group in part.optimizer.param_groups
+    ]
     if not is_torch_adam(part):
         part.load_state_dict(loaded)
-        return
-    fused = [group["fused"] for group in part.optimizer.param_groups]
-    if isinstance(part, DistributedOptimizer):
+    elif isinstance(part, DistributedOptimizer):
         _load_distributed(part, loaded)
     else:
         adam_state = loaded.get("optimizer", loaded)["state"]
         adam_state.setdefault("common_step", torch.tensor(0.0))  # absent from before the first step
         part.load_state_dict(loaded)
-    for group, is_fused in zip(part.optimizer.param_groups, fused, strict=True):
-        group["fused"] = is_fused  # chosen for this machine; the checkpoint may be another's
-    _place_steps(part.optimizer)
+    for group, own in zip(part.optimizer.param_groups, configured, strict=True):
+        group.update(own)
+    if is_torch_adam(part):
+        _place_steps(part.optimizer)
 
 
 def parts_with_parameters(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

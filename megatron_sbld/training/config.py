@@ -217,6 +217,10 @@ class CheckpointConfig:
     load: str | None = None
     """Checkpoint of another run to start from: its weights, or with load_optimizer all of its state."""
     load_optimizer: bool = False
+    replan: bool = False
+    """Let a run go on with another length, batch size, training.seed, seq_length or other training data: the learning
+    rate, the drops and the order of the data are planned anew, and samples that were read may come again. Without it
+    such a change is refused."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.dataset_files import DatasetFacts, read_metadata, verify_dataset
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -75,6 +76,15 @@ def parse_blend(paths: Sequence[str], field: str) -> Blend:
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     return Blend(datasets, weights or [float(dataset.tokens) for dataset in datasets])
+
+
+def data_facts(config: Config) -> list[list[float]]:
+    """What tells a run's training data from others, whatever their paths: each set's tokens, lengths and weight."""
+    blend = parse_blend(config.data.train_data_path, "data.train_data_path")
+    return [
+        [dataset.tokens, dataset.lengths_crc32, weight]
+        for dataset, weight in zip(blend.datasets, blend.weights, strict=True)
+    ]
 
 
 def _is_number(text: str) -> bool:
@@ -284,11 +294,11 @@ class TrainingData:
     Args:
         config: the run; its data have passed `check_data`.
         tokenizer: of the data.
-        train_iters: iterations of the run.
+        length: of the run.
         consumed_samples: samples that the run has trained on so far.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, train_iters: int, consumed_samples: int) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, length: RunLength, consumed_samples: int) -> None:
         self._replica = parallel_state.get_data_parallel_rank()
         self._replicas = parallel_state.get_data_parallel_world_size()
         self._config = config
@@ -298,7 +308,7 @@ class TrainingData:
         train, valid = build_datasets(
             config,
             tokenizer,
-            train_samples=_samples_to_train(config, train_iters),
+            train_samples=length.samples_to_read,
             valid_samples=training.eval_iters * training.global_batch_size,
             cache_path=self._cache_path,
         )
@@ -379,12 +389,3 @@ def _checked(batches: Iterator[Batch], field: str, tokenizer: Tokenizer, cache_p
                     f"0 to {vocab_size - 1}: a .bin file is damaged; prepare it again"
                 )
         yield batch
-
-
-def _samples_to_train(config: Config, train_iters: int) -> int:
-    """Samples that the whole run reads at most; as in Megatron-LM, they take part in fixing the order."""
-    training = config.training
-    if training.train_samples is None:
-        return train_iters * training.global_batch_size
-    # The last step of a ramp may go beyond train_samples, by less than a global batch.
-    return training.train_samples + (training.global_batch_size if training.rampup_batch_size else 0)

@@ -36,24 +36,27 @@ from megatron_sbld.drop import build_policy, updates_sensitivity
 from megatron_sbld.evaluation.in_training import TasksInTraining
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
+from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.policy import Policy
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
 from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
-from megatron_sbld.training.data import TrainingData, check_data
+from megatron_sbld.training.data import TrainingData, check_data, data_facts
 from megatron_sbld.training.flops import layer_share, padded_vocab_size, training_flops
 from megatron_sbld.training.forecast import forecast, forecast_text
 from megatron_sbld.training.liveness import SAVING
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
+from megatron_sbld.training.resume import PLANNED_FIELDS, warnings_of_decisions
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.stage_forecast import stage_forecast, stage_forecast_text
 from megatron_sbld.training.stages import placement_of
 from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, evaluating, train_step, validation_loss
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
+from megatron_sbld.training.validate import data_parallel_size, validate
 from megatron_sbld.training.watchdog import POSITION
 
 logger = logging.getLogger(__name__)
@@ -82,8 +85,9 @@ def pretrain(config: Config) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
     tasks = TasksInTraining(config, tokenizer)
-    policy = build_policy(config.drop, config.model.num_layers, train_iterations(config))
     start = find_start(config, tokenizer)
+    length = RunLength(config.training) if start is None else start.length(config)
+    policy = build_policy(config.drop, config.model.num_layers, length.train_iters)
     with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
         on_rank_0(lambda: Path(config.logging.run_dir).mkdir(parents=True, exist_ok=True))
         run = Run(config, tokenizer, policy, start)
@@ -148,7 +152,8 @@ class Run:
         self.config = config
         self.run_dir = Path(config.logging.run_dir)
         self.tokenizer = tokenizer
-        self.train_iters = train_iterations(config)
+        self.length = RunLength(config.training) if start is None else start.length(config)
+        self.train_iters = self.length.train_iters
         self.iteration = 0
         self.consumed_samples = 0
         self.train_time_s = 0.0
@@ -164,14 +169,14 @@ class Run:
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         if config.drop.policy != "none" and config.drop.dropped_update == "freeze":
             freeze_dropped_layers(self.chunks, self.optimizer)
-        self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.train_iters)
+        self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.length)
         self.checkpoints: CheckpointManager | None = None
         self.writer: MetricsWriter | None = None
         self.last_loss = math.nan
         """Mean loss per token of the last iteration."""
         if start is not None:
             self._restore(start)
-        self.data = TrainingData(config, tokenizer, self.train_iters, self.consumed_samples)
+        self.data = TrainingData(config, tokenizer, self.length, self.consumed_samples)
 
     def open_run_folder(self) -> None:
         """Let the run save checkpoints and write its metrics. Collective."""
@@ -186,7 +191,8 @@ class Run:
         """Iterate to the end, validating, evaluating and saving on the way; the exit status."""
         assert self.checkpoints is not None, "open_run_folder comes before train"
         config, first = self.config, self.iteration + 1
-        self._announce(first)
+        if self.iteration < self.train_iters:
+            self._announce(first)
         for chunk in self.chunks:
             chunk.train()
         while self.iteration < self.train_iters:
@@ -320,6 +326,8 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.fingerprint(),
+            "planned_from": [self.length.iteration, self.length.samples],
+            "train_data": data_facts(self.config),
         }
         assert self.checkpoints is not None, "open_run_folder comes before train"
         self.checkpoints.save(self.iteration, self.chunks, self.optimizer, self.scheduler, train_state)
@@ -335,11 +343,24 @@ class Run:
         with failures_name(start.checkpoint.path):
             self.consumed_samples = int(state["consumed_samples"])
             self.train_time_s = float(state["train_time_s"])
-            differences = self.controller.load_state_dict(state["drop"])
+            self.controller.load_state_dict(state["drop"])  # what it finds changed is among start.changes
+            lines = [change.text for change in start.changes]
+            if any(change.field in PLANNED_FIELDS for change in start.changes):
+                lines.append(
+                    f"planned anew from iteration {self.iteration + 1} on, for a run of {self.train_iters}: learning "
+                    "rate, drops and the order of the data; samples that were read may come again"
+                )
             if self.sensitivity is not None and state.get("sensitivity") is not None:
-                differences += self.sensitivity.load_state_dict(state["sensitivity"])
-        for difference in differences:
-            logger.warning("%s", difference)
+                lines += self.sensitivity.load_state_dict(state["sensitivity"])
+        if self.config.drop.sampler == "balanced" and self.config.drop.balance_stages is not None:
+            self.controller.stages = self.config.drop.balance_stages
+        if any(change.field == "training.seed" for change in start.changes):
+            reseed(self.config.training.seed, self.iteration)
+        assert start.saved is not None, "a checkpoint whose whole state is loaded is one of ours"
+        lines += warnings_of_decisions(start.saved, self.config, self.replicas)
+        if dist.get_rank() == 0:
+            for line in lines:
+                logger.warning("%s", line)
 
     def _open_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)

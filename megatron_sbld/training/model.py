@@ -29,6 +29,7 @@ from megatron_sbld.mcore.optimizer_state import fuse_adam
 from megatron_sbld.residual.choice import library_for
 from megatron_sbld.training.config import Config, ModelConfig
 from megatron_sbld.training.flops import ffn_hidden_size
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.step import this_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -237,17 +238,18 @@ def _one_or_list(functions: list) -> object:
     return functions[0] if len(functions) == 1 else functions
 
 
-def build_param_scheduler(config: Config, optimizer: MegatronOptimizer, train_iters: int) -> OptimizerParamScheduler:
+def build_param_scheduler(config: Config, optimizer: MegatronOptimizer, length: RunLength) -> OptimizerParamScheduler:
     """Learning rate and weight decay over training, counted in samples as in Megatron-LM."""
-    opt, batch = config.optimizer, config.training.global_batch_size
+    opt = config.optimizer
+    total = length.train_samples
+    end = opt.lr_decay_iters or length.train_iters
     if config.training.train_samples is not None:
-        total = config.training.train_samples
-        decay = opt.lr_decay_samples or total
-        warmup = opt.lr_warmup_samples
+        decay, warmup = opt.lr_decay_samples or total, opt.lr_warmup_samples
     else:
-        total = train_iters * batch
-        decay = opt.lr_decay_iters * batch if opt.lr_decay_iters else total
-        warmup = opt.lr_warmup_iters * batch
+        decay, warmup = length.samples_after(end), length.samples_after(opt.lr_warmup_iters)
+    wsd_decay = None
+    if opt.lr_wsd_decay_iters is not None:
+        wsd_decay = length.samples_after(end) - length.samples_after(end - opt.lr_wsd_decay_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=opt.lr_warmup_init,
@@ -260,7 +262,7 @@ def build_param_scheduler(config: Config, optimizer: MegatronOptimizer, train_it
         end_wd=opt.weight_decay if opt.end_weight_decay is None else opt.end_weight_decay,
         wd_incr_steps=total,
         wd_incr_style=opt.weight_decay_incr_style,
-        wsd_decay_steps=opt.lr_wsd_decay_iters * batch if opt.lr_wsd_decay_iters else None,
+        wsd_decay_steps=wsd_decay,
         lr_wsd_decay_style=opt.lr_wsd_decay_style,
         # The config in force decides; a checkpoint only says how far the schedule has come.
         use_checkpoint_opt_param_scheduler=False,

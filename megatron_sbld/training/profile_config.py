@@ -143,6 +143,9 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
         checkpoint = dataclasses.replace(config.checkpoint, load=load, load_optimizer=whole_state)
         config = dataclasses.replace(config, checkpoint=checkpoint)
     start = find_load(config, tokenizer)
+    if start is not None:  # the drop section is the measurement's own
+        changes = [change for change in start.changes if not change.field.startswith(("drop.", "data.valid_"))]
+        start = dataclasses.replace(start, changes=changes)
     iterations, batches = _lengths(config, options, start)
     layers = parse_layers(options.layers, config.model.num_layers)
     seeds = parse_numbers("--seeds", options.seeds, 0, _MAX_SEED) or [config.training.seed]

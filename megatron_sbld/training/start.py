@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -13,11 +13,14 @@ from megatron_sbld.training.checkpoint_files import (
     CheckpointInfo,
     find_checkpoint,
     latest_complete,
-    read_train_state,
+    verify,
     verify_weights,
 )
 from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
+from megatron_sbld.training.data import data_facts
+from megatron_sbld.training.resume import Change, SavedRun, check_resume, find_changes, run_length
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.tokenizer import Tokenizer
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -32,13 +35,22 @@ class Start:
     vocab_size: int
     """Rows of its word embeddings. The model keeps them, because a layout that pads the vocabulary to another size
     would add rows that take part in every softmax, and with them to every loss."""
+    saved: SavedRun | None = None
+    """What is to be continued, where all of the state is taken over."""
+    changes: list[Change] = field(default_factory=list)
+    """What the present config has otherwise than the saved one; of a run that goes on."""
+
+    def length(self, config: Config) -> RunLength:
+        """The run's length, as planned when it began or when checkpoint.replan planned it anew."""
+        return RunLength(config.training) if self.saved is None else run_length(self.saved, config)
 
 
 def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
     """Apply checkpoint.resume and checkpoint.load. Reads files only; every rank finds the same.
 
     Raises:
-        ValueError: the checkpoint that the config asks for is not there, is damaged, or is of another model.
+        ValueError: the checkpoint that the config asks for is not there, is damaged, is of another model, or plans the
+            run otherwise than the config does.
     """
     folder = Path(config.logging.run_dir) / "checkpoints"
     own = latest_complete(folder)
@@ -50,12 +62,19 @@ def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
     if config.checkpoint.resume == "always" and own is None:
         raise ValueError(f"checkpoint.resume = 'always': {folder} holds no complete checkpoint")
     if own is not None:
-        return _checked_start(config, tokenizer, own, whole_state=True)
-    return find_load(config, tokenizer)
+        start: Start | None = _checked_start(config, tokenizer, own, whole_state=True)
+    else:
+        start = find_load(config, tokenizer)
+    if start is not None and start.saved is not None:
+        try:
+            check_resume(start.saved, config, data_facts(config))
+        except ValueError as error:
+            raise ValueError(f"checkpoint {start.checkpoint.path}: {error}") from error
+    return start
 
 
 def find_load(config: Config, tokenizer: Tokenizer) -> Start | None:
-    """Apply checkpoint.load alone. Raises ValueError as `find_start` does."""
+    """Apply checkpoint.load alone, however the saved run was planned. Raises ValueError as `find_start` does."""
     if config.checkpoint.load is None:
         return None
     path, whole_state = Path(config.checkpoint.load), config.checkpoint.load_optimizer
@@ -66,14 +85,21 @@ def find_load(config: Config, tokenizer: Tokenizer) -> Start | None:
 
 def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, whole_state: bool) -> Start:
     """Refuse a checkpoint of another model, as far as it tells: Megatron-LM's own have no manifest to compare with."""
+    saved = None
     if (found.path / MANIFEST).exists():
-        saved = read_train_state(found.path)
+        manifest = verify(found.path)
+        saved = SavedRun(manifest.iteration, manifest.layout, manifest.train_state)
         check_compatible(
-            saved.get("config", {}),
+            saved.config,
             config,
-            saved_vocab_size=saved.get("vocab_size"),
+            saved_vocab_size=saved.train_state.get("vocab_size"),
             vocab_size=tokenizer.vocab_size,
         )
+        if saved.train_state.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
+            raise ValueError(
+                f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text otherwise than the "
+                "tokenizer that it was trained with"
+            )
     rows = embedding_rows(found.path)
     tensor = config.parallel.tensor_model_parallel_size
     if rows < tokenizer.vocab_size:
@@ -86,7 +112,9 @@ def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, 
             f"parallel.tensor_model_parallel_size = {tensor}: must divide the {rows} rows of the word embeddings in "
             f"checkpoint {found.path}"
         )
-    return Start(found, whole_state, rows)
+    if not whole_state:
+        saved = None
+    return Start(found, whole_state, rows, saved, find_changes(saved.config, config) if saved else [])
 
 
 def embedding_rows(path: Path) -> int:

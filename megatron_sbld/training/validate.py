@@ -9,6 +9,7 @@ from megatron_sbld.drop import scales_residual, validate_drop
 from megatron_sbld.plan import replicas_run_alike
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.flops import ffn_hidden_size
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
 
 _AT_LEAST_ONE = (
@@ -117,21 +118,7 @@ def validate(config: Config, world_size: int | None, *, trains: bool = True) -> 
 
 def train_iterations(config: Config) -> int:
     """Iterations of the run, from train_iters or from train_samples and the batch-size ramp (as Megatron-LM counts)."""
-    training = config.training
-    if training.train_iters is not None:
-        return training.train_iters
-    assert training.train_samples is not None, "validate makes sure of one of the two"
-    remaining, iterations = training.train_samples, 0
-    if training.rampup_batch_size is not None:
-        start, increment, ramp_samples = training.rampup_batch_size
-        steps = (training.global_batch_size - start) // increment
-        consumed = 0
-        while consumed <= min(ramp_samples, training.train_samples):
-            step = int(consumed / (ramp_samples / steps))
-            consumed += start + step * increment
-            iterations += 1
-        remaining -= consumed
-    return iterations + max(0, remaining) // training.global_batch_size
+    return RunLength(config.training).train_iters
 
 
 def _model_parallel_size(config: Config) -> int:
@@ -407,6 +394,13 @@ def _optimizer(config: Config) -> list[str]:
         problems.append(f"optimizer: training is counted in {unit}, so give lr_decay_{unit} and lr_warmup_{unit} alone")
     if (opt.lr_decay_style == "WSD") != (opt.lr_wsd_decay_iters is not None):
         problems.append("optimizer.lr_wsd_decay_iters: is needed by, and only by, lr_decay_style = 'WSD'")
+    elif opt.lr_wsd_decay_iters is not None:
+        wsd_decay = opt.lr_wsd_decay_iters * (1 if unit == "iters" else training.global_batch_size)
+        if wsd_decay > decay - warmup > 0:
+            problems.append(
+                f"optimizer.lr_wsd_decay_iters = {opt.lr_wsd_decay_iters}: is {wsd_decay} {unit}, but lr_decay_{unit} "
+                f"= {decay} less lr_warmup_{unit} = {warmup} leaves {decay - warmup}"
+            )
     if opt.weight_decay_incr_style == "constant":
         if opt.start_weight_decay != opt.end_weight_decay:
             problems.append(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sbld.training.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.training.run_length import RunLength
 from tests.distributed.harness import model_parallel
 
 VOCAB = 128
@@ -122,7 +123,7 @@ def run(config: Config, seed: int = 1234, vocab_size: int = VOCAB) -> Iterator[R
     ):
         chunks = build_model(config, vocab_size)
         optimizer = build_optimizer(config, chunks)
-        yield Run(chunks, optimizer, build_param_scheduler(config, optimizer, 20))
+        yield Run(chunks, optimizer, build_param_scheduler(config, optimizer, RunLength(config.training)))
 
 
 def stop_and_resume(directory: Path, config: Config, **manager_options: Any) -> tuple[list[float], list[float]]:

@@ -10,6 +10,7 @@ from megatron_sbld.training.config import Config, DataConfig, ModelConfig, Train
 from megatron_sbld.training.data import PretrainingSampler, TrainingData, build_datasets, check_data, parse_blend
 from megatron_sbld.training.dataset_files import DatasetWriter
 from megatron_sbld.training.prepare import PrepareConfig, prepare
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.tokenizer import ByteTokenizer
 from tests.distributed.harness import model_parallel, run_distributed
 
@@ -113,7 +114,7 @@ def test_unshuffled_samples_are_the_documents_in_a_row(tmp_path, corpus, texts):
 @pytest.mark.usefixtures("one_rank")
 def test_a_batch_has_shifted_labels_positions_and_a_full_loss_mask(tmp_path, corpus):
     config = run_config(tmp_path, [corpus])
-    batch = next(TrainingData(config, TOKENIZER, 6, 0).train_batches(1))
+    batch = next(TrainingData(config, TOKENIZER, RunLength(config.training), 0).train_batches(1))
     assert sorted(batch) == ["labels", "loss_mask", "position_ids", "tokens"]
     assert all(tensor.shape == (1, 16) for tensor in batch.values())
     assert batch["tokens"].dtype == batch["labels"].dtype == batch["position_ids"].dtype == torch.int64
@@ -127,7 +128,7 @@ def test_a_batch_has_shifted_labels_positions_and_a_full_loss_mask(tmp_path, cor
 def test_document_boundaries_are_honoured_when_asked_for(tmp_path):
     documents = prepared(tmp_path, "short", ["abc", "defg", "hi"] * 20)
     config = run_config(tmp_path, [documents], eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)
-    batch = next(TrainingData(config, TOKENIZER, 6, 0).train_batches(1))
+    batch = next(TrainingData(config, TOKENIZER, RunLength(config.training), 0).train_batches(1))
     tokens = batch["tokens"][0].tolist()
     document = np.cumsum([0] + [token == EOD for token in tokens[:-1]])
     start = [int(np.flatnonzero(document == number)[0]) for number in document]
@@ -140,7 +141,7 @@ def test_document_boundaries_are_honoured_when_asked_for(tmp_path):
 
 
 def all_tokens(config, consumed_samples, num_microbatches):
-    data = TrainingData(config, TOKENIZER, config.training.train_iters, consumed_samples)
+    data = TrainingData(config, TOKENIZER, RunLength(config.training), consumed_samples)
     return [batch["tokens"].tolist() for batch in data.train_batches(num_microbatches)]
 
 
@@ -166,7 +167,8 @@ def test_worker_processes_change_nothing(tmp_path, corpus):
 def test_reading_leaves_the_global_random_state_alone(tmp_path, corpus):
     """Else dropout after a resume, or after a validation, would differ from the uninterrupted run's."""
     before = torch.get_rng_state()
-    data = TrainingData(run_config(tmp_path, [corpus], [corpus]), TOKENIZER, 6, 0)
+    config = run_config(tmp_path, [corpus], [corpus])
+    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
     list(data.train_batches(2))
     list(data.valid_batches(2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -174,7 +176,8 @@ def test_reading_leaves_the_global_random_state_alone(tmp_path, corpus):
 
 @pytest.mark.usefixtures("one_rank")
 def test_every_validation_sees_the_same_samples(tmp_path, corpus):
-    data = TrainingData(run_config(tmp_path, [corpus], [corpus]), TOKENIZER, 6, 0)
+    config = run_config(tmp_path, [corpus], [corpus])
+    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
     first, second = (torch.cat([batch["tokens"] for batch in data.valid_batches(8)]) for _ in range(2))
     assert torch.equal(first, second)
     assert len(first.unique(dim=0)) > 4
@@ -182,7 +185,8 @@ def test_every_validation_sees_the_same_samples(tmp_path, corpus):
 
 @pytest.mark.usefixtures("one_rank")
 def test_reading_past_the_end_or_without_a_validation_set_is_an_error_with_its_reason(tmp_path, corpus):
-    data = TrainingData(run_config(tmp_path, [corpus]), TOKENIZER, 6, 0)
+    config = run_config(tmp_path, [corpus])
+    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
     with pytest.raises(RuntimeError, match="training data are used up"):
         list(data.train_batches(10_000))
     with pytest.raises(ValueError, match=r"data\.valid_data_path is empty"):
@@ -229,7 +233,7 @@ def test_ids_that_the_model_does_not_know_are_found_when_they_are_read(tmp_path,
     path.write_bytes(b"\xff" * path.stat().st_size)
     config = run_config(tmp_path, [corpus], [corpus], num_workers=num_workers)
     check_data(config, TOKENIZER)
-    data = TrainingData(config, TOKENIZER, 6, 0)
+    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
     for batches, field in ((data.train_batches(1), "train"), (data.valid_batches(1), "valid")):
         with pytest.raises(ValueError, match=rf"data\.{field}_data_path: holds the id 65535, but .* ids 0 to 258"):
             next(batches)

@@ -121,11 +121,17 @@ def test_the_loss_scale_of_fp16_goes_on_where_it_was(config: Config) -> None:
     assert all(later in (earlier / 2, earlier, earlier * 2) for earlier, later in itertools.pairwise(scales))
 
 
-def test_a_complete_run_started_again_does_nothing(config: Config) -> None:
-    config = change(config, checkpoint={"save_at_end": True})
+def test_a_complete_run_started_again_does_nothing_and_says_so(
+    config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = change(config, checkpoint={"save_at_end": True}, logging={"progress": "lines"})
     assert run_here(config) == 0
     before = rows(config.logging.run_dir)
+    assert "iterations 1 to 8" in capfd.readouterr().err
     assert run_here(config) == 0
+    error = capfd.readouterr().err
+    assert "complete: 8 iterations" in error
+    assert "iterations 9 to 8" not in error
     assert rows(config.logging.run_dir) == before
 
 

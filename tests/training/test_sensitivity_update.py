@@ -25,6 +25,7 @@ from megatron_sbld.training.data import TrainingData
 from megatron_sbld.training.flops import padded_vocab_size
 from megatron_sbld.training.model import build_model
 from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.tokenizer import load_tokenizer
 from tests.training.trainer_helpers import (
     LAYERS,
@@ -192,7 +193,8 @@ def marginal_costs(config: Config, keep_probs: NDArray[np.float64], num_batches:
         controller = DropController(GivenDecisions(rows.reshape(-1, layers)))
         make_switchable(model, controller)
         model.train()
-        batches = TrainingData(config, tokenizer, TRAINED + OBSERVED, TRAINED * 16).train_batches(num_batches)
+        length = RunLength(change(config, training={"train_iters": TRAINED + OBSERVED}).training)
+        batches = TrainingData(config, tokenizer, length, TRAINED * 16).train_batches(num_batches)
         found = np.empty((num_batches, 1 + layers))
         for number, batch in enumerate(itertools.islice(batches, num_batches)):
             for position in range(1 + layers):

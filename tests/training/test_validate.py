@@ -277,6 +277,13 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"optimizer": {"lr_warmup_init": 1.0}}, r"optimizer.lr_warmup_init = 1.0: must be at most optimizer.lr = 0.0003"),
     ({"optimizer": {"lr_warmup_iters": 100}}, r"optimizer.lr_warmup_iters = 100: must be below the 100"),
     ({"optimizer": {"lr_decay_samples": 100}}, r"training is counted in iters, so give lr_decay_iters"),
+    (
+        {
+            "optimizer": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_warmup_iters": 2},
+            "training": {"train_iters": 10},
+        },
+        r"lr_wsd_decay_iters = 9: is 9 iters, but lr_decay_iters = 10 less lr_warmup_iters = 2 leaves 8",
+    ),
     ({"optimizer": {"lr_decay_style": "WSD"}}, r"optimizer.lr_wsd_decay_iters: is needed by"),
     ({"optimizer": {"lr_wsd_decay_iters": 5}}, r"optimizer.lr_wsd_decay_iters: is needed by, and only by"),
     (
