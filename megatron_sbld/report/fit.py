@@ -22,8 +22,8 @@ _SAME = {
 }
 _SAME_SECTIONS = ("model", "optimizer")
 _MAY_DIFFER = {"model.transformer_impl", "optimizer.log_num_zeros_in_grad"}
-# These change the learning rate or the order of the data, or round differently; a note says so.
-_NOTED = ("train_iters", "train_samples", "precision")
+# These change the learning rate, the order of the data or the weights of tokens, or round differently; a note says so.
+_NOTED = ("train_iters", "train_samples", "calculate_per_token_loss", "precision")
 _POOR = 0.5
 
 
@@ -186,7 +186,7 @@ def _run_notes(baseline: RunData, dropped: RunData, trace: Trace) -> list[str]:
         if ours != theirs:
             notes.append(
                 f"training.{name} differs ({ours}, not {theirs}): part of the gap may be due to that (learning rate, "
-                "order of the data, rounding)."
+                "order of the data, weights of tokens, rounding)."
             )
     last = int(trace.iterations[-1])
     if last < dropped.train[-1]["iteration"] and dropped.config.drop.recovery_fraction:

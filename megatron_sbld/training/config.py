@@ -117,7 +117,8 @@ class DataConfig:
     num_workers: int = 0
     """Processes that load data ahead of each rank."""
     eod_mask_loss: bool = False
-    """Leave out of the loss what is predicted from an end-of-document token, as Megatron does."""
+    """Leave out of the loss what is predicted from an end-of-document token, as Megatron does. How microbatches with
+    unlike numbers of tokens are then weighed: training.calculate_per_token_loss."""
     reset_position_ids: bool = False
     """Restart positions after an end-of-document token."""
     reset_attention_mask: bool = False
@@ -179,6 +180,11 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    calculate_per_token_loss: bool = False
+    """What counts alike in the gradient. true: each token of the global batch. false, Megatron's default: each
+    microbatch's mean (with context parallelism that of each rank's part), so that with data.eod_mask_loss the gradient
+    depends on micro_batch_size and on the layout. Without eod_mask_loss both give the same gradient. Logged losses are
+    means over tokens with both. In fp16, true takes a loss scale lower by about the tokens of a replica's batch."""
     cross_entropy_loss_fusion: bool | None = None
     """Megatron's loss in compiled functions, with fewer passes over the logits; in bf16 alone. None takes it where it
     pays: on a GPU in bf16, where torch can compile."""

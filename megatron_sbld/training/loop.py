@@ -46,7 +46,13 @@ from megatron_sbld.training.flops import layer_share, padded_vocab_size, trainin
 from megatron_sbld.training.forecast import forecast, forecast_text
 from megatron_sbld.training.liveness import SAVING
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
-from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler, check_model
+from megatron_sbld.training.model import (
+    build_model,
+    build_optimizer,
+    build_param_scheduler,
+    check_model,
+    loss_weights_text,
+)
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.resume import PLANNED_FIELDS, warnings_of_decisions
 from megatron_sbld.training.run_length import RunLength
@@ -379,6 +385,9 @@ class Run:
         fuses_loss = get_model_config(self.chunks[0]).cross_entropy_loss_fusion
         if fuses_loss and self.config.training.cross_entropy_loss_fusion is None:
             self._note("training.cross_entropy_loss_fusion: null takes the compiled loss (bf16 on a GPU)")
+        weights = loss_weights_text(self.config)
+        if weights is not None:
+            self._note(weights)
         if self.config.drop.policy != "none" and self.writer is not None:
             recompute = self.config.training.recompute_granularity == "full"
             phi = layer_share(self.config.model, self.vocab_size, recompute=recompute)

@@ -90,6 +90,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=bias_activation_fusion,
         bias_dropout_fusion=on_gpu,
         cross_entropy_loss_fusion=_fuses_loss(config, on_gpu),
+        calculate_per_token_loss=training.calculate_per_token_loss,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
@@ -136,6 +137,18 @@ def _fuses_loss(config: Config, on_gpu: bool) -> bool:
     if config.training.cross_entropy_loss_fusion is not None:
         return config.training.cross_entropy_loss_fusion
     return on_gpu and config.training.precision == "bf16" and has_triton()
+
+
+def loss_weights_text(config: Config) -> str | None:
+    """What counts alike in the gradient, where training.calculate_per_token_loss makes a difference."""
+    if not config.data.eod_mask_loss:
+        return None
+    if config.training.calculate_per_token_loss:
+        return "training.calculate_per_token_loss: true, so each token that data.eod_mask_loss leaves in counts alike"
+    return (
+        "training.calculate_per_token_loss: false, so each microbatch counts alike, however many tokens "
+        "data.eod_mask_loss leaves in it: the gradient depends on training.micro_batch_size and on the layout"
+    )
 
 
 def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:

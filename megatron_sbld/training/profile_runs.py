@@ -23,6 +23,7 @@ from megatron_sbld.sensitivity.measurement import LayerRun, ProfileFolder
 from megatron_sbld.sensitivity.stats import Estimate
 from megatron_sbld.training.checkpoint import on_rank_0
 from megatron_sbld.training.loop import Run, StopFlag, build_controller
+from megatron_sbld.training.model import loss_weights_text
 from megatron_sbld.training.processes import seed_everything
 from megatron_sbld.training.profile_config import AFFORDABLE_FRACTION, ProfilePlan
 from megatron_sbld.training.profile_progress import ProfileProgress
@@ -110,6 +111,9 @@ class Measurement(ABC):
         total = train_iterations(plan.config)
         if plan.note is not None:
             self.progress.note(plan.note)
+        weights = loss_weights_text(plan.config)
+        if weights is not None:
+            self.progress.note(weights)
         self.progress.note(
             f"{plan.method}: {len(plan.layers)} layers and a baseline, {len(plan.seeds)} seed(s), {plan.iterations} "
             f"iterations: costs {cost:,.0f} iterations, {cost / total:.1%} of a training run of {total:,}"

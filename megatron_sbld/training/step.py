@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +32,7 @@ class StepResult(NamedTuple):
     update_successful: bool
     stop_requested: bool
     microbatch_losses: list[float]
-    """Mean loss of each microbatch over all replicas; empty unless asked for."""
+    """Mean loss per token of each microbatch over all replicas, NaN where no token counts; empty unless asked for."""
 
 
 def this_device() -> torch.device:
@@ -105,7 +106,7 @@ def train_step(
 def validation_loss(
     config: Config, chunks: Sequence[DistributedDataParallel], batches: Sequence[Iterator[Batch]], num_microbatches: int
 ) -> float:
-    """Mean loss of `num_microbatches` microbatches a replica, at full depth and without dropout."""
+    """Mean loss per token over `num_microbatches` microbatches a replica, at full depth and without dropout."""
     POSITION.enter("validation")
     with evaluating(config, chunks):
         losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=True)
@@ -173,4 +174,4 @@ def _sum_over_ranks(
     dist.all_reduce(totals)
     loss_sum, num_tokens, stopping, *by_microbatch = totals.tolist()
     pairs = zip(by_microbatch[:num_microbatches], by_microbatch[num_microbatches:], strict=True)
-    return loss_sum, int(num_tokens), int(stopping), [loss / max(tokens, 1) for loss, tokens in pairs]
+    return loss_sum, int(num_tokens), int(stopping), [loss / tokens if tokens else math.nan for loss, tokens in pairs]

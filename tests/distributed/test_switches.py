@@ -8,11 +8,13 @@ the experts. docs/megatron_features.md names the cases by their keys.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed import per_token_runs
 from tests.distributed.harness import model_parallel, run_distributed, single_process
 from tests.distributed.runs import (
     BOTH_OVERLAPS,
@@ -30,6 +32,8 @@ from tests.distributed.runs import (
 from tests.helpers import heterogeneous_block_spec, tiny_config, tiny_gpt
 
 pytestmark = pytest.mark.timeout(600)
+
+PerTokenRuns = dict[tuple[str, int, str], per_token_runs.Found]
 
 MTP = {"model": {"mtp_num_layers": 2}, "build": {"position_embedding_type": "rope"}}
 UNTIED = {"build": {"tied": False}}
@@ -180,9 +184,30 @@ FOUR_PROCESSES = {
 }
 
 
+def run_on_two_processes() -> tuple[dict[str, Result], PerTokenRuns]:
+    return run_cases(TWO_PROCESSES), per_token_runs.run_all(per_token_runs.ON_TWO_PROCESSES)
+
+
 @pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Result]]:
-    return run_distributed(run_cases, 2, TWO_PROCESSES, timeout=400)
+def both_on_two_processes() -> list[tuple[dict[str, Result], PerTokenRuns]]:
+    return run_distributed(run_on_two_processes, 2, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def two_processes(both_on_two_processes: list[tuple[dict[str, Result], PerTokenRuns]]) -> list[dict[str, Result]]:
+    return [results for results, _ in both_on_two_processes]
+
+
+@pytest.fixture(scope="module")
+def per_token(both_on_two_processes: list[tuple[dict[str, Result], PerTokenRuns]]) -> PerTokenRuns:
+    """Iterations of the trainer with calculate_per_token_loss, by layout, micro_batch_size and what is dropped."""
+    return {**per_token_runs.run_alone(), **both_on_two_processes[0][1]}
+
+
+@pytest.fixture(scope="module")
+def whole_batch() -> dict[str, tuple[dict[str, float], float]]:
+    """Gradients and loss of the whole batch at once, by what is dropped."""
+    return {kept: per_token_runs.oracle(kept) for kept in per_token_runs.KEPT}
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +228,37 @@ def four_processes() -> list[dict[str, Result]]:
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
+
+
+@pytest.mark.parametrize("kept", per_token_runs.KEPT)
+@pytest.mark.parametrize("layout", per_token_runs.LAYOUTS)
+def test_per_token_loss_has_the_gradient_of_the_whole_batch_whatever_the_size_of_a_microbatch(
+    per_token: PerTokenRuns, whole_batch: dict[str, tuple[dict[str, float], float]], layout: str, kept: str
+) -> None:
+    gradients, loss = whole_batch[kept]
+    for size in per_token_runs.MICRO_BATCH_SIZES:
+        found = per_token[layout, size, kept]
+        per_token_runs.assert_equal_gradients(found.gradients, gradients)
+        assert found.result.loss == pytest.approx(loss, rel=1e-5)
+        assert found.validation == pytest.approx(whole_batch["nothing dropped"][1], rel=1e-5), "it is at full depth"
+
+
+def test_megatrons_default_reports_the_mean_over_tokens_and_weighs_microbatches_alike(
+    whole_batch: dict[str, tuple[dict[str, float], float]],
+) -> None:
+    """Otherwise the cases of the per-token loss would show nothing."""
+    gradients, loss = whole_batch["nothing dropped"]
+    samples, whole = per_token_runs.run_by_microbatch(1), per_token_runs.run_by_microbatch(per_token_runs.BATCH)
+    assert [samples.result.loss, samples.validation, whole.validation] == pytest.approx([loss] * 3, rel=1e-5)
+    per_token_runs.assert_equal_gradients(whole.gradients, gradients)
+    with pytest.raises(AssertionError):
+        per_token_runs.assert_equal_gradients(samples.gradients, gradients, relative=0.1)
+
+
+def test_a_microbatch_without_a_token_that_counts_reports_no_loss(per_token: PerTokenRuns) -> None:
+    """0 would be taken for a perfect one where the sensitivity is estimated from single microbatches."""
+    losses = per_token[per_token_runs.ALONE, 2, "nothing dropped"].result.microbatch_losses
+    assert [math.isnan(loss) for loss in losses] == [False, False, True, False]
 
 
 @pytest.mark.slow

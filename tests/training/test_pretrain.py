@@ -17,6 +17,7 @@ from megatron_sbld.drop import build_policy
 from megatron_sbld.plan import draw_sample_counts
 from megatron_sbld.training import checkpoint_files as files
 from megatron_sbld.training.config import Config
+from megatron_sbld.training.prepare import PrepareConfig, prepare
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     HALF,
@@ -287,6 +288,37 @@ def test_validation_is_at_full_depth_and_changes_nothing(config: Config, tmp_pat
     )
     trained(frozen, tmp_path / "frozen")
     assert len(set(valid_losses(tmp_path / "frozen").values())) == 1
+
+
+def test_with_per_token_loss_a_run_does_not_depend_on_the_size_of_a_microbatch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With eod_mask_loss, which leaves microbatches unlike numbers of tokens; a run says which of both is in force."""
+    source, prefix = tmp_path / "short.txt", str(tmp_path / "short")
+    source.write_text("\n<|endoftext|>\n".join("words " * (i % 9) + f"and {i}" for i in range(300)))
+    prepare(PrepareConfig(inputs=[str(source)], output=prefix, valid_fraction=0, workers=1, quiet=True))
+    config = tiny_run(
+        tmp_path / "run",
+        tmp_path / "short",
+        model=NO_DROPOUT,
+        drop=HALF,
+        data={"train_data_path": [str(tmp_path / "short_train")], "eod_mask_loss": True},
+        logging={"progress": "lines"},
+    )
+    found = {}
+    for per_token, size in itertools.product((True, False), (1, 4)):
+        changed = {"calculate_per_token_loss": per_token, "micro_batch_size": size}
+        found[per_token, size] = trained(change(config, training=changed), tmp_path / f"{per_token} {size}")
+        told = capsys.readouterr().err
+        assert told.count(f"training.calculate_per_token_loss: {str(per_token).lower()}, so each") == 1
+        assert told.index("so each") < told.index("iteration 1/")
+    np.testing.assert_allclose(found[True, 1], found[True, 4], rtol=1e-5)
+    assert found[False, 1][0] == pytest.approx(found[False, 4][0], rel=1e-6), "what is reported is a mean over tokens"
+    norms = {key: train_rows(tmp_path / f"{key[0]} {key[1]}")[0]["grad_norm"] for key in found}
+    assert norms[True, 1] == pytest.approx(norms[True, 4], rel=1e-5)
+    assert norms[False, 1] != pytest.approx(norms[False, 4], rel=1e-3)
+    trained(change(config, data={"eod_mask_loss": False}), tmp_path / "all tokens")
+    assert "calculate_per_token_loss" not in capsys.readouterr().err
 
 
 def test_a_resumed_run_validates_like_the_uninterrupted_one(config: Config, tmp_path: Path, corpus: Path) -> None:
