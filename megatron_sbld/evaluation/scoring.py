@@ -164,7 +164,9 @@ def _batch(requests: Sequence[Request], indices: Sequence[int], call: _Call) -> 
         inputs, targets = len(ids) - 1, requests[index].num_targets
         tokens[row, :inputs], labels[row, :inputs] = ids[:-1], ids[1:]
         scored[row, inputs - targets : inputs] = index
-    position_ids = torch.arange(call.length).expand(shape)
+    # Padding may reach beyond the positions that the model has learned; nothing of it is scored.
+    longest = max((len(requests[index].tokens) - 1 for index in indices), default=1)
+    position_ids = torch.arange(call.length).clamp(max=longest - 1).expand(shape)
     batch = {"tokens": tokens, "labels": labels, "position_ids": position_ids, "requests": scored}
     return {name: tensor.to(this_device(), non_blocking=True) for name, tensor in batch.items()}
 

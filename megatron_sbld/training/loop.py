@@ -246,16 +246,24 @@ class Run:
         self.consumed_samples += batch_size
         self.train_time_s += step_time_s
         self.last_loss = result.loss
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(
-                f"the loss is {result.loss} at iteration {self.iteration}: the run is stopped and nothing is saved; "
-                "lower optimizer.lr, lengthen the warm-up, or resume from an earlier checkpoint"
-            )
+        self._check_finite(result)
         if self.writer is not None:
             self.writer.train_row(self._train_row(result, step_time_s, batch_size))
         if self.sensitivity is not None:
             self._update_sensitivity(self.sensitivity, result)
         return result.stop_requested
+
+    def _check_finite(self, result: StepResult) -> None:
+        """Stop before what an infinite gradient made of the weights is saved: the loss shows it an iteration later."""
+        found = {"loss": result.loss}
+        if result.update_successful and result.grad_norm is not None:
+            found["norm of the gradients"] = result.grad_norm
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} is {value} at iteration {self.iteration}: the run is stopped and nothing is saved; "
+                    "lower optimizer.lr, lengthen the warm-up, or resume from an earlier checkpoint"
+                )
 
     def _update_sensitivity(self, sensitivity: SensitivityUpdate, result: StepResult) -> None:
         sensitivity.observe(result)

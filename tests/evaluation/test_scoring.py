@@ -65,9 +65,11 @@ def no_figures(scores: Sequence[Score]) -> LambadaResult:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few iterations: 259 byte-level tokens in 384 rows."""
+    """A run of a few iterations: 259 byte-level tokens in 384 rows, and 40 positions: inputs are padded beyond them."""
     folder = tmp_path_factory.mktemp("scoring")
-    config = tiny_run(folder / "run", prepare_corpus(folder), checkpoint={"save_at_end": True})
+    config = tiny_run(
+        folder / "run", prepare_corpus(folder), model={"seq_length": 40}, checkpoint={"save_at_end": True}
+    )
     assert run_here(config) == 0
     return folder / "run"
 
@@ -103,7 +105,7 @@ def test_batched_scores_are_those_of_single_requests(run_dir: Path, expected: li
         Continuations(), [read_trained_model(run_dir)], ParallelConfig(), batch_tokens=BATCH_TOKENS
     )
     assert_equal_scores(evaluated.scores, expected)
-    assert evaluated.trained.consumed_tokens == 8 * 8 * 32
+    assert evaluated.trained.consumed_tokens == 8 * 8 * 40
 
 
 def test_every_layout_gives_the_same_scores(run_dir: Path, expected: list[Score]) -> None:

@@ -16,6 +16,7 @@ import yaml
 from megatron_sbld.drop import build_policy
 from megatron_sbld.plan import draw_sample_counts
 from megatron_sbld.training import checkpoint_files as files
+from megatron_sbld.training import loop
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.prepare import PrepareConfig, prepare
 from tests.training.trainer_helpers import (
@@ -385,6 +386,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config: Confi
     checkpoint = files.latest_complete(Path(config.logging.run_dir) / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.iteration == last
+
+
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
+    config: Config, monkeypatch: pytest.MonkeyPatch, clip_grad: float
+) -> None:
+    """The loss of that iteration is finite; its weights are not, and keep_last would remove the last good ones."""
+    config = change(
+        config,
+        drop={**FULL_DEPTH, "sensitivity": None},
+        optimizer={"clip_grad": clip_grad},
+        checkpoint={"save_interval": 2, "keep_last": 1},
+    )
+    build_model, backward_passes = loop.build_model, itertools.count(1)
+
+    def build(*args: Any) -> Any:
+        chunks = build_model(*args)
+        weight = next(iter(chunks[0].module.decoder.layers[1].parameters()))
+        fourth = 4 * config.training.global_batch_size
+        weight.register_hook(lambda grad: grad * math.inf if next(backward_passes) == fourth else grad)
+        return chunks
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "build_model", build)
+        outcome = str(run_here(config))
+    assert outcome.startswith("FloatingPointError: the norm of the gradients is inf at iteration 4")
+    checkpoint = files.latest_complete(Path(config.logging.run_dir) / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.iteration == 2
+    assert run_here(config) == 0
 
 
 def test_the_process_is_left_as_it_was(config: Config) -> None:
