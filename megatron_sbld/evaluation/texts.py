@@ -17,11 +17,11 @@ import numpy as np
 from megatron_sbld.evaluation import wikitext
 from megatron_sbld.training.documents import (
     DocumentRules,
-    NotTextError,
     find_files,
     is_empty,
     read_documents,
 )
+from megatron_sbld.training.text_files import NotTextError
 from megatron_sbld.training.tokenizer import Tokenizer
 
 TextFormat = Literal["auto", "text", "jsonl", "wikitext", "dataset"]
@@ -64,8 +64,8 @@ def read_texts(
     Args:
         inputs: files and folders, or prefixes of data sets (what stands before .bin and .idx).
         tokenizer: of the model.
-        text_format: auto takes an input with an .idx for a data set, .jsonl and .ndjson (also .gz, .xz) for JSON lines,
-            and all else for text; WikiText has to be asked for.
+        text_format: auto takes an input with an .idx for a data set, and files for JSON lines or text as
+            `documents.file_kind` finds them; WikiText has to be asked for.
         text_key: JSON lines: the key of the text.
         separator: text: a line equal to this ends a document; None makes every file one.
 
@@ -83,7 +83,7 @@ def read_texts(
         texts = _read_wikitext(inputs, tokenizer)
     else:
         rules = DocumentRules(input_format=text_format, text_key=text_key, separator=separator)
-        files, _ = find_files(inputs, ["*"])
+        files = find_files(inputs, ["*"]).files
         raw = [text for file in files for text in _read(file, rules) if not is_empty(text)]
         counted = [(text, len(text.split()), text) for text in raw]
         texts = Texts(_encode(counted, tokenizer), "text", files)
@@ -110,7 +110,7 @@ def _encode(counted: Sequence[tuple[str, int, str]], tokenizer: Tokenizer) -> li
 
 
 def _read_wikitext(inputs: Sequence[str], tokenizer: Tokenizer) -> Texts:
-    files, _ = find_files(inputs, ["*"])
+    files = find_files(inputs, ["*"]).files
     counted = []
     for file in files:
         for text in _read(file, DocumentRules(input_format="text")):
