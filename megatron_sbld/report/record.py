@@ -131,10 +131,10 @@ def _figure(value: float | None, stderr: float | None, factor: float, unit: str)
 
 def _notes(evaluated: Evaluated) -> list[str]:
     """What a reader of the figures should know."""
-    result = evaluated.result
+    result, taken = evaluated.result, evaluated.asked.notes
     if isinstance(result, PerplexityResult):
-        return [f"{result.tokens:,} tokens of {result.documents:,} documents in {result.windows:,} windows"]
-    notes = [f"{result.passages:,} passages"]
+        return [*taken, f"{result.tokens:,} tokens of {result.documents:,} documents in {result.windows:,} windows"]
+    notes = [*taken, f"{result.passages:,} passages"]
     if result.truncated:
         notes.append(f"{result.truncated:,} of them longer than the model's context: their beginnings are left out")
     if result.glued:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple
 
@@ -78,20 +78,6 @@ class Survey:
     @property
     def documents(self) -> int:
         return sum(self.files.values())
-
-    def kind_lines(self) -> list[str]:
-        """For the console: a line for each kind, how many files were taken for it and how their names end."""
-        by_kind: dict[FileKind, Counter[str]] = {}
-        for path, kind in self.kinds.items():
-            by_kind.setdefault(kind, Counter())[ending(path) or "no ending"] += 1
-        lines = []
-        for kind, endings in by_kind.items():
-            shown = [name for name, _ in endings.most_common(_LISTED_ENDINGS)]
-            more = ["..."] if len(endings) > len(shown) else []
-            lines.append(
-                f"{endings.total():,} files taken for {kind} ({', '.join(shown + more)}){_HINTS.get(kind, '')}"
-            )
-        return lines
 
 
 class FoundFiles(NamedTuple):
@@ -180,6 +166,19 @@ def survey(files: Iterable[str], rules: DocumentRules, named: Collection[str] = 
         empty += file_empty
         text_bytes += file_bytes
     return Survey(counts, skipped, empty, text_bytes, kinds)
+
+
+def kind_lines(kinds: Mapping[str, FileKind]) -> list[str]:
+    """For the console: a line for each kind, how many files were taken for it and how their names end."""
+    by_kind: dict[FileKind, Counter[str]] = {}
+    for path, kind in kinds.items():
+        by_kind.setdefault(kind, Counter())[ending(path) or "no ending"] += 1
+    lines = []
+    for kind, endings in by_kind.items():
+        shown = [name for name, _ in endings.most_common(_LISTED_ENDINGS)]
+        more = ["..."] if len(endings) > len(shown) else []
+        lines.append(f"{endings.total():,} files taken for {kind} ({', '.join(shown + more)}){_HINTS.get(kind, '')}")
+    return lines
 
 
 def is_empty(text: str) -> bool:

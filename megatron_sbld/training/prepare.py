@@ -26,6 +26,7 @@ from megatron_sbld.training.documents import (
     SkippedFile,
     Survey,
     find_files,
+    kind_lines,
     survey,
     surveyed_documents,
 )
@@ -151,7 +152,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             report(len(document.ids), document.text_bytes)
         writer.commit(_metadata(config, tokenizer, dtype, found, counts))
     seconds = time.monotonic() - started
-    return PrepareResult(counts, len(found.files), found.kind_lines(), found.skipped, found.empty_documents, seconds)
+    return PrepareResult(
+        counts, len(found.files), kind_lines(found.kinds), found.skipped, found.empty_documents, seconds
+    )
 
 
 def split_documents(documents: int, valid_fraction: float, seed: int) -> np.ndarray:
@@ -250,7 +253,7 @@ def _metadata(
         "inputs": config.inputs,
         "include": config.include,
         "files": len(found.files),
-        "kinds": found.kind_lines(),
+        "kinds": kind_lines(found.kinds),
         "skipped": [dataclasses.asdict(skip) for skip in found.skipped],
         "empty_documents": found.empty_documents,
         "document_separator": config.document_separator,

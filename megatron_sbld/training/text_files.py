@@ -29,8 +29,8 @@ _ENCODINGS = (  # by byte order mark; UTF-32's little-endian one begins like UTF
 _ZSTANDARD = "it is compressed with Zstandard; unpack it (zstd -d), or compress it with gzip or xz"
 _OTHER_FILES = (
     (b"\x28\xb5\x2f\xfd", _ZSTANDARD),
-    (b"\x1f\x8b", "it is compressed with gzip; give it a name that ends in .gz"),
-    (b"\xfd7zXZ\0", "it is compressed with xz; give it a name that ends in .xz"),
+    (b"\x1f\x8b", "it is compressed with gzip, which its name does not say; unpack it (gunzip)"),
+    (b"\xfd7zXZ\0", "it is compressed with xz, which its name does not say; unpack it (unxz)"),
     (b"BZh", "it is compressed with bzip2; unpack it (bunzip2), or compress it with gzip or xz"),
     (b"\x04\x22\x4d\x18", "it is compressed with LZ4; unpack it (lz4 -d), or compress it with gzip or xz"),
     (b"PK\x03\x04", "it is a zip archive; unpack it"),
@@ -85,7 +85,7 @@ def read_text(path: str) -> str:
     """The whole text of a file that is not compressed, which may be a pipe. Raises NotTextError as `open_text` does."""
     with open(path, "rb") as stream:
         content = stream.read()
-    _check_head(content[:_HEAD_BYTES])
+    check_head(content[:_HEAD_BYTES])
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -155,24 +155,8 @@ def refuse_one_value(shape: JsonShape | None) -> None:
         raise NotTextError("it is one JSON value over several lines; JSON lines are needed, an object a line (jq -c)")
 
 
-def _opener(path: str) -> Callable[..., IO[Any]]:
-    return _OPENERS.get(os.path.splitext(path.lower())[1], open)
-
-
-def _check_beginning(path: str) -> None:
-    if path.lower().endswith((".zst", ".zstd")):
-        raise NotTextError(_ZSTANDARD)
-    try:
-        with _opener(path)(path, "rb") as stream:
-            head = stream.read(_HEAD_BYTES)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(path, error) from error
-    _check_head(head)
-    if b"\0" in head:
-        raise NotTextError(wrong_byte(path) or "it changed while it was read")
-
-
-def _check_head(head: bytes) -> None:
+def check_head(head: bytes) -> None:
+    """Refuse a file whose first bytes say that it is no UTF-8 text. Raises NotTextError."""
     for mark, name in _ENCODINGS:
         if head.startswith(mark):
             raise NotTextError(f"it is {name}; UTF-8 is needed (iconv -f {name} -t UTF-8)")
@@ -189,6 +173,23 @@ def _check_head(head: bytes) -> None:
     ):
         if nul in patterns:
             raise NotTextError(f"it looks like {name} (NUL characters); UTF-8 is needed (iconv -f {name} -t UTF-8)")
+
+
+def _opener(path: str) -> Callable[..., IO[Any]]:
+    return _OPENERS.get(os.path.splitext(path.lower())[1], open)
+
+
+def _check_beginning(path: str) -> None:
+    if path.lower().endswith((".zst", ".zstd")):
+        raise NotTextError(_ZSTANDARD)
+    try:
+        with _opener(path)(path, "rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(path, error) from error
+    check_head(head)
+    if b"\0" in head:
+        raise NotTextError(wrong_byte(path) or "it changed while it was read")
 
 
 def _damaged(path: str, error: Exception) -> ValueError:

@@ -331,6 +331,29 @@ def test_prompts_are_lines_or_json(tmp_path: Path) -> None:
             read_prompts(str(rows))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.JSONL", "a.ndjson", "a.json"])
+def test_prompts_have_no_byte_order_mark_and_json_lines_are_found(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n{"prompt": "two"}\r\n')
+    assert read_prompts(str(file)) == ["one", "two"]
+    (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbfone\r\n{two}\r\n")
+    assert read_prompts(str(tmp_path / "plain.txt")) == ["one", "{two}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"one\nna\xefve\n", "line 2, byte offset 6: 0xef is not UTF-8"),
+        ("a.txt", "one\n".encode("utf-16"), "it is UTF-16"),
+        ("a.json", b'[{"prompt": "one"}]', "it is one JSON array"),
+    ],
+)
+def test_prompts_that_are_no_text_are_told_by_name(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"prompts .*{name}: {reason}"):
+        read_prompts(str(tmp_path / name))
+
+
 def test_the_text_that_follows_is_what_is_added_to_the_prompts() -> None:
     tokenizer = load_tokenizer("byte")
     tokens = "naïve".encode()
