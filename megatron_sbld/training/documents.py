@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple
 
+from megatron_sbld.outputs import file_identity
 from megatron_sbld.training.text_files import (
     NotTextError,
     bare_ending,
@@ -97,16 +98,17 @@ def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Collectio
     Args:
         inputs: files, and folders that are searched recursively without hidden files and folders.
         include: patterns of file names in folders; `.gz` and `.xz` may be left out of them.
-        exclude: absolute paths that are passed over in folders.
+        exclude: files that are passed over in folders.
 
     Raises:
         ValueError: an input does not exist or can be read only once, or there is no file at all.
     """
     found: list[str] = []
     named = set()
+    excluded = {identity for path in exclude if (identity := file_identity(path)) is not None}
     for name in inputs:
         if os.path.isdir(name):
-            found += [path for path in _walk(name, include) if os.path.abspath(path) not in exclude]
+            found += [path for path in _walk(name, include) if file_identity(path) not in excluded]
         elif os.path.isfile(name):
             found.append(name)
             named.add(os.path.realpath(name))

@@ -19,7 +19,15 @@ from megatron.core.datasets.indexed_dataset import DType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_sbld.training.dataset_files import SPLITS, DatasetWriter, set_files, split_prefix, verify_dataset
+from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.training.dataset_files import (
+    SPLITS,
+    DatasetWriter,
+    set_files,
+    split_prefix,
+    verify_dataset,
+    written_files,
+)
 from megatron_sbld.training.documents import (
     DocumentRules,
     InputFormat,
@@ -134,8 +142,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         separator=config.document_separator,
         max_bytes=config.max_document_bytes,
     )
-    own_files = {os.path.abspath(path) for path in set_files(config.output)}
-    files, repeated, named = find_files(config.inputs, config.include, exclude=own_files)
+    files, repeated, named = find_files(config.inputs, config.include, exclude=set_files(config.output))
+    refuse_inputs("output", written_files(config.output), [*files, config.tokenizer])
     with _spinner(f"reading {len(files):,} files", config.quiet):
         found = survey(files, rules, named)
     found = dataclasses.replace(found, skipped=repeated + found.skipped)

@@ -257,13 +257,30 @@ def test_the_command_prints_what_follows_and_stops_at_the_end_of_the_document(
     assert -1 < sum(row["log_probs"]) < 0
 
     # What it wrote is a file of prompts; the empty prompt starts a document; --max_new_tokens counts.
-    assert command(*arguments, "--prompt", "", "--prompts", str(out), "--max_new_tokens", "5") == 0
+    prompts = out.rename(tmp_path / "prompts.jsonl")
+    assert command(*arguments, "--prompt", "", "--prompts", str(prompts), "--max_new_tokens", "5") == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["prompt"], row["continuation"], row["ended_by"]) for row in rows] == [
         ("", "abcde", "max_new_tokens"),
         ("efgh", "ijklm", "max_new_tokens"),
     ]
     assert capsys.readouterr().out == ("--- prompt 1, sample 1\nabcde\n--- prompt 2, sample 1\nefghijklm\n")
+
+
+def test_neither_prompts_nor_the_run_are_overwritten(
+    alphabet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("efgh\n")
+    (tmp_path / "link").symlink_to(tmp_path / "prompts.txt")
+    run_files = [path for path in alphabet_run.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in run_files}
+    weights = next(path for path in run_files if path.parent.name.startswith("iter_"))
+    for out in (tmp_path / "prompts.txt", tmp_path / "link", alphabet_run / "metrics.jsonl", weights):
+        arguments = ["--checkpoint", str(alphabet_run), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
+        assert command(*arguments) == cli.EXIT_MISTAKE
+        assert "is an input, and would be overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_files} == before
+    assert (tmp_path / "prompts.txt").read_text() == "efgh\n"
 
 
 def test_a_full_context_ends_a_continuation(alphabet_run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sbld.training import prepare as prepare_module
@@ -368,6 +369,43 @@ def test_an_existing_set_is_refused_unless_overwriting(tmp_path, corpus):
     assert (tmp_path / "out_train.bin").read_bytes() == before
     run(tmp_path, corpus[0], seed=99, overwrite=True)
     assert (tmp_path / "out_train.bin").read_bytes() != before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["out.json", "out_train.bin", "out_valid.idx", ".out.partial/out.json"])
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_an_output_never_overwrites_an_input(tmp_path, name, link):
+    """Named, in a folder, and under another name."""
+    corpus = write(tmp_path / ("corpus.json" if link else name), '{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if link:
+        link(corpus, tmp_path / name)
+    before = contents(tmp_path)
+    folders = [] if name.startswith(".") else [tmp_path, write(tmp_path / "in/other.txt", "a")]
+    for inputs in ([corpus], [os.path.relpath(tmp_path / name)], *([folder] for folder in folders)):
+        with pytest.raises(ValueError, match=r"output: .*(is an input|is no file of a data set)"):
+            run(tmp_path, *inputs, overwrite=True, input_format="jsonl" if inputs[0] == corpus else "auto")
+    (tmp_path / "in/other.txt").unlink(missing_ok=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_set_is_replaced_whatever_name_its_folder_is_read_under(tmp_path, corpus):
+    (tmp_path.parent / f"{tmp_path.name}.link").symlink_to(tmp_path)
+    first = run(tmp_path, tmp_path)
+    linked = tmp_path.parent / f"{tmp_path.name}.link"
+    assert run(tmp_path, linked, overwrite=True).splits == first.splits
+
+
+def test_the_tokenizer_is_not_overwritten(tmp_path, corpus):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "out.json"))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"out\.json exists and is no file of a data set"):
+        run(tmp_path, corpus[0], tokenizer=str(tmp_path / "out.json"), overwrite=True)
+    assert contents(tmp_path) == before
 
 
 def test_an_output_inside_the_input_folder_is_not_read_the_next_time(tmp_path, corpus):
