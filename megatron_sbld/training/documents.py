@@ -258,7 +258,7 @@ def _group_lines(stream: IO[str], separator: str | None, max_bytes: int | None) 
     size = 0
     whole = True
     for line in _lines(stream, max_bytes):
-        goes_on = bool(document) and not document[-1].endswith(("\n", "\r"))
+        goes_on = max_bytes is not None and bool(document) and not document[-1].endswith(("\n", "\r"))
         if separator is not None and not goes_on and line.rstrip("\r\n") == separator:
             yield "".join(document)
             document, size, whole = [], 0, False
@@ -267,8 +267,11 @@ def _group_lines(stream: IO[str], separator: str | None, max_bytes: int | None) 
             if goes_on:
                 size -= len(document[-1].encode("utf-8"))
                 line = document.pop() + line
-            *pieces, line = _cut(line, max_bytes)
+            pieces: list[str] = []
             line_size = len(line.encode("utf-8"))
+            if line_size > max_bytes:
+                *pieces, line = _cut(line, max_bytes)
+                line_size = len(line.encode("utf-8"))
             if document and (pieces or size + line_size > max_bytes):
                 yield "".join(document)
                 document, size, whole = [], 0, False
