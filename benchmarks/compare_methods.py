@@ -184,7 +184,7 @@ def prepare_data(args: argparse.Namespace) -> None:
     if not tokenizer.exists():
         backend = tokenizers.ByteLevelBPETokenizer()
         rules = DocumentRules(separator=SEPARATOR)
-        texts = (text for path in find_files([str(args.text)], ["*"])[0] for text in read_documents(path, rules))
+        texts = (text for path in find_files([str(args.text)], ["*"]).files for text in read_documents(path, rules))
         backend.train_from_iterator(texts, vocab_size=args.vocab_size, special_tokens=[SEPARATOR])
         backend.save(str(tokenizer))
     for name, text in (("train", args.text), ("valid", args.valid_text)):

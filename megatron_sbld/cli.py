@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_sbld import __version__
 from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST
+from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.training.liveness import RankLostError
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ def _parse_config(parser: ArgumentParser, args: list[str], others: Sequence[str]
     return Config(**values), options
 
 
+def _config_files(args: list[str]) -> list[str]:
+    """The values of --config."""
+    return [value for name, value in itertools.pairwise(_config_first(args)) if name == "--config"]
+
+
 def _config_first(args: list[str]) -> list[str]:
     """Move `--config FILE` before the other options, so that the command line wins wherever it stands."""
     configs, others = [], []
@@ -225,6 +231,8 @@ def _measure(args: list[str]) -> int:
     parser.add_class_arguments(Config)
     own = field_names(ProfileOptions)
     config, options = _parse_config(parser, args, ["from", *own])
+    written = [os.path.join(options["out"], name) for name in ("profile.json", "sensitivity.json", "sensitivity.png")]
+    refuse_inputs("--out", written, _config_files(args))
 
     from megatron_sbld.report.sensitivity import present
     from megatron_sbld.training.profile import profile
@@ -271,7 +279,7 @@ def _schedule_show(args: list[str]) -> int:
 
     from megatron_sbld.report.schedule import show_schedule
 
-    show_schedule(config, options["out"])
+    show_schedule(config, options["out"], _config_files(args))
     return 0
 
 
@@ -341,7 +349,7 @@ def _predict(args: list[str]) -> int:
     parser.add_class_arguments(Config)
     own = field_names(PredictOptions)
     config, options = _parse_config(parser, _with_underscores(args, own), own)
-    predict(config, PredictOptions(**options))
+    predict(config, PredictOptions(**options), _config_files(args))
     return 0
 
 

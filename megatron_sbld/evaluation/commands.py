@@ -152,6 +152,7 @@ def generate(args: list[str]) -> int:
     from megatron_sbld.evaluation.generate import generate as continue_prompts
     from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
     from megatron_sbld.evaluation.prompts import read_prompts, shown
+    from megatron_sbld.outputs import refuse_inputs
     from megatron_sbld.training.config_file import field_names
 
     sampling = Sampling(**{name: given[name] for name in field_names(Sampling)})
@@ -161,6 +162,9 @@ def generate(args: list[str]) -> int:
     if not texts:
         raise ValueError("there is no prompt: give --prompt TEXT or --prompts FILE; --prompt '' starts a new document")
     (trained,) = read_trained_models([given.checkpoint], options, every_checkpoint=False)
+    if given.out is not None:
+        run = [] if trained.run_dir is None else [trained.run_dir / name for name in ("config.yaml", "metrics.jsonl")]
+        refuse_inputs("--out", [given.out], [given.prompts, trained.checkpoint.path, trained.tokenizer.name, *run])
     prompts = [encode_prompt(trained.tokenizer, text) for text in texts]
     with shown(trained, texts, prompts, sampling.num_samples, given.out) as show:
         continue_prompts(trained, prompts, sampling, options.parallel(), precision=options.precision, on_result=show)

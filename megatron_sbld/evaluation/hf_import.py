@@ -185,7 +185,7 @@ def _read_config(folder: Path) -> FieldReader:
     if not path.is_file():
         raise ValueError(f"{folder}: is not a local folder of a model (no config.json)")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict):

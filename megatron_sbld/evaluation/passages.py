@@ -8,17 +8,21 @@ the passages that happen to be whole would not compare.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_sbld.evaluation.detokenise import detokenise as detokenise_tokens
+from megatron_sbld.training.text_files import NotTextError, check_head, json_line, refuse_one_value
 
 PassageFormat = Literal["auto", "text", "jsonl"]
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
+_JSON_OBJECT = re.compile(rb'\s*\{\s*"')
 _SHOWN_PROBLEMS = 5
+_HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,17 @@ def read_passages(
     """
     if passage_format not in ("auto", "text", "jsonl"):
         raise ValueError(f"format = {passage_format!r}; allowed: auto, text, jsonl")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a folder, a pipe or a device; the passages are read twice, so save them as a file")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give LAMBADA as plain text or JSON lines")
     content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
         raise ValueError(f"{path}: the file is empty")
-    found: Literal["text", "jsonl"]
-    if passage_format == "auto":
-        found = "jsonl" if path.lower().endswith(_JSON_LINES) or content.lstrip().startswith(b'{"') else "text"
-    else:
-        found = passage_format
+    try:
+        found = _format_of(path, content, passage_format)
+    except NotTextError as error:
+        raise ValueError(f"{path}: {error}") from error
     detokenises = found == "text" if detokenise is None else detokenise
     passages, problems = [], []
     for number, line in _lines(content):
@@ -73,6 +78,17 @@ def read_passages(
     if problems:
         raise ValueError(_listed(path, problems))
     return passages, found
+
+
+def _format_of(path: str, content: bytes, passage_format: PassageFormat) -> Literal["text", "jsonl"]:
+    """Raises NotTextError for another encoding, an archive, and JSON that is not one object a line."""
+    check_head(content[:_HEAD_BYTES])
+    if passage_format != "auto":
+        return passage_format
+    if path.lower().endswith(".json"):
+        first, _, _ = content.lstrip().partition(b"\n")
+        refuse_one_value(json_line(first.decode("utf-8", errors="replace"))[0])
+    return "jsonl" if path.lower().endswith(_JSON_LINES) or _JSON_OBJECT.match(content) else "text"
 
 
 class _ProblemError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,21 +12,35 @@ from pathlib import Path
 
 from megatron_sbld.evaluation.generate import Continuation, continuation_text
 from megatron_sbld.evaluation.model import TrainedModel
+from megatron_sbld.training.text_files import NotTextError, bare_ending, json_line, read_text, refuse_one_value
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: its lines that are not empty, or in a .jsonl file the field `prompt` of each.
+    """The prompts of a file: its lines that are not empty, or in JSON lines the field `prompt` of each.
+
+    Taken for JSON lines are .jsonl and .ndjson, and what begins with a JSON object that has a text `prompt`.
 
     Raises:
-        ValueError: the file has no prompt, or a line of a .jsonl file is no object with that field.
+        ValueError: the file is not UTF-8 or has no prompt, or one of its JSON lines is no object with that field.
     """
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts {path}: is not UTF-8: {error}") from error
-    if not lines:
-        raise ValueError(f"prompts {path}: has no prompt; one a line is expected")
-    return [_prompt_of(line, path) for line in lines] if path.endswith(".jsonl") else lines
+        text = read_text(path)
+        lines = [line for line in _LINE_END.split(text) if line.strip()]
+        if not lines:
+            raise ValueError(f"prompts {path}: has no prompt; one a line is expected")
+        shape, value = json_line(lines[0])
+        is_lines = bare_ending(path) in (".jsonl", ".ndjson") or (shape == "object" and _has_prompt(value))
+        if bare_ending(path) == ".json" and not is_lines:
+            refuse_one_value(shape)
+    except NotTextError as error:
+        raise ValueError(f"prompts {path}: {error}") from error
+    return [_prompt_of(line, path) for line in lines] if is_lines else lines
+
+
+def _has_prompt(row: object) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("prompt"), str)
 
 
 def _prompt_of(line: str, path: str) -> str:
@@ -33,7 +48,7 @@ def _prompt_of(line: str, path: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"prompts {path}: {line[:60]!r} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+    if not _has_prompt(row):
         raise ValueError(f"prompts {path}: {line[:60]!r} is no object with a text `prompt`")
     return str(row["prompt"])
 

@@ -36,6 +36,8 @@ class Asked:
     """What of the task changes the figures: format, stride, ..."""
     write_examples: Callable[[Sequence[Score], Path], None] | None = None
     """Writes what the model makes of each request, a JSON line each; None where the task has none."""
+    notes: Sequence[str] = ()
+    """For the console: what the data were taken for."""
 
     @cached_property
     def identity(self) -> Data:
@@ -113,6 +115,7 @@ class LambadaTask(Task):
             files=[self.data],
             options={**self._options, "context": context},
             write_examples=partial(lambada.write_examples, asked),
+            notes=[f"data taken for {'JSON lines' if self._options['format'] == 'jsonl' else 'plain text'}"],
         )
 
 
@@ -154,6 +157,7 @@ class PerplexityTask(Task):
             result=partial(perplexity.summarise, documents, windows),
             data=self.data,
             files=texts.files,
+            notes=texts.kinds,
             options={
                 "format": texts.text_format,
                 "stride": stride,

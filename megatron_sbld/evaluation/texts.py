@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,14 @@ import numpy as np
 from megatron_sbld.evaluation import wikitext
 from megatron_sbld.training.documents import (
     DocumentRules,
-    NotTextError,
+    FileKind,
+    file_kind,
     find_files,
     is_empty,
+    kind_lines,
     read_documents,
 )
+from megatron_sbld.training.text_files import NotTextError
 from megatron_sbld.training.tokenizer import Tokenizer
 
 TextFormat = Literal["auto", "text", "jsonl", "wikitext", "dataset"]
@@ -49,6 +52,8 @@ class Texts:
     """text stands for files of text and of JSON lines alike, which one folder may hold."""
     files: list[str]
     """All files that were read, in order."""
+    kinds: list[str] = field(default_factory=list)
+    """For the console: what was taken for what, where there was a choice."""
 
 
 def read_texts(
@@ -64,8 +69,8 @@ def read_texts(
     Args:
         inputs: files and folders, or prefixes of data sets (what stands before .bin and .idx).
         tokenizer: of the model.
-        text_format: auto takes an input with an .idx for a data set, .jsonl and .ndjson (also .gz, .xz) for JSON lines,
-            and all else for text; WikiText has to be asked for.
+        text_format: auto takes an input with an .idx for a data set, and files for JSON lines or text as
+            `documents.file_kind` finds them; WikiText has to be asked for.
         text_key: JSON lines: the key of the text.
         separator: text: a line equal to this ends a document; None makes every file one.
 
@@ -83,13 +88,21 @@ def read_texts(
         texts = _read_wikitext(inputs, tokenizer)
     else:
         rules = DocumentRules(input_format=text_format, text_key=text_key, separator=separator)
-        files, _ = find_files(inputs, ["*"])
+        files = find_files(inputs, ["*"]).files
+        kinds = {file: _kind(file, rules) for file in files}
         raw = [text for file in files for text in _read(file, rules) if not is_empty(text)]
         counted = [(text, len(text.split()), text) for text in raw]
-        texts = Texts(_encode(counted, tokenizer), "text", files)
+        texts = Texts(_encode(counted, tokenizer), "text", files, kind_lines(kinds))
     if not texts.documents:
         raise ValueError(f"data: {', '.join(inputs)}: there is no text in it")
     return texts
+
+
+def _kind(file: str, rules: DocumentRules) -> FileKind:
+    try:
+        return file_kind(file, rules)
+    except NotTextError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _read(file: str, rules: DocumentRules) -> Iterator[str]:
@@ -110,7 +123,7 @@ def _encode(counted: Sequence[tuple[str, int, str]], tokenizer: Tokenizer) -> li
 
 
 def _read_wikitext(inputs: Sequence[str], tokenizer: Tokenizer) -> Texts:
-    files, _ = find_files(inputs, ["*"])
+    files = find_files(inputs, ["*"]).files
     counted = []
     for file in files:
         for text in _read(file, DocumentRules(input_format="text")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_sbld.checks import check_choice, check_integer
 from megatron_sbld.drop import validate_drop
 from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.pipeline import Floats
 from megatron_sbld.predict.gain import (
     ASSUMED_MFU,
@@ -96,12 +98,15 @@ class Outcome:
     target: Target | None
 
 
-def predict(config: Config, options: PredictOptions) -> Outcome:
-    """Predicts, prints, and writes where asked to.
+def predict(config: Config, options: PredictOptions, config_files: Sequence[str] = ()) -> Outcome:
+    """Predicts, prints, and writes where asked to, though not over one of `config_files`.
 
     Raises:
         ValueError: a mistake in the config or the options, by name.
     """
+    if options.out is not None:
+        files = [Path(options.out) / name for name in ("predict.json", "timeline.png", "gain.png")]
+        refuse_inputs("--out", files, [*config_files, options.hardware, config.drop.sensitivity, config.data.tokenizer])
     predictor, assumed_mfu = build_predictor(config, options)
     drop, drops = predictor.setup.config.drop, predictor.setup.config.drop.policy != "none"
     if options.target_gain is not None and not drops:

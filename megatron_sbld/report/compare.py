@@ -7,14 +7,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve, write_iteration_tables
 from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.groups import RunGroup, group_runs
 from megatron_sbld.report.plots import plot_keep_probs, plot_losses
-from megatron_sbld.report.runs import read_runs
+from megatron_sbld.report.runs import read_runs, run_files
 from megatron_sbld.report.summary import Comparison, choose_baseline, summarise
 from megatron_sbld.report.table import print_table, write_csv, write_json, write_markdown, write_runs_csv
 from megatron_sbld.report.tradeoff import plot_tradeoff
+
+_FILES = (
+    *("comparison.md", "comparison.csv", "comparison_runs.csv", "comparison.json"),
+    *("loss.png", "keep_prob.png", "tradeoff.png", "evaluations.md", "evaluations.png"),
+)
 
 
 def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = None, group: bool = True) -> Comparison:
@@ -56,6 +62,7 @@ def _find(groups: Sequence[RunGroup], path: Path) -> RunGroup:
 
 def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_inputs("--out", [folder / name for name in _FILES], run_files(run for group in groups for run in group.runs))
     writers = {
         "comparison.md": write_markdown,
         "comparison.csv": write_csv,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sbld.checks import check_number
-from megatron_sbld.report.runs import RunData, read_runs
+from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.report.runs import RunData, read_runs, run_files
 from megatron_sbld.report.schedule_plots import plot_fits
 from megatron_sbld.sensitivity.fit import Fit, Trace, build_trace, fit_trace, is_exponential, schedule_fields
 
@@ -91,7 +92,7 @@ def fit_schedule(
     )
     print(fits_text(result), schedule_yaml(result), sep="\n\n", end="")
     if out is not None:
-        for file in _save(result, trace, f"{dropped.label} over {baseline.label}", Path(out)):
+        for file in _save(result, trace, (baseline, dropped), Path(out)):
             print(f"saved {file}")
     return result
 
@@ -214,10 +215,11 @@ def _fit_notes(fits: Sequence[Fit]) -> list[str]:
     return notes
 
 
-def _save(result: ScheduleFit, trace: Trace, title: str, folder: Path) -> list[Path]:
+def _save(result: ScheduleFit, trace: Trace, runs: Sequence[RunData], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("schedule.yaml", "fit.json", "fit.png")]
+    refuse_inputs("--out", files, run_files(runs))
     files[0].write_text(schedule_yaml(result), encoding="utf-8")
     files[1].write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
-    plot_fits(trace, result.fits, title, files[2])
+    plot_fits(trace, result.fits, f"{runs[1].label} over {runs[0].label}", files[2])
     return files

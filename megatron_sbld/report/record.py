@@ -14,6 +14,7 @@ from megatron_sbld.evaluation.perplexity import PerplexityResult
 from megatron_sbld.evaluation.results import EVALUATIONS_FILE, read_evaluations, save_evaluations
 from megatron_sbld.evaluation.run import Evaluated
 from megatron_sbld.evaluation.tasks import Task
+from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve
 from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.table import print_wide
@@ -52,6 +53,8 @@ class Record:
                     f"checkpoint {trained.checkpoint.path} does not lie in a run folder, where its results could be "
                     "kept; name a folder with --out"
                 )
+        data = [task.data, f"{task.data}.bin", f"{task.data}.idx"]
+        refuse_inputs("--out", [file for trained in models for file in self._files(trained)], data)
 
     def add(self, evaluated: Evaluated) -> None:
         """Keep a result, so that it is there whatever happens to those that follow."""
@@ -68,8 +71,7 @@ class Record:
         )
         save_evaluations([row], folder / EVALUATIONS_FILE)
         if asked.write_examples is not None:
-            name = f"{self._task.name}_{Path(self._task.data).stem}_{trained.checkpoint.iteration:07d}.jsonl"
-            asked.write_examples(evaluated.scores, folder / "evaluations" / name)
+            asked.write_examples(evaluated.scores, self._files(trained)[1])
         self._evaluated.append(evaluated)
 
     def close(self) -> None:
@@ -118,6 +120,14 @@ class Record:
         plot_evaluations(curves, file)
         console.print(f"saved {file}", highlight=False)
 
+    def _files(self, trained: TrainedModel) -> list[Path]:
+        """What may be written: results, examples, plot."""
+        folder = self._folder(trained)
+        assert folder is not None, "checked before anything was evaluated"
+        name = self._task.name
+        examples = f"{name}_{Path(self._task.data).stem}_{trained.checkpoint.iteration:07d}.jsonl"
+        return [folder / EVALUATIONS_FILE, folder / "evaluations" / examples, folder / "evaluations" / f"{name}.png"]
+
     def _folder(self, trained: TrainedModel) -> Path | None:
         return self._out or trained.run_dir
 
@@ -131,10 +141,10 @@ def _figure(value: float | None, stderr: float | None, factor: float, unit: str)
 
 def _notes(evaluated: Evaluated) -> list[str]:
     """What a reader of the figures should know."""
-    result = evaluated.result
+    result, taken = evaluated.result, evaluated.asked.notes
     if isinstance(result, PerplexityResult):
-        return [f"{result.tokens:,} tokens of {result.documents:,} documents in {result.windows:,} windows"]
-    notes = [f"{result.passages:,} passages"]
+        return [*taken, f"{result.tokens:,} tokens of {result.documents:,} documents in {result.windows:,} windows"]
+    notes = [*taken, f"{result.passages:,} passages"]
     if result.truncated:
         notes.append(f"{result.truncated:,} of them longer than the model's context: their beginnings are left out")
     if result.glued:

@@ -7,7 +7,7 @@ Only these files are read, not checkpoints nor TensorBoard's. What is computed f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ def read_runs(paths: Sequence[str]) -> list[RunData]:
             raise ValueError(f"run folder {path} is given twice; give each once")
     labels = shortest_ends([path.parts for path in resolved])
     return [read_run(path, label) for path, label in zip(resolved, labels, strict=True)]
+
+
+def run_files(runs: Iterable[RunData]) -> list[Path]:
+    """All files that `read_runs` reads."""
+    names = ("config.yaml", "metrics.jsonl", EVALUATIONS_FILE)
+    return [run.path / name for run in runs for name in names]
 
 
 def read_run(path: Path, label: str) -> RunData:

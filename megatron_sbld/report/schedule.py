@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.drop import build_policy
+from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.policy import Policy, SBLDPolicy
 from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
@@ -34,17 +36,21 @@ class LayerTable:
     """Block, Allow or nothing, by layer."""
 
 
-def show_schedule(config: Config, out: str | None = None) -> Forecast:
+def show_schedule(config: Config, out: str | None = None, config_files: Sequence[str] = ()) -> Forecast:
     """Prints the forecast and the layers' keep probabilities of a config; nothing is trained and no data is read.
 
     Args:
         config: as for `pretrain`; data may be missing, and any number of processes is assumed that fits.
         out: folder for schedule.png and schedule.json. None writes nothing.
+        config_files: what the config was read from, which is not overwritten.
 
     Raises:
         ValueError: a mistake in the config or the sensitivity file, or policy none, which has no schedule.
     """
     validate(config, None, trains=False)
+    if out is not None:
+        files = [Path(out) / name for name in ("schedule.png", "schedule.json")]
+        refuse_inputs("--out", files, [*config_files, config.drop.sensitivity, config.data.tokenizer])
     if config.drop.policy == "none":
         raise ValueError(
             "drop.policy = 'none' is not allowed: it drops nothing and has no schedule; "

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.report.plots import DPI
 from megatron_sbld.report.table import print_wide
 from megatron_sbld.sensitivity.file import SensitivityFile
@@ -39,6 +40,7 @@ def show(file: str, plot: str | None = None) -> None:
     if plot is not None:
         if Path(plot).suffix != ".png":
             raise ValueError(f"--plot {plot} is not allowed: it must end in .png")
+        refuse_inputs("--plot", [plot], [file])
         plot_gaps(measured, Path(plot))
     print_gaps(measured, Console())
 
@@ -49,6 +51,8 @@ def lists(file: str, block: float, allow: float, output: str | None = None) -> S
     Raises ValueError for a file that cannot be used, or for shares that ask for more layers than there are.
     """
     measured = SensitivityFile.load(file)
+    if output is not None:
+        refuse_inputs("--output", [output], [file])
     chosen = choose_lists(measured.gap, measured.gap_stderr, block, allow)
     result = dataclasses.replace(measured, block=chosen[0], allow=chosen[1])
     print_gaps(result, Console())
@@ -64,6 +68,8 @@ def merge(folders: Sequence[str], output: str) -> SensitivityFile:
     repeated = [folder for folder in folders if resolved.count(os.path.realpath(folder)) > 1]
     if repeated:
         raise ValueError(f"{repeated[0]} is named more than once")
+    for folder in map(Path, folders):
+        refuse_inputs("--output", [output], [folder / "profile.json", *folder.glob("seed-*/*.json")])
     result = sensitivity_of([ProfileFolder.read(Path(folder)) for folder in folders])
     result.save(output)
     print_gaps(result, Console())

@@ -79,7 +79,7 @@ class SensitivityFile:
     def load(cls, path: str | os.PathLike[str]) -> SensitivityFile:
         """Read a file. Raises ValueError, naming the file and what is wrong with it."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             return cls(**_checked_content(content))
         except OSError as error:
             raise ValueError(f"sensitivity file {path} cannot be read: {error.strerror}") from error

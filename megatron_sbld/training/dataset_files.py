@@ -6,6 +6,7 @@ tokenizer wrote them. Data sets written by Megatron-LM's preprocess_data.py have
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import json
@@ -28,6 +29,7 @@ METADATA_FORMAT = "megatron-sbld data set 1"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _CHECKED_AT_ONCE = 1 << 20
+_SHOWN_BYTES = 4096  # of a file, to see what it is
 _INTEGER_CODES = tuple(dtype.value for dtype in DType if not dtype.name.startswith("float"))
 
 
@@ -40,6 +42,36 @@ def set_files(output: str) -> list[str]:
     """All files of a set, in the order in which they appear: a set without its last file is not whole."""
     prefixes = [split_prefix(output, split) for split in SPLITS]
     return [f"{prefix}.bin" for prefix in prefixes] + [f"{prefix}.idx" for prefix in prefixes] + [f"{output}.json"]
+
+
+def partial_folder(output: str) -> Path:
+    """The hidden folder that a set is written in."""
+    folder, name = os.path.split(output)
+    return Path(folder or ".") / f".{name}.partial"
+
+
+def written_files(output: str) -> list[str]:
+    """All files that writing a set replaces or removes."""
+    names = set_files(output)
+    return names + [str(partial_folder(output) / os.path.basename(name)) for name in names]
+
+
+def is_of_a_set(path: str) -> bool:
+    """Whether an existing file, called as one of a set, is one: metadata, an index, or no text beside an index."""
+    with open(path, "rb") as stream:
+        head = stream.read(_SHOWN_BYTES)
+    if path.endswith(".json"):
+        return METADATA_FORMAT.encode() in head[: len(METADATA_FORMAT) + 32]
+    if path.endswith(".idx"):
+        return not head or head.startswith(_MAGIC)
+    index = f"{path.removesuffix('.bin')}.idx"
+    if not head or b"\0" in head or (os.path.isfile(index) and is_of_a_set(index)):
+        return True
+    try:  # a process that was killed leaves tokens without an index
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _SHOWN_BYTES)
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -155,8 +187,11 @@ class DatasetWriter:
             raise ValueError(f"output {output!r} is a folder; give a path that the files' names will start with")
         self._output = output
         self._folder = Path(folder or ".")
-        self._partial = self._folder / f".{name}.partial"
+        self._partial = partial_folder(output)
         existing = [path for path in set_files(output) if os.path.exists(path)]
+        for path in existing:
+            if not os.path.isfile(path) or not is_of_a_set(path):
+                raise ValueError(f"output: {path} exists and is no file of a data set; choose another output")
         if existing and not overwrite:
             raise ValueError(f"output: {existing[0]} exists; choose another output, or overwrite it with overwrite")
         self._splits = splits
@@ -166,11 +201,12 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         with self._disk_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
+            leftovers = self._leftovers()
             self._lock = self._lock_partial_folder()
         try:
             with self._disk_errors():
-                for leftover in self._partial.iterdir():
-                    leftover.unlink()
+                for leftover in leftovers:
+                    leftover.unlink(missing_ok=True)
                 for split in self._splits:
                     path = self._partial_path(f"{split_prefix(self._output, split)}.bin")
                     self._builders[split] = IndexedDatasetBuilder(str(path), dtype=self._dtype)
@@ -178,6 +214,17 @@ class DatasetWriter:
             self.__exit__(type(error), error, None)
             raise
         return self
+
+    def _leftovers(self) -> list[Path]:
+        """What a killed process left in the folder. Raises ValueError if it is not of a set, and thus another's."""
+        if self._partial.is_symlink():
+            raise ValueError(f"output: {self._partial} is a link; what is written there is removed, so delete the link")
+        found = list(self._partial.iterdir()) if self._partial.is_dir() else []
+        names = {os.path.basename(name) for name in set_files(self._output)}
+        for path in found:
+            if path.name not in names:
+                raise ValueError(f"output: {path} would be removed and is no file of a data set; move it elsewhere")
+        return found
 
     def _lock_partial_folder(self) -> int:
         """Lock the folder; what a killed process left in it is free to take, because its lock went with it."""

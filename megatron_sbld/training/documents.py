@@ -1,26 +1,42 @@
 """Documents out of files: plain text or JSON lines, as they are or compressed with gzip or xz.
 
 A text file is one document, or several where lines equal a separator; each JSON line is one. A file that is not UTF-8
-text is skipped and reported; one that is damaged (a broken archive, a JSON line without text) is an error, because
-half of it would go missing. Nothing here tokenizes or writes.
+text is an error where it is named, and is skipped and reported in a folder; one that is damaged (a broken archive, a
+JSON line without text) is always an error, because half of it would go missing. Nothing here tokenizes or writes.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import gzip
+import io
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Literal, NamedTuple
+
+from megatron_sbld.outputs import file_identity
+from megatron_sbld.training.text_files import (
+    NotTextError,
+    bare_ending,
+    ending,
+    is_compressed,
+    json_beginning,
+    open_text,
+    refuse_one_value,
+    wrong_byte,
+)
 
 InputFormat = Literal["auto", "text", "jsonl"]
+FileKind = Literal["text", "JSON lines", "text that begins with JSON"]
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _JSON_LINES = (".jsonl", ".ndjson")
+_LISTED_ENDINGS = 5
+_HINTS: dict[FileKind, str] = {
+    "text that begins with JSON": ", braces and keys included; input_format = jsonl reads text_key of each line alone"
+}
+_LINE_CHARACTERS = 1 << 20  # read of a line at once, where documents are cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +44,15 @@ class DocumentRules:
     """How files are cut into documents."""
 
     input_format: InputFormat = "auto"
-    """auto takes .jsonl and .ndjson (also compressed) for JSON lines and all else for text."""
+    """auto takes .jsonl, .ndjson and .json (also compressed), and what begins with a JSON object that has a text under
+    text_key, for JSON lines and all else for text."""
     text_key: str = "text"
     """JSON lines: the key of the text."""
     separator: str | None = None
     """Text: a line equal to this ends a document and belongs to none; None leaves every file whole."""
     max_bytes: int | None = None
-    """Documents longer than this are cut at line ends; None cuts none."""
+    """Documents longer than this are cut at line ends, lines longer than this at white space, words longer than this
+    between characters; None cuts none."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +73,49 @@ class Survey:
     empty_documents: int
     text_bytes: int
     """UTF-8 bytes of all documents."""
+    kinds: dict[str, FileKind]
+    """Path of each readable file -> what it was taken for."""
 
     @property
     def documents(self) -> int:
         return sum(self.files.values())
 
 
-class NotTextError(Exception):
-    """A file does not hold UTF-8 text."""
+class FoundFiles(NamedTuple):
+    """What inputs stand for."""
+
+    files: list[str]
+    """In an order that depends on their names alone."""
+    repeated: list[SkippedFile]
+    """Those that the inputs name a second time."""
+    named: frozenset[str]
+    """Those of `files` that are inputs themselves; the others lie in folders."""
 
 
-def find_files(
-    inputs: Sequence[str], include: Sequence[str], exclude: Collection[str] = ()
-) -> tuple[list[str], list[SkippedFile]]:
-    """Files to read, in an order that depends on their names alone, and those that `inputs` name a second time.
+def find_files(inputs: Sequence[str], include: Sequence[str], exclude: Collection[str] = ()) -> FoundFiles:
+    """Files to read.
 
     Args:
         inputs: files, and folders that are searched recursively without hidden files and folders.
         include: patterns of file names in folders; `.gz` and `.xz` may be left out of them.
-        exclude: absolute paths that are passed over in folders.
+        exclude: files that are passed over in folders.
 
     Raises:
-        ValueError: an input does not exist, or there is no file at all.
+        ValueError: an input does not exist or can be read only once, or there is no file at all.
     """
     found: list[str] = []
+    named = set()
+    excluded = {identity for path in exclude if (identity := file_identity(path)) is not None}
     for name in inputs:
         if os.path.isdir(name):
-            found += [path for path in _walk(name, include) if os.path.abspath(path) not in exclude]
-        elif os.path.exists(name):
+            found += [path for path in _walk(name, include) if file_identity(path) not in excluded]
+        elif os.path.isfile(name):
             found.append(name)
+            named.add(os.path.realpath(name))
+        elif os.path.exists(name):
+            raise ValueError(
+                f"inputs: {name!r} is a pipe or a device; files are read twice, so save it as a file first"
+            )
         else:
             raise ValueError(f"inputs: {name!r} does not exist")
     if not found:
@@ -94,43 +126,61 @@ def find_files(
         first = first_name.setdefault(os.path.realpath(path), path)
         if first is not path:
             skipped.append(SkippedFile(path, f"the same file as {first}"))
-    return list(first_name.values()), skipped
+    by_name = frozenset(path for real, path in first_name.items() if real in named)
+    return FoundFiles(list(first_name.values()), skipped, by_name)
 
 
 def _walk(folder: str, include: Sequence[str]) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            candidates = [name, stem] if suffix in _OPENERS else [name]
+            candidates = [name, os.path.splitext(name)[0]] if is_compressed(name) else [name]
             wanted = any(fnmatch.fnmatch(candidate, pattern) for candidate in candidates for pattern in include)
             path = os.path.join(parent, name)
             if wanted and not name.startswith(".") and os.path.isfile(path):
                 yield path
 
 
-def survey(files: Iterable[str], rules: DocumentRules) -> Survey:
+def survey(files: Iterable[str], rules: DocumentRules, named: Collection[str] = ()) -> Survey:
     """Count the documents of all files, and find out which files are not text.
 
     Raises:
-        ValueError: a file is damaged; named with its line where there is one.
+        ValueError: a file is damaged, or one of those that are `named` is no text; with the place where there is one.
     """
     counts: dict[str, int] = {}
+    kinds: dict[str, FileKind] = {}
     skipped, empty, text_bytes = [], 0, 0
     for path in files:
         documents, file_bytes, file_empty = 0, 0, 0
         try:
-            for text in read_documents(path, rules):
+            kind = file_kind(path, rules)
+            for text in _documents(path, rules, kind):
                 file_bytes += len(text.encode("utf-8"))
                 documents += not is_empty(text)
                 file_empty += is_empty(text)
         except NotTextError as error:
+            if path in named:
+                raise ValueError(f"{path}: {error}") from error
             skipped.append(SkippedFile(path, str(error)))
             continue
         counts[path] = documents
+        kinds[path] = kind
         empty += file_empty
         text_bytes += file_bytes
-    return Survey(counts, skipped, empty, text_bytes)
+    return Survey(counts, skipped, empty, text_bytes, kinds)
+
+
+def kind_lines(kinds: Mapping[str, FileKind]) -> list[str]:
+    """For the console: a line for each kind, how many files were taken for it and how their names end."""
+    by_kind: dict[FileKind, Counter[str]] = {}
+    for path, kind in kinds.items():
+        by_kind.setdefault(kind, Counter())[ending(path) or "no ending"] += 1
+    lines = []
+    for kind, endings in by_kind.items():
+        shown = [name for name, _ in endings.most_common(_LISTED_ENDINGS)]
+        more = ["..."] if len(endings) > len(shown) else []
+        lines.append(f"{endings.total():,} files taken for {kind} ({', '.join(shown + more)}){_HINTS.get(kind, '')}")
+    return lines
 
 
 def is_empty(text: str) -> bool:
@@ -147,12 +197,12 @@ def surveyed_documents(found: Survey, rules: DocumentRules) -> Iterator[str]:
     for path, expected in found.files.items():
         documents = 0
         try:
-            for text in read_documents(path, rules):
+            for text in _documents(path, rules, found.kinds[path]):
                 if not is_empty(text):
                     documents += 1
                     yield text
         except NotTextError as error:
-            raise ValueError(f"{path} changed while it was read: it is {error}") from error
+            raise ValueError(f"{path} changed while it was read: {error}") from error
         if documents != expected:
             raise ValueError(f"{path} changed while it was read: {documents} documents instead of {expected}")
 
@@ -164,50 +214,94 @@ def read_documents(path: str, rules: DocumentRules) -> Iterator[str]:
         NotTextError: the file is not UTF-8 text; documents may have been yielded before.
         ValueError: the file is damaged.
     """
-    stem, suffix = os.path.splitext(path)
-    bare = stem if suffix in _OPENERS else path
-    is_json = rules.input_format == "jsonl" or (rules.input_format == "auto" and bare.endswith(_JSON_LINES))
-    try:
-        with _open_text(path, suffix) as lines:
-            if is_json:
-                for text in _json_texts(path, lines, rules.text_key):
-                    yield from _group_lines(text.splitlines(keepends=True), None, rules.max_bytes)
-            else:
-                for text in _group_lines(lines, rules.separator, rules.max_bytes):
-                    if "\0" in text:
-                        raise NotTextError("not text: it holds NUL characters")
-                    yield text
-    except UnicodeDecodeError as error:
-        raise NotTextError(f"not UTF-8 text ({error.reason})") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged {suffix} file: {error}") from error
+    yield from _documents(path, rules, file_kind(path, rules))
 
 
-def _open_text(path: str, suffix: str) -> IO[str]:
-    opener: Any = _OPENERS.get(suffix, open)
-    # newline="" keeps line ends as they are; utf-8-sig drops a byte order mark.
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+def file_kind(path: str, rules: DocumentRules) -> FileKind:
+    """What a file is taken for: as the rules say, else by its name and its first line.
+
+    Raises:
+        NotTextError: it is no text, or JSON that is not one object a line.
+        ValueError: it is damaged.
+    """
+    if rules.input_format == "text":
+        return "text"
+    shape, value = json_beginning(path)
+    is_lines = rules.input_format == "jsonl" or bare_ending(path) in _JSON_LINES
+    if is_lines or (bare_ending(path) == ".json" and shape is not None):
+        if shape == "array" or not is_lines:  # a broken first line of JSON lines is told with its line
+            refuse_one_value(shape)
+        if not is_lines and not isinstance(value.get(rules.text_key), str):
+            raise NotTextError(_no_text(value, rules.text_key))
+        return "JSON lines"
+    if shape == "object" and isinstance(value.get(rules.text_key), str):
+        return "JSON lines"
+    is_json = shape == "object" or (shape == "array" and any(isinstance(entry, dict) for entry in value))
+    return "text that begins with JSON" if is_json else "text"
 
 
-def _group_lines(lines: Iterable[str], separator: str | None, max_bytes: int | None) -> Iterator[str]:
-    """Documents of a stream of lines (with their ends): cut at separators, and before max_bytes would be exceeded."""
+def _documents(path: str, rules: DocumentRules, kind: FileKind) -> Iterator[str]:
+    with open_text(path) as stream:
+        if kind == "JSON lines":
+            for text in _json_texts(path, stream, rules.text_key):
+                yield from _group_lines(io.StringIO(text, newline=""), None, rules.max_bytes)
+            return
+        for text in _group_lines(stream, rules.separator, rules.max_bytes):
+            if "\0" in text:
+                raise NotTextError(wrong_byte(path) or "it changed while it was read")
+            yield text
+
+
+def _group_lines(stream: IO[str], separator: str | None, max_bytes: int | None) -> Iterator[str]:
+    """Documents of a stream of lines: cut at separators, and before max_bytes would be exceeded."""
     document: list[str] = []
     size = 0
     whole = True
-    for line in lines:
-        if separator is not None and line.rstrip("\r\n") == separator:
+    for line in _lines(stream, max_bytes):
+        goes_on = max_bytes is not None and bool(document) and not document[-1].endswith(("\n", "\r"))
+        if separator is not None and not goes_on and line.rstrip("\r\n") == separator:
             yield "".join(document)
             document, size, whole = [], 0, False
             continue
         if max_bytes is not None:
+            if goes_on:
+                size -= len(document[-1].encode("utf-8"))
+                line = document.pop() + line
+            pieces: list[str] = []
             line_size = len(line.encode("utf-8"))
-            if document and size + line_size > max_bytes:
+            if line_size > max_bytes:
+                *pieces, line = _cut(line, max_bytes)
+                line_size = len(line.encode("utf-8"))
+            if document and (pieces or size + line_size > max_bytes):
                 yield "".join(document)
                 document, size, whole = [], 0, False
+            yield from pieces
             size += line_size
         document.append(line)
     if document or whole:  # nothing after a last separator is no document, an empty file is an empty one
         yield "".join(document)
+
+
+def _lines(stream: IO[str], max_bytes: int | None) -> Iterable[str]:
+    """Lines with their ends; where documents are cut, a long line comes in parts, so that memory stays bounded."""
+    if max_bytes is None:
+        return stream
+    return iter(lambda: stream.readline(max(max_bytes + 1, _LINE_CHARACTERS)), "")
+
+
+def _cut(line: str, max_bytes: int) -> list[str]:
+    """Pieces of at most max_bytes, at least one: cut behind white space, or between characters where there is none."""
+    text, pieces, start = line.encode("utf-8"), [], 0
+    while len(text) - start > max_bytes:
+        end = start + max_bytes
+        while text[end] & 0xC0 == 0x80:  # within a character
+            end -= 1
+        space = max(text.rfind(b" ", start, end), text.rfind(b"\t", start, end))
+        if space >= 0 and not text[start:space].isspace() and space > start:
+            end = space + 1
+        pieces.append(text[start:end].decode("utf-8"))
+        start = end
+    return [*pieces, text[start:].decode("utf-8")]
 
 
 def _json_texts(path: str, lines: Iterable[str], key: str) -> Iterator[str]:
@@ -220,9 +314,13 @@ def _json_texts(path: str, lines: Iterable[str], key: str) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{where}: no text under the key {key!r} (text_key); the line has {keys}")
+            raise ValueError(f"{where}: {_no_text(record, key)}")
         text: str = record[key]
         if "\\u" in line and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{where}: half of a surrogate pair, which is no text")
         yield text
+
+
+def _no_text(record: object, key: str) -> str:
+    keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+    return f"no text under the key {key!r} (text_key); the line has {keys}"

@@ -48,7 +48,7 @@ def encode_documents(
         workers: processes; 1 encodes in this one.
 
     Raises:
-        RuntimeError: a worker process was killed.
+        ChildProcessError: a worker process was killed.
     """
     batches = _batches(texts)
     if workers == 1:
@@ -61,8 +61,9 @@ def encode_documents(
     try:
         yield from _encode_in_pool(batches, pool, dtype, workers * _BATCHES_PER_WORKER)
     except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process was killed, perhaps for memory; fewer workers or max_document_bytes need less of it"
+        raise ChildProcessError(
+            f"a worker process was killed, perhaps for memory; fewer than {workers} workers need less of it, and so "
+            "does a smaller max_document_bytes where documents are long"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

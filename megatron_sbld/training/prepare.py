@@ -19,13 +19,22 @@ from megatron.core.datasets.indexed_dataset import DType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_sbld.training.dataset_files import SPLITS, DatasetWriter, set_files, split_prefix, verify_dataset
+from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.training.dataset_files import (
+    SPLITS,
+    DatasetWriter,
+    set_files,
+    split_prefix,
+    verify_dataset,
+    written_files,
+)
 from megatron_sbld.training.documents import (
     DocumentRules,
     InputFormat,
     SkippedFile,
     Survey,
     find_files,
+    kind_lines,
     survey,
     surveyed_documents,
 )
@@ -36,6 +45,8 @@ __all__ = ["PrepareConfig", "PrepareResult", "SplitCounts", "prepare", "verify_d
 
 _PROGRESS_SECONDS = 0.2
 _LISTED_SKIPS = 5  # skipped files named in the summary; all are in the metadata
+_LONGEST_CHARACTER = 4  # bytes in UTF-8
+_EXAMPLE_BYTES = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +54,24 @@ class PrepareConfig:
     """Which text becomes which data set."""
 
     inputs: list[str]
-    """Text files, JSON lines or folders of them (read recursively, without hidden files); .gz and .xz are unpacked."""
+    """Text files, JSON lines or folders of them (read recursively, without hidden files); .gz and .xz are unpacked.
+    What is not UTF-8 text is an error for a file that is named here, and is skipped and reported in folders."""
     output: str
     """What the files' names start with: OUT_train.bin, OUT_train.idx, OUT_valid.bin, OUT_valid.idx and OUT.json."""
     tokenizer: str = "byte"
     """byte, a tokenizer.json, or a folder with vocab.json and merges.txt (or tokenizer.json)."""
     include: list[str] = field(default_factory=lambda: ["*"])
-    """Patterns of file names that are read in folders; what is not UTF-8 text is skipped and reported."""
+    """Patterns of file names that are read in folders."""
     input_format: InputFormat = "auto"
-    """auto takes .jsonl and .ndjson for JSON lines and all else for text."""
+    """auto takes .jsonl, .ndjson and .json, and what begins with a JSON object that has text_key, for JSON lines and
+    all else for text."""
     text_key: str = "text"
     """JSON lines: the key of the text; every line is a document."""
     document_separator: str | None = "<|endoftext|>"
     """Text files: a line equal to this separates documents; a file without one is one document."""
     max_document_bytes: int | None = None
-    """Cut longer documents at line ends into documents of at most this size; None cuts none."""
+    """Cut longer documents into documents of at most this size, at least 4: at line ends, a longer line at white space,
+    a longer word between characters; None cuts none."""
     valid_fraction: float = 0.05
     """Share of the documents that goes to the validation set, in [0, 1); 0 writes no validation set."""
     seed: int = 1234
@@ -87,6 +101,8 @@ class PrepareResult:
     splits: dict[str, SplitCounts]
     """By name: train, and valid unless valid_fraction is 0."""
     files: int
+    kinds: list[str]
+    """A line for each kind of file: what was taken for what."""
     skipped: list[SkippedFile]
     empty_documents: int
     seconds: float
@@ -98,15 +114,12 @@ class PrepareResult:
             for counts in self.splits.values()
         ]
         tokens = sum(counts.tokens for counts in self.splits.values())
+        lines += self.kinds
         lines.append(f"{self.files:,} files in {self.seconds:.1f} s, {tokens / self.seconds:,.0f} tokens/s")
         if self.empty_documents:
             lines.append(f"{self.empty_documents:,} empty documents left out")
-        if self.skipped:
-            lines.append(f"{len(self.skipped):,} files skipped:")
-            lines += [f"  {skip.path}: {skip.reason}" for skip in self.skipped[:_LISTED_SKIPS]]
-        if len(self.skipped) > _LISTED_SKIPS:
-            lines.append(f"  ... and {len(self.skipped) - _LISTED_SKIPS:,} more, all named in the .json file")
-        return "\n".join(lines).encode("utf-8", errors="replace").decode("utf-8")  # file names may be no UTF-8
+        lines += _skip_lines(self.skipped, "all named in the .json file")
+        return _printable("\n".join(lines))
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
@@ -115,7 +128,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     Raises:
         ValueError: a mistake in the config or the inputs; nothing was written.
         OSError: a file cannot be read, or the disk is full.
-        RuntimeError: a worker process was killed.
+        ChildProcessError: a worker process was killed.
     """
     started = time.monotonic()
     _check(config)
@@ -129,11 +142,12 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         separator=config.document_separator,
         max_bytes=config.max_document_bytes,
     )
-    own_files = {os.path.abspath(path) for path in set_files(config.output)}
-    files, repeated = find_files(config.inputs, config.include, exclude=own_files)
+    files, repeated, named = find_files(config.inputs, config.include, exclude=set_files(config.output))
+    refuse_inputs("output", written_files(config.output), [*files, config.tokenizer])
     with _spinner(f"reading {len(files):,} files", config.quiet):
-        found = survey(files, rules)
+        found = survey(files, rules, named)
     found = dataclasses.replace(found, skipped=repeated + found.skipped)
+    _check_documents(config, found)
     is_valid = split_documents(found.documents, config.valid_fraction, config.seed)
     workers = config.workers or len(os.sched_getaffinity(0))
     counts = {split: SplitCounts(split_prefix(config.output, split), 0, 0, 0) for split in splits}
@@ -146,27 +160,19 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             report(len(document.ids), document.text_bytes)
         writer.commit(_metadata(config, tokenizer, dtype, found, counts))
     seconds = time.monotonic() - started
-    return PrepareResult(counts, len(found.files), found.skipped, found.empty_documents, seconds)
+    return PrepareResult(
+        counts, len(found.files), kind_lines(found.kinds), found.skipped, found.empty_documents, seconds
+    )
 
 
 def split_documents(documents: int, valid_fraction: float, seed: int) -> np.ndarray:
     """Which documents go to the validation set, bool [documents]; both sets get at least one.
 
     A document's number is drawn from (seed, its index) alone, so documents added at the end move no other.
-
-    Raises:
-        ValueError: there are too few documents to split.
     """
-    if documents == 0:
-        raise ValueError("inputs: no document with text in them")
     if valid_fraction == 0:
         return np.zeros(documents, dtype=bool)
-    if documents == 1:
-        raise ValueError(
-            f"inputs: a single document cannot be split into train and valid (valid_fraction = {valid_fraction}); "
-            "name the line that separates documents (document_separator), cut it into pieces (max_document_bytes, "
-            "for instance 65536), or write no validation set (valid_fraction = 0)"
-        )
+    assert documents > 1, "a single document is refused before"
     # Only the raw stream of a bit generator is promised to stay the same in later versions of NumPy.
     draws = (np.random.Philox(key=seed).random_raw(documents) >> np.uint64(11)) * 2.0**-53
     is_valid = draws < valid_fraction
@@ -186,8 +192,47 @@ def _check(config: PrepareConfig) -> None:
         raise ValueError(f"seed = {config.seed} is negative")
     if config.workers is not None and config.workers < 1:
         raise ValueError(f"workers = {config.workers} is not a positive number")
-    if config.max_document_bytes is not None and config.max_document_bytes < 1:
-        raise ValueError(f"max_document_bytes = {config.max_document_bytes} is not a positive number")
+    if config.max_document_bytes is not None and config.max_document_bytes < _LONGEST_CHARACTER:
+        raise ValueError(
+            f"max_document_bytes = {config.max_document_bytes}: must be at least {_LONGEST_CHARACTER}, which a single "
+            "character may need"
+        )
+
+
+def _check_documents(config: PrepareConfig, found: Survey) -> None:
+    """Refuse inputs without a document, or with a single one where two sets are asked for."""
+    if not found.documents:
+        reasons = [f"{found.empty_documents:,} empty documents"] if found.empty_documents else []
+        reasons += _skip_lines(found.skipped, "")
+        raise ValueError(_printable("\n".join(["inputs: no document with text in them", *reasons])))
+    if found.documents > 1 or config.valid_fraction == 0:
+        return
+    advice = ["write no validation set (valid_fraction = 0)", "add documents"]
+    if "text" in found.kinds.values():
+        advice.insert(0, "name the line that separates documents (document_separator)")
+    smaller = min(_EXAMPLE_BYTES, found.text_bytes // 2)
+    if smaller >= _LONGEST_CHARACTER:
+        advice.insert(0, f"cut it into pieces (max_document_bytes, for instance {smaller})")
+    raise ValueError(
+        f"inputs: a single document of {found.text_bytes:,} bytes cannot be split into train and valid "
+        f"(valid_fraction = {config.valid_fraction}): {', '.join(advice[:-1])}, or {advice[-1]}"
+    )
+
+
+def _skip_lines(skipped: list[SkippedFile], rest: str) -> list[str]:
+    """How many files were skipped and why, for the console; `rest` says where those that are not shown are named."""
+    if not skipped:
+        return []
+    lines = [f"{len(skipped):,} files skipped:"]
+    lines += [f"  {skip.path}: {skip.reason}" for skip in skipped[:_LISTED_SKIPS]]
+    if len(skipped) > _LISTED_SKIPS:
+        lines.append(f"  ... and {len(skipped) - _LISTED_SKIPS:,} more" + (f", {rest}" if rest else ""))
+    return lines
+
+
+def _printable(text: str) -> str:
+    """Names of files may be no UTF-8."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _count(counts: SplitCounts, tokens: int, text_bytes: int) -> SplitCounts:
@@ -216,6 +261,7 @@ def _metadata(
         "inputs": config.inputs,
         "include": config.include,
         "files": len(found.files),
+        "kinds": kind_lines(found.kinds),
         "skipped": [dataclasses.asdict(skip) for skip in found.skipped],
         "empty_documents": found.empty_documents,
         "document_separator": config.document_separator,

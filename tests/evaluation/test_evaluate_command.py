@@ -74,7 +74,19 @@ def test_perplexity_elsewhere(
     assert loss is not None
     assert row.metrics["bits_per_byte"] == pytest.approx(loss / math.log(2)), "a token is a byte"
     assert "bits per byte" in out
+    assert "1 files taken for JSON lines (.jsonl)" in out
     assert "7 documents" in out
+
+
+def test_the_data_are_not_overwritten(
+    run_dir: Path, passages_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "evaluations.jsonl"
+    data.write_bytes(passages_jsonl.read_bytes())
+    for given in (data, tmp_path):
+        status, _, err = call(capsys, "perplexity", "--checkpoint", run_dir, "--data", given, "--out", tmp_path)
+        assert (status, "is an input, and would be overwritten" in err) == (cli.EXIT_MISTAKE, True)
+    assert data.read_bytes() == passages_jsonl.read_bytes()
 
 
 def test_mistakes_are_named(run_dir: Path, passages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,13 +257,30 @@ def test_the_command_prints_what_follows_and_stops_at_the_end_of_the_document(
     assert -1 < sum(row["log_probs"]) < 0
 
     # What it wrote is a file of prompts; the empty prompt starts a document; --max_new_tokens counts.
-    assert command(*arguments, "--prompt", "", "--prompts", str(out), "--max_new_tokens", "5") == 0
+    prompts = out.rename(tmp_path / "prompts.jsonl")
+    assert command(*arguments, "--prompt", "", "--prompts", str(prompts), "--max_new_tokens", "5") == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["prompt"], row["continuation"], row["ended_by"]) for row in rows] == [
         ("", "abcde", "max_new_tokens"),
         ("efgh", "ijklm", "max_new_tokens"),
     ]
     assert capsys.readouterr().out == ("--- prompt 1, sample 1\nabcde\n--- prompt 2, sample 1\nefghijklm\n")
+
+
+def test_neither_prompts_nor_the_run_are_overwritten(
+    alphabet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("efgh\n")
+    (tmp_path / "link").symlink_to(tmp_path / "prompts.txt")
+    run_files = [path for path in alphabet_run.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in run_files}
+    weights = next(path for path in run_files if path.parent.name.startswith("iter_"))
+    for out in (tmp_path / "prompts.txt", tmp_path / "link", alphabet_run / "metrics.jsonl", weights):
+        arguments = ["--checkpoint", str(alphabet_run), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
+        assert command(*arguments) == cli.EXIT_MISTAKE
+        assert "is an input, and would be overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_files} == before
+    assert (tmp_path / "prompts.txt").read_text() == "efgh\n"
 
 
 def test_a_full_context_ends_a_continuation(alphabet_run: Path, tmp_path: Path) -> None:
@@ -329,6 +346,29 @@ def test_prompts_are_lines_or_json(tmp_path: Path) -> None:
         rows.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_prompts(str(rows))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.JSONL", "a.ndjson", "a.json"])
+def test_prompts_have_no_byte_order_mark_and_json_lines_are_found(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n{"prompt": "two"}\r\n')
+    assert read_prompts(str(file)) == ["one", "two"]
+    (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbfone\r\n{two}\r\n")
+    assert read_prompts(str(tmp_path / "plain.txt")) == ["one", "{two}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"one\nna\xefve\n", "line 2, byte offset 6: 0xef is not UTF-8"),
+        ("a.txt", "one\n".encode("utf-16"), "it is UTF-16"),
+        ("a.json", b'[{"prompt": "one"}]', "it is one JSON array"),
+    ],
+)
+def test_prompts_that_are_no_text_are_told_by_name(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"prompts .*{name}: {reason}"):
+        read_prompts(str(tmp_path / name))
 
 
 def test_the_text_that_follows_is_what_is_added_to_the_prompts() -> None:

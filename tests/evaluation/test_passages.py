@@ -40,7 +40,9 @@ def test_json_lines_are_taken_as_they_are_and_detokenised_on_request(tmp_path):
     assert read_passages(path)[1] == "jsonl"
 
 
-@pytest.mark.parametrize(("name", "found"), [("a.jsonl", "jsonl"), ("a.NDJSON", "jsonl"), ("a.txt", "jsonl")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("a.jsonl", "jsonl"), ("a.NDJSON", "jsonl"), ("a.txt", "jsonl"), ("A.JSON", "jsonl")]
+)
 def test_the_format_is_found_by_name_or_content(tmp_path, name, found):
     assert read_passages(written(tmp_path, json.dumps({"text": TEXT}), name))[1] == found
 
@@ -75,8 +77,10 @@ def test_several_spaces_before_the_last_word_belong_to_the_target(tmp_path):
         ("one two\nthree\n", r":2: a passage of one word, 'three'"),
         ("one two \n", r":1: white space at the end"),
         (b"one two\nna\xefve word\n", r":2: not UTF-8: byte 0xef at byte 3 of the line"),
-        ("one two\n".encode("utf-16"), r":1: not UTF-8: byte 0xff at byte 1"),
-        ("one two\n".encode("utf-16-le"), r":1: a NUL character; the file may be UTF-16"),
+        ("one two\n".encode("utf-16"), r"passages\.txt: it is UTF-16; UTF-8 is needed"),
+        ("one two\n".encode("utf-16-le"), r"passages\.txt: it looks like UTF-16"),
+        ("one two\nthree \0\n", r":2: a NUL character; the file may be UTF-16"),
+        (b"\x28\xb5\x2f\xfd\x04", r"passages\.txt: it is compressed with Zstandard"),
         ('{"text": "one two"}\n{"text": "one\n', r":2: not JSON"),
         ('{"text": "one two"}\n["one two"]\n', r":2: needs an object .* it is list"),
         ('{"text": "one two"}\n{"passage": "a b", "id": 1}\n', r":2: no key \"text\"; it has 'passage', 'id'"),
@@ -92,6 +96,18 @@ def test_several_spaces_before_the_last_word_belong_to_the_target(tmp_path):
 def test_bad_input_is_refused_by_file_and_line(tmp_path, content, problem):
     with pytest.raises(ValueError, match=problem):
         read_passages(written(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", ['[{"text": "one two"}]', '{\n"text": "one two"\n}'])
+def test_json_that_is_not_one_object_a_line_is_told_by_name(tmp_path, content):
+    with pytest.raises(ValueError, match=r"a\.json: it is one JSON (array|value over several lines); JSON lines"):
+        read_passages(written(tmp_path, content, "a.json"))
+    with pytest.raises(ValueError, match="a pipe or a device"):
+        read_passages("/dev/null")
+
+
+def test_an_object_is_found_with_white_space_in_it_too(tmp_path):
+    assert only(read_passages(written(tmp_path, '{ "text": "one two"}\n'))) == ("one", " two")
 
 
 def test_a_missing_file_is_named(tmp_path):

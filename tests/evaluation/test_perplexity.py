@@ -205,8 +205,8 @@ def test_bad_input_is_refused_by_name(tmp_path, prepared):
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
     for inputs, options, problem in [
-        (["latin.txt"], {}, r"latin\.txt: not UTF-8 text"),
-        (["latin.txt"], {"text_format": "wikitext"}, r"latin\.txt: not UTF-8 text"),
+        (["latin.txt"], {}, r"latin\.txt: line 1, byte offset 2: 0xef is not UTF-8"),
+        (["latin.txt"], {"text_format": "wikitext"}, r"latin\.txt: line 1, byte offset 2: 0xef is not UTF-8"),
         (["blank.txt"], {}, r"blank\.txt: there is no text in it"),
         (["bad.jsonl"], {}, r"bad\.jsonl, line 1: no text under the key 'text'"),
         (["gone"], {}, r"gone' does not exist"),

@@ -1,8 +1,10 @@
 import gc
 import gzip
+import itertools
 import json
 import lzma
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sbld.training import prepare as prepare_module
@@ -150,7 +153,9 @@ def test_files_that_are_no_text_are_skipped_counted_and_named(tmp_path):
     assert texts_of(result.splits["train"].prefix) == ["text"]
     assert [Path(skip.path).name for skip in result.skipped] == ["b.bin", "c.bin", "d.jsonl"]
     assert "3 files skipped" in result.summary()
-    assert "b.bin: not UTF-8 text" in result.summary()
+    assert f"b.bin: line 19999, byte offset {25 * 9999}: 0xff is not UTF-8" in result.summary()
+    assert "c.bin: line 1, byte offset 0: a NUL character" in result.summary()
+    assert "d.jsonl: line 2, byte offset 14: 0xff is not UTF-8" in result.summary()
     assert len(read_metadata(str(tmp_path / "out_train"))["skipped"]) == 3
 
 
@@ -174,12 +179,125 @@ def test_empty_files_and_documents_are_left_out_and_counted(tmp_path):
         run(tmp_path, inputs[0], output=str(tmp_path / "none"))
 
 
-def test_long_documents_are_cut_at_line_ends_when_asked_to(tmp_path):
-    text = "".join(f"line {i} é\n" for i in range(100)) + "x" * 300
-    pieces = train_texts(tmp_path, write(tmp_path / "a.txt", text), max_document_bytes=100)
-    assert "".join(pieces) == text
-    assert all(len(piece.encode()) <= 100 for piece in pieces[:-1])
-    assert pieces[-1] == "x" * 300
+LONG = "".join(f"line {i} é\n" for i in range(100)) + "word " * 50 + "\n" + "é" * 120 + "\nlast\n"
+
+
+@pytest.mark.parametrize("characters", [1 << 20, 110])  # read of a line at once
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_long_documents_are_cut_when_asked_to_and_none_is_longer(tmp_path, monkeypatch, name, characters):
+    monkeypatch.setattr("megatron_sbld.training.documents._LINE_CHARACTERS", characters)
+    content = json.dumps({"text": LONG}) if name == "a.jsonl" else LONG
+    path = write(tmp_path / name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
+    pieces = train_texts(tmp_path, path, max_document_bytes=101)
+    assert "".join(pieces) == LONG
+    assert all(len(piece.encode()) <= 101 for piece in pieces)
+    for piece, then in itertools.pairwise(pieces):
+        # At line ends, in long lines between words, in long words between characters.
+        assert piece.endswith("\n") or (piece[-1], then[0]) in {(" ", "w"), (" ", "\n"), ("é", "é")}
+    assert pieces[-1].endswith("é\nlast\n")
+    assert max(len(piece.encode()) for piece in pieces) > 90
+
+
+def test_a_separator_is_a_whole_line_also_where_long_lines_are_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_sbld.training.documents._LINE_CHARACTERS", 20)
+    text = "x" * 21 + "<|endoftext|>\ny\n<|endoftext|>\nz"
+    pieces = train_texts(tmp_path, write(tmp_path / "a.txt", text), max_document_bytes=20)
+    assert pieces == ["x" * 20, "x<|endoftext|>\ny\n", "z"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("c4.json.gz", gzip.compress(b'{"text": "a", "url": "u"}\n{"text": "b"}\n'), ["a", "b"]),
+        ("A.JSON", b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),
+        ("A.JSONL", b'{"text": "a"}\n', ["a"]),
+        ("A.JSONL.GZ", gzip.compress(b'\n{"text": "a"}\n'), ["a"]),
+        ("a.txt", b'{"text": "a"}\n', ["a"]),
+        ("a", b'  {"url": "%s", "text": "a"}\n' % (b"x" * 100_000), ["a"]),
+    ],
+)
+def test_json_lines_are_found_whatever_they_are_called(tmp_path, name, content, expected):
+    result = run(tmp_path, write(tmp_path / "in" / name, content), valid_fraction=0)
+    assert texts_of(result.splits["train"].prefix) == expected
+    assert re.search(
+        r"1 files taken for JSON lines \((\.json|\.json\.gz|\.jsonl|\.jsonl\.gz|\.txt|no ending)\)\n", result.summary()
+    )
+
+
+@pytest.mark.parametrize("text", ['{"title": "no text"}\n', '[{"text": "a"}]\n', "{not JSON}\n", "[1]\n", "plain\n"])
+def test_what_begins_with_other_json_is_text_and_is_said_to_be(tmp_path, text):
+    result = run(tmp_path, write(tmp_path / "a.txt", text), valid_fraction=0)
+    assert texts_of(result.splits["train"].prefix) == [text]
+    begins = "1 files taken for text that begins with JSON (.txt), braces and keys included; input_format = jsonl"
+    assert (begins in result.summary()) == ('"t' in text)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"text": "a"}, {"text": "b"}]', "it is one JSON array; JSON lines are needed"),
+        (b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n', "it is one JSON value over several lines"),
+        (b'{\n  "text": "a"\n}\n', "it is one JSON value over several lines"),
+        (b'{"title": "a"}\n', r"no text under the key 'text' \(text_key\); the line has \['title'\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz"])
+def test_json_that_is_not_one_object_a_line_is_told_by_name(tmp_path, name, content, reason):
+    path = write(tmp_path / "in" / name, gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ValueError, match=f"{name}: {reason}"):
+        run(tmp_path, path, valid_fraction=0)
+    write(tmp_path / "in/b.txt", "text")
+    result = run(tmp_path, tmp_path / "in", valid_fraction=0)
+    assert re.search(rf"1 files skipped:\n  .*{name}: {reason}", result.summary())
+    assert train_texts(tmp_path, path, input_format="text", overwrite=True) == [content.decode()]
+
+
+OTHER_FILES = [
+    ("a.txt", b"one\ntwo \xe9\n", "line 2, byte offset 8: 0xe9 is not UTF-8"),
+    ("a.txt", b"one\n" + "é".encode()[:1], "line 2, byte offset 4: 0xc3 is not UTF-8"),
+    ("a.txt", b"x" * (1 << 20) + b"\n\0", f"line 2, byte offset {(1 << 20) + 1}: a NUL character"),
+    ("a.txt.gz", gzip.compress(b"one\n\xff"), "line 2, byte offset 4 of the unpacked text: 0xff is not UTF-8"),
+    ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n', "line 2, byte offset 26: 0xff is not UTF-8"),
+    ("a.txt", "one\n".encode("utf-16"), "it is UTF-16; UTF-8 is needed"),
+    ("a.txt", "\ufeffone\n".encode("utf-32-be"), "it is UTF-32; UTF-8 is needed"),
+    ("a.txt", "one two\n".encode("utf-16-be"), "it looks like UTF-16"),
+    ("a.txt.xz", lzma.compress("one two\n".encode("utf-32-le")), "it looks like UTF-32"),
+    ("a.jsonl", '{"text": "one"}\n'.encode("utf-16"), "it is UTF-16"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "it is compressed with Zstandard; unpack it"),
+    ("a.txt", gzip.compress(b"one"), "it is compressed with gzip, which its name does not say"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), OTHER_FILES)
+def test_a_named_file_that_is_no_text_is_refused_with_the_place_or_its_kind(tmp_path, name, content, reason):
+    path = write(tmp_path / "in" / name, content)
+    good = write(tmp_path / "good.txt", "good\n")
+    for inputs in ([path], [good, path], [tmp_path / "in", path]):
+        with pytest.raises(ValueError, match=f"{name}: {reason}"):
+            run(tmp_path, *inputs, valid_fraction=0)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), OTHER_FILES)
+def test_the_reason_is_told_where_a_folder_has_no_other_file(tmp_path, name, content, reason):
+    write(tmp_path / "in" / name, content)
+    with pytest.raises(ValueError, match=rf"no document with text in them\n1 files skipped:\n  .*{name}: {reason}"):
+        run(tmp_path, tmp_path / "in")
+
+
+@pytest.mark.parametrize("option", [None, 65536, 30])
+def test_what_is_advised_for_a_single_document_helps(tmp_path, option):
+    path = write(tmp_path / "a.txt", "only one line\n")
+    with pytest.raises(ValueError, match="a single document of 14 bytes") as error:
+        run(tmp_path, path, max_document_bytes=option)
+    advised = re.search(r"max_document_bytes, for instance (\d+)\)", str(error.value))
+    assert run(tmp_path, path, max_document_bytes=int(advised[1])).splits["train"].documents >= 1
+
+
+def test_a_pipe_is_refused_because_files_are_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe' is a pipe or a device; files are read twice"):
+        run(tmp_path, tmp_path / "pipe")
 
 
 def test_the_metadata_says_what_the_set_holds(tmp_path, corpus):
@@ -229,7 +347,9 @@ def test_both_splits_get_a_document(documents, fraction):
 
 def test_a_single_document_is_not_split_and_the_error_says_what_to_do(tmp_path):
     path = write(tmp_path / "a.txt", "only one\n")
-    with pytest.raises(ValueError, match=r"document_separator.*max_document_bytes.*valid_fraction = 0"):
+    with pytest.raises(
+        ValueError, match=r"max_document_bytes, for instance 4\).*document_separator.*valid_fraction = 0"
+    ):
         run(tmp_path, path)
     assert not list(tmp_path.glob("*out*"))
 
@@ -251,6 +371,43 @@ def test_an_existing_set_is_refused_unless_overwriting(tmp_path, corpus):
     assert (tmp_path / "out_train.bin").read_bytes() != before
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["out.json", "out_train.bin", "out_valid.idx", ".out.partial/out.json"])
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_an_output_never_overwrites_an_input(tmp_path, name, link):
+    """Named, in a folder, and under another name."""
+    corpus = write(tmp_path / ("corpus.json" if link else name), '{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if link:
+        link(corpus, tmp_path / name)
+    before = contents(tmp_path)
+    folders = [] if name.startswith(".") else [tmp_path, write(tmp_path / "in/other.txt", "a")]
+    for inputs in ([corpus], [os.path.relpath(tmp_path / name)], *([folder] for folder in folders)):
+        with pytest.raises(ValueError, match=r"output: .*(is an input|is no file of a data set)"):
+            run(tmp_path, *inputs, overwrite=True, input_format="jsonl" if inputs[0] == corpus else "auto")
+    (tmp_path / "in/other.txt").unlink(missing_ok=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_set_is_replaced_whatever_name_its_folder_is_read_under(tmp_path, corpus):
+    (tmp_path.parent / f"{tmp_path.name}.link").symlink_to(tmp_path)
+    first = run(tmp_path, tmp_path)
+    linked = tmp_path.parent / f"{tmp_path.name}.link"
+    assert run(tmp_path, linked, overwrite=True).splits == first.splits
+
+
+def test_the_tokenizer_is_not_overwritten(tmp_path, corpus):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "out.json"))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"out\.json exists and is no file of a data set"):
+        run(tmp_path, corpus[0], tokenizer=str(tmp_path / "out.json"), overwrite=True)
+    assert contents(tmp_path) == before
+
+
 def test_an_output_inside_the_input_folder_is_not_read_the_next_time(tmp_path, corpus):
     first = run(tmp_path, tmp_path)
     second = run(tmp_path, tmp_path, overwrite=True)
@@ -266,7 +423,7 @@ def test_an_output_inside_the_input_folder_is_not_read_the_next_time(tmp_path, c
         ({"valid_fraction": 1.0}, r"valid_fraction = 1.0 is not in \[0, 1\)"),
         ({"seed": -1}, "seed = -1"),
         ({"workers": 0}, "workers = 0"),
-        ({"max_document_bytes": 0}, "max_document_bytes = 0"),
+        ({"max_document_bytes": 3}, "max_document_bytes = 3: must be at least 4"),
         ({"include": ["*.no"]}, r"no file matches \['\*.no'\]"),
         ({"tokenizer": "nothing"}, "tokenizer 'nothing'"),
     ],
@@ -279,8 +436,8 @@ def test_mistakes_in_the_config_are_refused_by_name(tmp_path, corpus, fields, me
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_leaves_nothing(tmp_path, corpus, monkeypatch):
     surveyed = prepare_module.survey
 
-    def survey_then_change(files, rules):
-        found = surveyed(files, rules)
+    def survey_then_change(*args):
+        found = surveyed(*args)
         corpus[0].write_text("other\n")
         return found
 

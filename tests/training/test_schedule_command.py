@@ -108,6 +108,18 @@ def test_show_takes_options_over_the_file_and_saves_plots_and_figures(
     assert layer_lines(capsys.readouterr().out)[2][0] == "Allow"
 
 
+def test_show_does_not_overwrite_its_config_or_the_sensitivity_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "schedule.json").hardlink_to(folder / "lists" / "gaps.json")
+    assert "is an input" in refused(capsys, "show", "--config", "config.yaml", "--out", ".")
+    (folder / "schedule.json").unlink()
+    (folder / "config.yaml").rename(folder / "schedule.json")
+    before = (folder / "schedule.json").read_bytes()
+    assert "is an input" in refused(capsys, "show", "--config=schedule.json", "--out", str(folder))
+    assert (folder / "schedule.json").read_bytes() == before
+
+
 def test_show_is_for_any_number_of_processes_and_needs_no_torch(folder: Path) -> None:
     parallel = ["--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=4"]
     program = f"""
@@ -256,6 +268,16 @@ def test_fit_writes_what_a_config_can_take(tmp_path: Path, capsys: pytest.Captur
     assert schedule.peak_iteration == pytest.approx(60.0, rel=0.1)
     assert schedule(schedule.peak_iteration) == pytest.approx(0.8, abs=1e-4)
     assert png_size(out / "fit.png") == (1500, 825)
+
+
+def test_fit_does_not_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full, pld = run_pair(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "schedule.yaml").symlink_to(Path(full) / "config.yaml")
+    before = (Path(full) / "config.yaml").read_bytes()
+    assert "is an input" in refused(capsys, "fit", full, pld, "--peak-theta", "0.8", "--out", str(out))
+    assert (Path(full) / "config.yaml").read_bytes() == before
 
 
 def test_the_printed_section_is_a_config_of_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,29 @@ def test_show_prints_every_layer_and_draws_a_plot(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_outputs_never_overwrite_what_was_measured(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tmp_path / "measured"
+    (tmp_path / "plot.png").hardlink_to(file)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for args in (
+        ("merge", str(part), "--output", str(part / "profile.json")),
+        ("merge", str(part), "--output", str(part / "seed-1" / "baseline.json")),
+        ("lists", file, "--output", file),
+        ("show", file, "--plot", str(tmp_path / "plot.png")),
+    ):
+        assert command("profile", *args) == cli.EXIT_MISTAKE
+        assert "is an input, and would be overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_sensitivity_file_may_begin_with_a_byte_order_mark(file: str, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + Path(file).read_bytes())
+    assert SensitivityFile.load(marked) == SensitivityFile.load(file)
+
+
 def test_lists_are_chosen_anew_from_the_same_gaps(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

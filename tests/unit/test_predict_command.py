@@ -59,6 +59,14 @@ def test_it_needs_neither_torch_nor_megatron_and_writes_json_and_plots(config, t
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_it_does_not_overwrite_its_config(tmp_path, capsys):
+    file = tmp_path / "predict.json"
+    file.write_text(CONFIG)
+    assert predict("--config", file, "--gpus", 2, "--out", tmp_path) == 2
+    assert "is an input" in capsys.readouterr().err
+    assert file.read_text() == CONFIG
+
+
 def test_a_measured_throughput_takes_the_assumptions_place(config, capsys):
     assert predict("--config", config, "--gpus", 4, "--baseline_tokens_per_s", 900_000, "--iterations", 50) == 0
     shown = capsys.readouterr().out

@@ -237,6 +237,15 @@ def saved(tmp_path_factory):
     return runs, out, compare(runs, out=str(out))
 
 
+def test_a_run_is_not_overwritten_through_a_link(saved, tmp_path):
+    metrics = Path(saved[0][0]) / "metrics.jsonl"
+    (tmp_path / "comparison.csv").symlink_to(metrics)
+    before = metrics.read_bytes()
+    with pytest.raises(ValueError, match="is an input"):
+        compare(saved[0], out=str(tmp_path))
+    assert metrics.read_bytes() == before
+
+
 def test_csv_and_json_hold_the_unrounded_figures(saved):
     _, out, comparison = saved
     lines = list(csv.DictReader((out / "comparison.csv").open()))
