@@ -315,7 +315,8 @@ def _compare(args: list[str]) -> int:
     from megatron_sbld.report.compare import compare
 
     parser = CommandParser(
-        "compare RUN [RUN ...] [--baseline RUN] [--out DIR] [--group BOOL]", "Compare runs: table and plots."
+        "compare RUN [RUN ...] [--baseline RUN] [--out DIR] [--group BOOL] [--realised BOOL]",
+        "Compare runs: table and plots.",
     )
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--baseline", help="run folder that the others are compared with; default: the undropped one")
@@ -323,8 +324,14 @@ def _compare(args: list[str]) -> int:
     parser.add_argument(
         "--group", type=bool, default=True, help="one row for runs that differ in seeds alone; false: a row a run"
     )
+    parser.add_argument(
+        "--realised",
+        type=bool,
+        default=True,
+        help="show realised gain and time to the baseline's loss; false for runs of minutes on a shared machine",
+    )
     given: Namespace = parser.parse_args(args)
-    compare(given.runs, given.baseline, given.out, given.group)
+    compare(given.runs, given.baseline, given.out, given.group, given.realised)
     return 0
 
 
