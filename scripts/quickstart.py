@@ -68,7 +68,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--text", type=Path, help="file or folder of text to train on; default: the Python standard library's sources"
+        "--text", type=_path, help="file or folder of text to train on; default: the Python standard library's sources"
     )
     parser.add_argument("--iters", type=int, help=f"iterations of each run; default: as in {CONFIG}")
     parser.add_argument(
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
         help=f"measure the sensitivity of this model on this text first, in 25 runs of {PROFILE_ITERS} iterations "
         f"(more than the three runs together take), instead of using {SENSITIVITY}",
     )
-    parser.add_argument("--out", type=Path, help="folder to make; default: runs/quickstart/<date and time>")
+    parser.add_argument("--out", type=_path, help="folder to make; default: runs/quickstart/<date and time>")
     args = parser.parse_args()
     if args.text is not None and not args.text.exists():
         parser.error(f"--text {args.text} does not exist")
@@ -86,6 +86,10 @@ def parse_args() -> argparse.Namespace:
     if args.out is not None and args.out.exists():
         parser.error(f"--out {args.out} exists; name a folder that does not, so that no older run is mixed in")
     return args
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # the shell leaves ~ in TEXT=~/file to make
 
 
 def make_folder(out: Path | None) -> Path:
