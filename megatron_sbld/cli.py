@@ -65,6 +65,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _check_encoding(args: Sequence[str]) -> None:
     """Refuse bytes that are no UTF-8: they cannot be written into config.yaml, results and messages."""
     for arg in args:
+        if args[0] == "prepare" and os.path.lexists(arg):  # it reads files of any name
+            continue
         try:
             arg.encode("utf-8")
         except UnicodeEncodeError:

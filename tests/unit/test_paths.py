@@ -161,3 +161,11 @@ def test_an_argument_that_is_no_utf_8_is_one_message(command: list[str], capsys:
         r"megatron-sbld: error: the argument /nowhere/\xff is not UTF-8; give the file another name, or write the text "
         "so\n"
     )
+
+
+def test_prepare_reads_a_file_whose_name_is_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.txt"
+    Path(os.fsdecode(name)).write_text("one\n<|endoftext|>\ntwo\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", os.fsdecode(name), "--output", str(tmp_path / "out"), "--workers", "1"])
+    assert ended.value.code == 0, capsys.readouterr().err
