@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import shlex
@@ -12,17 +11,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace
 
 from megatron_sbld import __version__
+from megatron_sbld.command_parser import CommandParser
 from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST
 from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.training.liveness import RankLostError
 
 if TYPE_CHECKING:
     from megatron_sbld.training.config import Config
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -52,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         print(f"megatron-sbld {__version__}")
         sys.exit(0)
     try:
+        _check_encoding(given)
         if given[0] not in commands:
             raise ValueError(f"unknown command {given[0]!r}; allowed are {', '.join(commands)}")
         sys.exit(commands[given[0]](given[1:]))
@@ -62,6 +61,20 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("megatron-sbld: interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _check_encoding(args: Sequence[str]) -> None:
+    """Refuse bytes that are no UTF-8: they cannot be written into config.yaml, results and messages."""
+    for arg in args:
+        if args[0] == "prepare" and os.path.lexists(arg):  # it reads files of any name
+            continue
+        try:
+            arg.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise ValueError(
+                f"the argument {shown} is not UTF-8; give the file another name, or write the text so"
+            ) from None
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]
@@ -84,16 +97,10 @@ commands:
 `megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
 
 
-def _parser(usage: str, description: str) -> ArgumentParser:
-    return ArgumentParser(
-        prog="megatron-sbld", usage=f"megatron-sbld {usage}", description=description, exit_on_error=False
-    )
-
-
 def _prepare(args: list[str]) -> int:
     from megatron_sbld.training.prepare import PrepareConfig, prepare
 
-    parser = _parser(
+    parser = CommandParser(
         "prepare TEXT [TEXT ...] --output PREFIX [options]",
         "Turn text into data sets (.bin/.idx) for training and validation.",
     )
@@ -111,7 +118,7 @@ def _pretrain(args: list[str]) -> int:
     return pretrain(config)
 
 
-def _pretrain_parser() -> ArgumentParser:
+def _pretrain_parser() -> CommandParser:
     return _config_parser(
         "pretrain --config FILE [--section.field VALUE ...]",
         "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
@@ -120,52 +127,46 @@ def _pretrain_parser() -> ArgumentParser:
     )
 
 
-def _config_parser(usage: str, description: str) -> ArgumentParser:
+def _config_parser(usage: str, description: str) -> CommandParser:
     """A parser of a config file and of its fields as options."""
     from megatron_sbld.training.config import Config
 
-    parser = _parser(usage, description)
+    parser = CommandParser(usage, description)
     parser.add_argument("--config", action="config", help="YAML file of sections")
     parser.add_class_arguments(Config)
     return parser
 
 
-def _parse_config(parser: ArgumentParser, args: list[str], others: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+def _parse_config(parser: CommandParser, args: list[str], others: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
     """The config that the arguments stand for, and the values of the command's `others`, options without dashes."""
     from megatron_sbld.training.config import Config
-    from megatron_sbld.training.config_file import check_keys, check_options
+    from megatron_sbld.training.config_file import check_options, parse_files, with_expanded_paths, with_text_blends
 
-    args = _config_first(args)
+    files, args = _config_files(args)
     check_options(args, others)
-    for name, value in itertools.pairwise(args):
-        if name == "--config":
-            check_keys(value)
     try:
-        values = parser.instantiate(parser.parse_args(args)).as_dict()
+        found = parser.parse_args(with_text_blends(args), namespace=parse_files(files))
+        values = parser.instantiate(found).as_dict()
     except OverflowError as error:
         raise ValueError(f"a number on the command line is too large: {error}") from error
     values.pop("config", None)
     options = {name: values.pop(name) for name in others}
-    return Config(**values), options
+    return with_expanded_paths(Config(**values)), options
 
 
-def _config_files(args: list[str]) -> list[str]:
-    """The values of --config."""
-    return [value for name, value in itertools.pairwise(_config_first(args)) if name == "--config"]
-
-
-def _config_first(args: list[str]) -> list[str]:
-    """Move `--config FILE` before the other options, so that the command line wins wherever it stands."""
-    configs, others = [], []
+def _config_files(args: list[str]) -> tuple[list[str], list[str]]:
+    """The values of `--config`, and the other arguments, which win wherever they stand."""
+    files, others = [], []
     rest = iter(args)
     for arg in rest:
-        if arg == "--config":
-            configs += [arg, *[value for value in [next(rest, None)] if value is not None]]
+        value = next(rest, None) if arg == "--config" else None
+        if value is not None:
+            files.append(value)
         elif arg.startswith("--config="):
-            configs += ["--config", arg.removeprefix("--config=")]
+            files.append(arg.removeprefix("--config="))
         else:
-            others.append(arg)
-    return configs + others
+            others.append(arg)  # also a --config without a value, which the parser refuses
+    return files, others
 
 
 def _profile(args: list[str]) -> int:
@@ -187,14 +188,14 @@ def _profile(args: list[str]) -> int:
     return _measure(args)
 
 
-def _profile_part_parser(name: str, usage: str) -> ArgumentParser:
+def _profile_part_parser(name: str, usage: str) -> CommandParser:
     descriptions = {
         "merge": "Join folders that `profile --layers` measured in parts, each against its own baseline.",
         "show": "Print a sensitivity file as a table.",
         "lists": "Choose the Block and Allow lists anew from the gaps of a sensitivity file.",
         "rank": "Say how well files order the layers as a reference does (Spearman, Kendall), and what each cost.",
     }
-    parser = _parser(f"profile {usage}", descriptions[name])
+    parser = CommandParser(f"profile {usage}", descriptions[name])
     many = name in ("merge", "rank")
     parser.add_argument("paths", nargs="+" if many else 1, help="folders" if name == "merge" else "sensitivity files")
     if name == "merge":
@@ -213,7 +214,7 @@ def _measure(args: list[str]) -> int:
     from megatron_sbld.training.config_file import field_names
     from megatron_sbld.training.profile_config import ProfileOptions
 
-    parser = _parser(
+    parser = CommandParser(
         "profile --config FILE --out DIR [options] [--section.field VALUE ...]\n"
         "       megatron-sbld profile merge | show | lists | rank ...   (each with --help)",
         "Measure the sensitivity of the layers of the model that a config describes, and write DIR/sensitivity.json. "
@@ -232,7 +233,7 @@ def _measure(args: list[str]) -> int:
     own = field_names(ProfileOptions)
     config, options = _parse_config(parser, args, ["from", *own])
     written = [os.path.join(options["out"], name) for name in ("profile.json", "sensitivity.json", "sensitivity.png")]
-    refuse_inputs("--out", written, _config_files(args))
+    refuse_inputs("--out", written, _config_files(args)[0])
 
     from megatron_sbld.report.sensitivity import present
     from megatron_sbld.training.profile import profile
@@ -279,12 +280,12 @@ def _schedule_show(args: list[str]) -> int:
 
     from megatron_sbld.report.schedule import show_schedule
 
-    show_schedule(config, options["out"], _config_files(args))
+    show_schedule(config, options["out"], _config_files(args)[0])
     return 0
 
 
 def _schedule_fit(args: list[str]) -> int:
-    parser = _parser(
+    parser = CommandParser(
         "schedule fit BASELINE_RUN DROPPED_RUN --peak-theta X [--theta Y] [--window N] [--out DIR]",
         "Fit PWEGD to the loss gap between two runs that differ in dropping alone. The gap gives the shape (a, b, c, "
         "epsilon), --peak-theta the height (eta). Prints them as YAML for a config, with the errors of other shapes.",
@@ -318,8 +319,9 @@ def _generate(args: list[str]) -> int:
 def _compare(args: list[str]) -> int:
     from megatron_sbld.report.compare import compare
 
-    parser = _parser(
-        "compare RUN [RUN ...] [--baseline RUN] [--out DIR] [--group BOOL]", "Compare runs: table and plots."
+    parser = CommandParser(
+        "compare RUN [RUN ...] [--baseline RUN] [--out DIR] [--group BOOL] [--realised BOOL]",
+        "Compare runs: table and plots.",
     )
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--baseline", help="run folder that the others are compared with; default: the undropped one")
@@ -327,8 +329,14 @@ def _compare(args: list[str]) -> int:
     parser.add_argument(
         "--group", type=bool, default=True, help="one row for runs that differ in seeds alone; false: a row a run"
     )
+    parser.add_argument(
+        "--realised",
+        type=bool,
+        default=True,
+        help="show realised gain and time to the baseline's loss; false for runs of minutes on a shared machine",
+    )
     given: Namespace = parser.parse_args(args)
-    compare(given.runs, given.baseline, given.out, given.group)
+    compare(given.runs, given.baseline, given.out, given.group, given.realised)
     return 0
 
 
@@ -337,7 +345,7 @@ def _predict(args: list[str]) -> int:
     from megatron_sbld.training.config import Config
     from megatron_sbld.training.config_file import field_names
 
-    parser = _parser(
+    parser = CommandParser(
         "predict --config FILE --gpus N [options] [--section.field VALUE ...]",
         "Predict what a run takes on a cluster: iteration time, memory, hours, the gain of its drop section with "
         "either sampler, what pipeline imbalance costs, and a placement of the layers that evens it. A model of matrix "
@@ -349,7 +357,7 @@ def _predict(args: list[str]) -> int:
     parser.add_class_arguments(Config)
     own = field_names(PredictOptions)
     config, options = _parse_config(parser, _with_underscores(args, own), own)
-    predict(config, PredictOptions(**options), _config_files(args))
+    predict(config, PredictOptions(**options), _config_files(args)[0])
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -23,8 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is none."""
+    """Skip tests marked gpu where there is none. Tests that read ../shared are slow ones: `make test` needs no data."""
+    for item in items:
+        if "shared_file" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -40,6 +45,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _runs_gpu_tests(config: pytest.Config) -> bool:
     return config.getoption("markexpr") == "gpu"
+
+
+@pytest.fixture(scope="session")
+def shared_file() -> Callable[[str], Path]:
+    """Takes the name of a file of ../shared/data to its path; skips the test where there is none."""
+
+    def find(name: str) -> Path:
+        path = Path(__file__).resolve().parents[2] / "shared" / "data" / name
+        if not path.is_file():
+            pytest.skip(f"{name} is not at ../shared/data")
+        return path
+
+    return find
 
 
 @pytest.fixture

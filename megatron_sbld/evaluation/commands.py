@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+
+from megatron_sbld.command_parser import CommandParser
 
 if TYPE_CHECKING:
     from megatron_sbld.evaluation.tasks import Task
-
-
-def _parser(usage: str, description: str) -> ArgumentParser:
-    return ArgumentParser(
-        prog="megatron-sbld", usage=f"megatron-sbld {usage}", description=description, exit_on_error=False
-    )
 
 
 _EVALUATE_USAGE = """usage: megatron-sbld evaluate lambada|perplexity --checkpoint DIR [DIR ...] --data FILE [options]
@@ -90,10 +86,10 @@ def _perplexity(args: list[str]) -> int:
     return _run(given, task)
 
 
-def _evaluate_parser(usage: str, description: str, data: str) -> ArgumentParser:
+def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
     from megatron_sbld.evaluation.model import ModelOptions
 
-    parser = _parser(
+    parser = CommandParser(
         f"evaluate {usage}",
         f"{description} Runs on one process, or under torchrun on many and on any layout, also another than the "
         "training's. Results are kept in the run folder's evaluations.jsonl; `megatron-sbld compare` shows them beside "
@@ -171,11 +167,11 @@ def generate(args: list[str]) -> int:
     return 0
 
 
-def _generate_parser() -> ArgumentParser:
+def _generate_parser() -> CommandParser:
     from megatron_sbld.evaluation.generate import Sampling
     from megatron_sbld.evaluation.model import ModelOptions
 
-    parser = _parser(
+    parser = CommandParser(
         "generate --checkpoint DIR --prompt TEXT [options]",
         "Continue prompts with a trained model, at full depth. Run it under torchrun for a model that is spread over "
         "several processes; the replicas that are left share the prompts.",
@@ -209,7 +205,7 @@ _IMPORT_USAGE = "import hf SOURCE OUT [--precision TYPE] [--tokenizer SPEC] [--p
 
 def export(args: list[str]) -> int:
     """`megatron-sbld export hf`."""
-    parser = _parser(
+    parser = CommandParser(
         _EXPORT_USAGE,
         "Write a checkpoint as a folder that Hugging Face's transformers loads without remote code: in the GPT-2 "
         "format (learned positions, LayerNorm, GeLU), the Llama format (rotary positions, RMSNorm, SwiGLU) or the "
@@ -252,7 +248,7 @@ def export(args: list[str]) -> int:
 
 def import_(args: list[str]) -> int:
     """`megatron-sbld import hf`."""
-    parser = _parser(
+    parser = CommandParser(
         _IMPORT_USAGE,
         "Make a checkpoint of a local folder in Hugging Face's GPT-2, Llama or GPT-NeoX format, with a config.yaml to "
         "start `pretrain` and `profile` from, on any parallel layout. Weights from safetensors, or from "

@@ -346,15 +346,24 @@ def _layer_norm_and_gelu(model: ModelConfig) -> dict[str, tuple[bool, str]]:
 
 def _rotary(config: FieldReader, base_name: str, base: float, share_name: str, share: float) -> tuple[int, float]:
     """Base, and the share of a head that is rotated, from transformers 4's fields or 5's."""
-    config.only(rope_scaling=None)
-    given = config.get("rope_parameters", {})
-    if not isinstance(given, dict) or given.get("rope_type", "default") != "default":
-        config.refuse("rope_parameters", given, "of rope_type 'default': scaled rotary positions cannot be held")
+    given: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):  # where both are given, transformers 5 takes rope_scaling alone
+        found = config.get(name, {})
+        if not _is_unscaled(found):
+            config.refuse(name, found, "of rope_type 'default' or left out: scaled rotary positions cannot be held")
+        given = found or given
     base = given.get("rope_theta") or config.number(base_name, base)
     share = given.get("partial_rotary_factor") or config.number(share_name, share)
-    if base != int(base) or base < 1:
+    if not isinstance(base, int | float) or base != int(base) or base < 1:
         config.refuse(base_name, base, "a whole number, as model.rotary_base is")
     return int(base), float(share)
+
+
+def _is_unscaled(rope: Any) -> bool:
+    """Whether rotary positions are the plain ones: no type, or 'default' under its new or its old name."""
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):  # one for each layer type
+        return False
+    return all(rope.get(name) in (None, "default") for name in ("rope_type", "type"))
 
 
 def _norm(ours: str, theirs: str, hidden: int, bias: bool = True) -> list[Rule]:

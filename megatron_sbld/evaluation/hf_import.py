@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatron_sbld.evaluation.hf_export import DTYPES, check_free, check_model, progress_bar, written_at_once
 from megatron_sbld.evaluation.hf_format import EMBEDDING, OUTPUT, FieldReader, Format, Rule
@@ -27,6 +25,8 @@ from megatron_sbld.evaluation.hf_formats import format_of_config
 from megatron_sbld.evaluation.hf_tokenizer import added_at_ends, import_tokenizer
 from megatron_sbld.evaluation.safetensors_files import TensorFolder
 from megatron_sbld.evaluation.stored_weights import LAYERS, Piece, write_pieces
+from megatron_sbld.strict_json import load_json
+from megatron_sbld.strict_yaml import dump_yaml
 from megatron_sbld.training import checkpoint_files as files
 from megatron_sbld.training import checkpoint_state as content
 from megatron_sbld.training.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrainingConfig
@@ -185,7 +185,7 @@ def _read_config(folder: Path) -> FieldReader:
     if not path.is_file():
         raise ValueError(f"{folder}: is not a local folder of a model (no config.json)")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = load_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict):
@@ -254,7 +254,7 @@ def _write_yaml(path: Path, config: Config, source: str) -> None:
         "checkpoint": {"load": config.checkpoint.load},
     }
     head = f"# Made of {source} by megatron-sbld import hf. Give data, training and a run folder of your own.\n"
-    path.write_text(head + yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+    path.write_text(head + dump_yaml(sections), encoding="utf-8")
 
 
 def _notes(fields: FieldReader, tokenizer: Tokenizer, rows: int) -> list[str]:

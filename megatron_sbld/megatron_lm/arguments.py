@@ -18,6 +18,7 @@ from typing import Any, Literal
 import docstring_parser
 
 from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.paths import CONFIG_PATHS, expand_option
 
 _PREFIX = "sbld_"
 _FIELD = re.compile(r"\bdrop\.(\w+)")
@@ -57,9 +58,15 @@ def argument_name(field: str) -> str:
 
 
 def drop_config(args: Namespace) -> DropConfig:
-    """The drop section that the parsed arguments stand for. Not validated."""
+    """The drop section that the parsed arguments stand for, with ~ and variables in its path put in. Not validated."""
     names = [field.name for field in dataclasses.fields(DropConfig)]
-    return DropConfig(**{name: getattr(args, _PREFIX + name) for name in names if hasattr(args, _PREFIX + name)})
+    given = {name: getattr(args, _PREFIX + name) for name in names if hasattr(args, _PREFIX + name)}
+    return DropConfig(
+        **{
+            name: expand_option(argument_name(name), value) if f"drop.{name}" in CONFIG_PATHS else value
+            for name, value in given.items()
+        }
+    )
 
 
 @contextlib.contextmanager

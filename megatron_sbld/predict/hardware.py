@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_sbld.checks import check_integer, check_number
+from megatron_sbld.strict_yaml import load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,11 @@ def load_hardware(spec: str, **changes: Any) -> Hardware:
     if not spec.endswith((".yaml", ".yml")):
         raise ValueError(f"--hardware {spec} is not allowed: it must be {', '.join(KNOWN)} or a .yaml file")
     try:
-        values = yaml.safe_load(Path(spec).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = load_yaml(Path(spec).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--hardware {spec}: cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--hardware {spec}: {error}") from error
     fields = dataclasses.fields(Hardware)
     if not isinstance(values, dict):
         raise ValueError(f"--hardware {spec}: must be a mapping of {', '.join(field.name for field in fields)}")

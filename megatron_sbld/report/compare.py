@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from megatron_sbld.report.groups import RunGroup, group_runs
 from megatron_sbld.report.plots import plot_keep_probs, plot_losses
 from megatron_sbld.report.runs import read_runs, run_files
 from megatron_sbld.report.summary import Comparison, choose_baseline, summarise
-from megatron_sbld.report.table import print_table, write_csv, write_json, write_markdown, write_runs_csv
+from megatron_sbld.report.table import print_line, print_table, write_csv, write_json, write_markdown, write_runs_csv
 from megatron_sbld.report.tradeoff import plot_tradeoff
 
 _FILES = (
@@ -23,7 +24,13 @@ _FILES = (
 )
 
 
-def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = None, group: bool = True) -> Comparison:
+def compare(
+    runs: Sequence[str],
+    baseline: str | None = None,
+    out: str | None = None,
+    group: bool = True,
+    realised: bool = True,
+) -> Comparison:
     """Prints a table of runs: validation loss, evaluations, tokens/s, keep_prob, ideal and realised gain, time.
 
     Args:
@@ -35,6 +42,8 @@ def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = 
             None writes nothing.
         group: one row for runs that differ in their seeds alone (groups.py says what that means); False makes a row a
             run.
+        realised: whether the tables show what compares the times of runs: realised gain, its share of the ideal one,
+            time to the baseline's loss. False suits runs of minutes on a machine that others use.
 
     Raises:
         ValueError: a run folder is missing, empty, malformed, or given twice.
@@ -47,12 +56,12 @@ def compare(runs: Sequence[str], baseline: str | None = None, out: str | None = 
         paths.insert(0, baseline)
     groups = group_runs(read_runs(paths), group)
     reference = choose_baseline(groups) if baseline is None else _find(groups, Path(baseline))
-    comparison = summarise(groups, reference)
+    comparison = summarise(groups, reference, realised)
     console = Console()
-    print_table(comparison, console)
+    print_table(comparison, console, realised)
     if out is not None:
-        for file in _save(comparison, groups, Path(out)):
-            console.print(f"saved {file}", highlight=False)
+        for file in _save(comparison, groups, Path(out), realised):
+            print_line(f"saved {file}", console)
     return comparison
 
 
@@ -60,11 +69,11 @@ def _find(groups: Sequence[RunGroup], path: Path) -> RunGroup:
     return next(group for group in groups if any(run.path == path.resolve() for run in group.runs))
 
 
-def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path) -> list[Path]:
+def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path, realised: bool) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     refuse_inputs("--out", [folder / name for name in _FILES], run_files(run for group in groups for run in group.runs))
-    writers = {
-        "comparison.md": write_markdown,
+    writers: dict[str, Callable[[Comparison, Path], None]] = {
+        "comparison.md": partial(write_markdown, realised=realised),
         "comparison.csv": write_csv,
         "comparison_runs.csv": write_runs_csv,
         "comparison.json": write_json,

@@ -16,6 +16,7 @@ from megatron_sbld.evaluation.results import Evaluation
 from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.runs import RunData
 from megatron_sbld.report.seeds import Estimate, difference, estimate, paired_seeds
+from megatron_sbld.training.tokenizer import is_of_bytes
 
 METRICS = {
     "lambada": ("accuracy", "perplexity"),
@@ -167,8 +168,7 @@ class Point:
 def points(curve: Curve, series: Series, metric: str) -> list[Point]:
     """The iterations at which all runs of a curve have a metric, in order. Runs without the series are left out."""
     runs = [
-        {row.iteration: row for row in run if row.series == series.key and row.metrics.get(metric) is not None}
-        for run in curve.runs
+        {row.iteration: row for row in run if row.series == series.key and _is_known(row, metric)} for run in curve.runs
     ]
     runs = [run for run in runs if run]
     if not runs:
@@ -218,7 +218,15 @@ def _shown(value: object) -> str:
 
 def _metric(run: RunData, series: Series, metric: str) -> Estimate | None:
     rows = [row for row in last_evaluations(run) if row.series == series.key]
-    return _estimate(rows[-1], metric) if rows and rows[-1].metrics.get(metric) is not None else None
+    return _estimate(rows[-1], metric) if rows and _is_known(rows[-1], metric) else None
+
+
+def _is_known(row: Evaluation, metric: str) -> bool:
+    """Whether an evaluation has a metric that says something."""
+    counts = [row.metrics.get(name) for name in ("tokens", "bytes")]
+    tokens, num_bytes = (None if count is None else int(count) for count in counts)
+    silly = metric == "word_perplexity" and is_of_bytes(tokens, num_bytes)
+    return row.metrics.get(metric) is not None and not silly
 
 
 def _estimate(row: Evaluation, metric: str) -> Estimate:

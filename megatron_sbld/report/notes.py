@@ -16,6 +16,10 @@ SEEDS_NOTE = (
     "number of seeds). The change is the mean of the differences from the baseline's run of the same seed, its s.e. "
     "that of these differences; where seeds differ, a footnote says so."
 )
+NOT_INTERLEAVED_NOTE = (
+    "Realised gain and times compare runs that ran at different times: what else the machine did then is in them. "
+    "benchmarks/realised_gain.py measures the gain within one run, undropped and dropped iterations in turn."
+)
 TIME_TO_LOSS_NOTE = (
     "Time to baseline loss: training time until a run's validation loss first falls to the final one of the baseline, "
     "as a share of the baseline's training time until then (of the same seed where paired); interpolated linearly "

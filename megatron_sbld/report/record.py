@@ -8,6 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sbld.evaluation.model import TrainedModel
 from megatron_sbld.evaluation.perplexity import PerplexityResult
@@ -17,7 +18,8 @@ from megatron_sbld.evaluation.tasks import Task
 from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve
 from megatron_sbld.report.evaluation_plots import plot_evaluations
-from megatron_sbld.report.table import print_wide
+from megatron_sbld.report.table import print_line, print_wide
+from megatron_sbld.training.tokenizer import is_of_bytes
 
 _COLUMNS = {
     "lambada": {"accuracy": ("accuracy", 100, " %"), "perplexity": ("last-word perplexity", 1, "")},
@@ -79,7 +81,10 @@ class Record:
         if not self._evaluated:  # another rank
             return
         console = Console()
-        columns = _COLUMNS[self._task.name]
+        columns = dict(_COLUMNS[self._task.name])
+        results = [evaluated.result for evaluated in self._evaluated]
+        if all(isinstance(found, PerplexityResult) and is_of_bytes(found.tokens, found.bytes) for found in results):
+            del columns["word_perplexity"]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column("checkpoint", no_wrap=True)
         for heading in ("iteration", "tokens", *(heading for heading, _, _ in columns.values()), "tokens/s"):
@@ -92,7 +97,7 @@ class Record:
                 for name, (_, factor, unit) in columns.items()
             ]
             table.add_row(
-                str(trained.run_dir or trained.checkpoint.path),
+                Text(str(trained.run_dir or trained.checkpoint.path)),
                 f"{trained.checkpoint.iteration:,}",
                 tokens,
                 *figures,
@@ -102,7 +107,7 @@ class Record:
         notes = [note for evaluated in self._evaluated for note in _notes(evaluated)]
         notes += [f"kept in {folder / EVALUATIONS_FILE}" for folder in map(self._folder, self._models) if folder]
         for note in dict.fromkeys(notes):
-            console.print(f"  {note}", style="dim", highlight=False)
+            print_line(f"  {note}", console, style="dim")
         self._plot(console)
 
     def _plot(self, console: Console) -> None:
@@ -118,7 +123,7 @@ class Record:
         file = next(iter(by_folder)) / "evaluations" / f"{self._task.name}.png"
         file.parent.mkdir(exist_ok=True)
         plot_evaluations(curves, file)
-        console.print(f"saved {file}", highlight=False)
+        print_line(f"saved {file}", console)
 
     def _files(self, trained: TrainedModel) -> list[Path]:
         """What may be written: results, examples, plot."""

@@ -13,10 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sbld.outputs import refuse_inputs
 from megatron_sbld.report.plots import DPI
-from megatron_sbld.report.table import print_wide
+from megatron_sbld.report.table import print_line, print_wide
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import ProfileFolder, sensitivity_of
@@ -93,7 +94,7 @@ def rank(reference: str, files: Sequence[str]) -> None:
         spearman, kendall = rank_correlations(expected.gap, found.gap)
         cost = found.measured_with.get("cost_iterations")
         table.add_row(
-            name,
+            Text(name),
             str(found.measured_with.get("method", _UNKNOWN)),
             f"{spearman:+.3f}",
             f"{kendall:+.3f}",
@@ -117,9 +118,9 @@ def print_gaps(measured: SensitivityFile, console: Console) -> None:
         )
     print_wide(table, console)
     known = {key: about[key] for key in ("method", "iterations", "seeds", "cost_iterations", "date") if key in about}
-    console.print("  ".join(f"{key} {value}" for key, value in known.items()), highlight=False)
+    print_line("  ".join(f"{key} {value}" for key, value in known.items()), console)
     if "note" in about:
-        console.print(str(about["note"]), highlight=False, style="dim")
+        print_line(str(about["note"]), console, style="dim")
 
 
 def plot_gaps(measured: SensitivityFile, file: Path) -> None:

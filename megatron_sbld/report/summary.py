@@ -17,7 +17,14 @@ import numpy as np
 from megatron_sbld.report.evaluation import EvaluationFigure, Series, find_series, group_figures, last_evaluations
 from megatron_sbld.report.evaluation import run_figures as evaluation_figures
 from megatron_sbld.report.groups import RunGroup
-from megatron_sbld.report.notes import EVALUATION_NOTE, SEEDS_NOTE, TIME_TO_LOSS_NOTE, evaluation_notes, group_notes
+from megatron_sbld.report.notes import (
+    EVALUATION_NOTE,
+    NOT_INTERLEAVED_NOTE,
+    SEEDS_NOTE,
+    TIME_TO_LOSS_NOTE,
+    evaluation_notes,
+    group_notes,
+)
 from megatron_sbld.report.runs import FloatArray, RunData
 from megatron_sbld.report.seeds import (
     Estimate,
@@ -113,10 +120,10 @@ class Comparison:
     notes: list[str]
 
 
-def summarise(groups: Sequence[RunGroup], baseline: RunGroup) -> Comparison:
-    """Compares `groups` with `baseline`, which is one of them."""
+def summarise(groups: Sequence[RunGroup], baseline: RunGroup, realised: bool = True) -> Comparison:
+    """Compares `groups` with `baseline`, which is one of them; without `realised` no footnote is of their times."""
     series = find_series([row for group in groups for run in group.runs for row in last_evaluations(run)])
-    notes = _general_notes(groups, baseline)
+    notes = _general_notes(groups, baseline, realised)
     if series:
         notes.append(EVALUATION_NOTE)
     reference = [_run_figures(run, baseline.label, None, series) for run in baseline.runs]
@@ -163,20 +170,23 @@ def steady(values: FloatArray) -> FloatArray:
     return values[min(WARMUP_ITERATIONS, len(values) // 2) :]
 
 
-def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup) -> list[str]:
+def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup, realised: bool) -> list[str]:
     phi = layers_share(baseline.config)
     if phi is None:
         ideal = f"not known, since the tokenizer {baseline.config.data.tokenizer!r} is not found here"
     else:
         ideal = f"from the share of layers that ran, by FLOPs (the layers are {phi:.1%} of an iteration's)"
+    by_speed = "; realised gain: from tokens/s" if realised else ""
     notes = [
-        f"Gains are against {baseline.label}. Ideal gain: {ideal}; realised gain: from tokens/s.",
+        f"Gains are against {baseline.label}. Ideal gain: {ideal}{by_speed}.",
         f"Tokens/s: the first {WARMUP_ITERATIONS} iterations are left out, and every {BLOCK_ITERATIONS} iterations "
         "count with their median, so that a hiccup of the machine does not.",
     ]
     if any(len(group.runs) > 1 for group in groups):
         notes.append(SEEDS_NOTE)
-    if baseline.validated:
+    if realised:
+        notes.append(NOT_INTERLEAVED_NOTE)
+    if realised and baseline.validated:
         notes.append(TIME_TO_LOSS_NOTE)
     if baseline.policy != "none":
         notes.append(f"The baseline {baseline.label} drops layers itself ({baseline.policy}): gains are over that.")

@@ -12,7 +12,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,20 +23,21 @@ _Column = tuple[str, Callable[[RunSummary], str]]
 _MISSING = "-"
 _STDERR = "s.e."
 _TFLOPS = "TFLOP/s\nper GPU"
+_OF_TWO_RUNS_TIMES = ("realised\ngain", "real./\nideal", "time to\nbaseline\nloss")
 _UNBOUNDED = 10_000  # columns; more than any table needs
 
 
-def print_table(comparison: Comparison, console: Console) -> None:
-    """Prints the comparison and its footnotes."""
+def print_table(comparison: Comparison, console: Console, realised: bool = True) -> None:
+    """Prints the comparison and its footnotes; `realised` as in `compare`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    columns = _columns(comparison)
+    columns = _columns(comparison, realised)
     for position, (header, _) in enumerate(columns):
         table.add_column(header, justify="left" if position == 0 else "right", no_wrap=True, vertical="bottom")
     for row in comparison.rows:
-        table.add_row(*(cell(row) for _, cell in columns))
+        table.add_row(*(Text(cell(row)) for _, cell in columns))
     print_wide(table, console)
     for note in comparison.notes:
-        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
+        print_line(f"  {note}", console, style="dim")
 
 
 def print_wide(table: Table, console: Console) -> None:
@@ -50,9 +50,14 @@ def print_wide(table: Table, console: Console) -> None:
     wide.print("", table, "", sep="\n")
 
 
-def write_markdown(comparison: Comparison, file: Path) -> None:
-    """Writes the table as markdown, with its footnotes below."""
-    columns = _columns(comparison)
+def print_line(text: str, console: Console, style: str | None = None) -> None:
+    """Prints text as it is and in one line: a path or command broken over two could not be copied."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_markdown(comparison: Comparison, file: Path, realised: bool = True) -> None:
+    """Writes the table as markdown, with its footnotes below; `realised` as in `compare`."""
+    columns = _columns(comparison, realised)
     lines = [" | ".join(header.replace("\n", " ") for header, _ in columns)]
     lines.append(" | ".join([":---"] + ["---:"] * (len(columns) - 1)))
     lines += [" | ".join(cell(row) for _, cell in columns) for row in comparison.rows]
@@ -87,7 +92,7 @@ def _flat(figures: RunSummary | RunFigures) -> dict[str, Any]:
     return fields
 
 
-def _columns(comparison: Comparison) -> list[_Column]:
+def _columns(comparison: Comparison, realised: bool) -> list[_Column]:
     """Headers, and how a row's cell is written below each. Seeds are shown where a row has several.
 
     Evaluations stand beside the losses, and with them the change of training time, as in the paper's Table 3.
@@ -113,12 +118,14 @@ def _columns(comparison: Comparison) -> list[_Column]:
         ("time to\nbaseline\nloss", lambda row: _number(row.time_to_baseline_loss, ".1%")),
         ("train\ntime", lambda row: _duration(row.train_time_s)),
     ]
-    if evaluations:
+    if evaluations and realised:
         speed.append(("change", lambda row: _number(row.train_time_change, "+.1%")))
     if not several:
         losses = [column for column in losses if column[0] not in ("seeds", _STDERR)]
     if all(row.model_tflops_per_gpu is None for row in comparison.rows):
         speed = [column for column in speed if column[0] != _TFLOPS]
+    if not realised:
+        speed = [column for column in speed if column[0] not in _OF_TWO_RUNS_TIMES]
     return [*losses, *evaluations, *speed]
 
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_integer, check_layers, check_number
 from megatron_sbld.sensitivity.lists import choose_lists
+from megatron_sbld.strict_json import load_json
 
 FORMAT = "megatron-sbld-sensitivity-1"
 
@@ -79,7 +80,7 @@ class SensitivityFile:
     def load(cls, path: str | os.PathLike[str]) -> SensitivityFile:
         """Read a file. Raises ValueError, naming the file and what is wrong with it."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            content = load_json(Path(path).read_text(encoding="utf-8-sig"))
             return cls(**_checked_content(content))
         except OSError as error:
             raise ValueError(f"sensitivity file {path} cannot be read: {error.strerror}") from error

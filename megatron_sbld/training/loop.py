@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.num_microbatches_calculator import (
@@ -38,6 +37,7 @@ from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.policy import Policy
+from megatron_sbld.strict_yaml import dump_yaml
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
 from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
@@ -379,7 +379,7 @@ class Run:
     def _open_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = dataclasses.asdict(self.config)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        (self.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
         return MetricsWriter(self.config.logging, self.iteration + 1, self.train_iters, resolved)
 
     def _announce(self, first: int) -> None:

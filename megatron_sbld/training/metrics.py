@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_sbld.training.config import LoggingConfig
+from megatron_sbld.training.tokenizer import is_of_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class MetricsWriter:
             "perplexity_word_perplexity": "word perplexity",
             "perplexity_bits_per_byte": "bits per byte",
         }
+        if is_of_bytes(row.get("perplexity_tokens"), row.get("perplexity_bytes")):
+            del shown["perplexity_word_perplexity"]
         figures = [f"{name} {row[metric]:.4g}" for metric, name in shown.items() if row.get(metric) is not None]
         self._progress.note(f"iteration {row['iteration']}: {', '.join(figures)}")
 
@@ -215,7 +218,7 @@ class _ProgressDisplay:
 
     def note(self, text: str) -> None:
         if self._bar is not None:
-            self._console.print(text)
+            self._console.print(text, markup=False, soft_wrap=True)  # paths in it are copied
         elif self._lines:
             print(text, file=sys.stderr, flush=True)
 

@@ -65,7 +65,7 @@ class ProfileProgress:
     def note(self, text: str) -> None:
         """Show a line of text without disturbing the bar."""
         if self._bar is not None:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self._lines:
             print(text, file=sys.stderr, flush=True)
 

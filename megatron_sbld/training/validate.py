@@ -164,7 +164,7 @@ def _ranges(config: Config) -> list[str]:
         for path in paths:
             value = _get(config, path)
             if value is not None and not (_is_finite(value) and fits(value)):
-                problems.append(f"{path} = {value}: must be {allowed}")
+                problems.append(f"{path} = {value}: must be {allowed}{'' if _is_finite(value) else ', and finite'}")
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     if virtual is not None and virtual < 2:
         problems.append(f"parallel.num_virtual_stages_per_pipeline_rank = {virtual}: must be at least 2, or null")

@@ -1,20 +1,8 @@
-"""Where the shared data is, and a tokenizer whose tokens can be read off."""
+"""A tokenizer whose tokens can be read off."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 from megatron_sbld.training.tokenizer import Tokenizer
-
-
-def shared_file(name):
-    """A file of ../shared/data; skips the test that asks for one where there is none."""
-    path = Path(__file__).resolve().parents[2] / "../shared/data" / name
-    if not path.is_file():
-        pytest.skip(f"{name} is not at ../shared/data")
-    return path
 
 
 class CharacterTokenizer(Tokenizer):

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sbld.evaluation.detokenise import detokenise
-from tests.evaluation.data_helpers import shared_file
 
 FAULTS = {
     "a mark or an ending apart from its word": r" (?:[.,?!;:]|\.\.\.|n't|'s|'re|'ll|'ve)(?= |$)",
@@ -60,7 +59,7 @@ def test_no_token_is_lost_and_the_last_word_stays_a_word_of_its_own(tokens, last
     assert text.split(" ")[-1].lstrip("\"'(") == last
 
 
-def test_no_passage_of_the_development_split_comes_out_badly():
+def test_no_passage_of_the_development_split_comes_out_badly(shared_file):
     lines = shared_file("lambada_development_plain_text.txt").read_text(encoding="utf-8").splitlines()
     texts = [detokenise(line.split(" ")) for line in lines]
     found = {fault: sum(bool(re.search(pattern, text)) for text in texts) for fault, pattern in FAULTS.items()}
@@ -68,13 +67,13 @@ def test_no_passage_of_the_development_split_comes_out_badly():
     assert len(texts) == 4869
 
 
-def test_text_that_is_written_as_text_stays_as_it_is():
+def test_text_that_is_written_as_text_stays_as_it_is(shared_file):
     lines = shared_file("lambada_development_plain_text.txt").read_text(encoding="utf-8").splitlines()
     texts = [detokenise(line.split(" ")) for line in lines]
     assert [detokenise(text.split(" ")) for text in texts] == texts
 
 
-def test_the_last_word_of_the_development_split_gets_an_opening_quote_at_most():
+def test_the_last_word_of_the_development_split_gets_an_opening_quote_at_most(shared_file):
     lines = shared_file("lambada_development_plain_text.txt").read_text(encoding="utf-8").splitlines()
     glued = 0
     for line in lines:

@@ -73,8 +73,9 @@ def test_perplexity_elsewhere(
     loss = row.metrics["loss"]
     assert loss is not None
     assert row.metrics["bits_per_byte"] == pytest.approx(loss / math.log(2)), "a token is a byte"
-    assert "bits per byte" in out
     assert "1 files taken for JSON lines (.jsonl)" in out
+    assert ("bits per byte" in out, "by word" in out) == (True, False)
+    assert f"kept in {tmp_path / 'evaluations.jsonl'}" in out, "in one line, however narrow the console is"
     assert "7 documents" in out
 
 

@@ -18,6 +18,7 @@ from megatron_sbld.evaluation.hf_export import export_hf
 from megatron_sbld.evaluation.hf_import import import_hf
 from megatron_sbld.training.checkpoint_files import checkpoint_path, find_checkpoint
 from megatron_sbld.training.config import Config
+from megatron_sbld.training.config_file import read_config
 from tests.distributed.checkpoint_runs import SEQUENCE, run
 from tests.distributed.harness import run_distributed, single_process
 from tests.evaluation import hf_peer
@@ -304,13 +305,24 @@ REFUSED_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaled rope of transformers 4": (
         "Llama, grouped queries",
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling = {'type': 'linear', 'factor': 2.0}: must be None or left out",
+        "rope_scaling = {'type': 'linear', 'factor': 2.0}: must be of rope_type 'default' or left out",
     ),
     "scaled rope of transformers 5": (
         "Llama, grouped queries",
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
         "rope_parameters = .*must be of rope_type 'default'",
     ),
+    "rope scaled under one of its two names": (
+        "Llama, grouped queries",
+        {"rope_scaling": {"rope_type": "default", "type": "yarn"}},
+        "rope_scaling = .*must be of rope_type 'default'",
+    ),
+    "rope by layer type": (
+        "Llama, grouped queries",
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+        "rope_parameters = .*must be of rope_type 'default'",
+    ),
+    "text as base": ("Llama, grouped queries", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta = 'x': must be"),
     "fraction as base": (
         "Llama, grouped queries",
         {"rope_parameters": {"rope_theta": 0.5}},
@@ -346,6 +358,26 @@ def test_what_cannot_be_held_is_refused_by_field(
     with pytest.raises(ValueError, match=message):
         import_hf(str(source), str(tmp_path / "in"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": None, "rope_scaling": None, "rope_theta": 300.0},
+        {"rope_parameters": None, "rope_scaling": {"rope_type": "default"}, "rope_theta": 300.0},
+        {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_theta": 300.0}},
+        {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 300.0}},
+        {"rope_parameters": {"rope_theta": 400.0}, "rope_scaling": {"rope_type": "default"}, "rope_theta": 300.0},
+    ],
+)
+def test_rotary_positions_that_are_not_scaled_are_taken(
+    folder: Path, made: dict[str, np.ndarray], tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder / "Llama, grouped queries", source)
+    (source / "config.json").write_text(json.dumps({**fields_of(source), **rope}))
+    import_hf(str(source), str(tmp_path / "in"))
+    assert read_config(str(tmp_path / "in" / "config.yaml")).model.rotary_base == 300
 
 
 def without_config(source: Path) -> None:

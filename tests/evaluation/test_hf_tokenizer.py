@@ -87,9 +87,9 @@ def llama_like(folder: Path) -> str:
 
 
 def published_gpt2(folder: Path) -> str:
-    published = REPOSITORY / "../shared/data"
+    published = REPOSITORY.parent / "shared" / "data"
     if not (published / "gpt2-vocab.json").is_file():
-        pytest.skip("GPT-2's vocabulary is not at ../shared/data")
+        pytest.skip("gpt2-vocab.json is not at ../shared/data")
     return str(published)
 
 
@@ -106,7 +106,10 @@ def ask() -> Iterator[Callable[..., Any]]:
         yield asking
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name == "published_gpt2" else name for name in KINDS],
+)
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, str]:
     """A tokenizer, and the folder of its export beside the config.json of a model."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -12,11 +12,11 @@ from megatron_sbld.evaluation.passages import Passage, read_passages
 from megatron_sbld.evaluation.requests import Score
 from megatron_sbld.evaluation.tasks import LambadaTask
 from megatron_sbld.training.tokenizer import load_tokenizer
-from tests.evaluation.data_helpers import CharacterTokenizer, shared_file
+from tests.evaluation.data_helpers import CharacterTokenizer
 
 
 @pytest.fixture(scope="module")
-def gpt2():
+def gpt2(shared_file):
     return load_tokenizer(str(shared_file("gpt2-vocab.json").parent))
 
 
@@ -30,7 +30,7 @@ def encode_pair(tokenizer, context, continuation):
 
 
 @pytest.mark.parametrize("detokenise", [True, False])
-def test_the_tokens_of_the_development_split_are_those_of_lm_evaluation_harness(gpt2, detokenise):
+def test_the_tokens_of_the_development_split_are_those_of_lm_evaluation_harness(gpt2, shared_file, detokenise):
     path = str(shared_file("lambada_development_plain_text.txt"))
     passages = read_passages(path, detokenise=detokenise)[0][::20]
     lambada = encode_passages(passages, gpt2, 1024)

@@ -33,9 +33,10 @@ pytestmark = [
 
 SHARED_LAMBADA = REPOSITORY.parent / "shared" / "data" / "lambada_development_plain_text.txt"
 SLICE = 40
+AMBIGUOUS = ("lamp", "café", "letter")  # last words of passages that begin alike: a model is right on one at most
 CONTEXT = 128
 MODELS: dict[str, dict[str, Any]] = {
-    # Trained on the passages themselves, so that it gets some of the synthetic ones right.
+    # Trained on the passages themselves, so that it gets many of the synthetic ones right; all of them it cannot.
     "trained, GPT-2 format": {
         "model": {"num_layers": 2, "hidden_size": 128, "seq_length": CONTEXT, **NO_DROPOUT},
         "training": {"train_iters": 300, "micro_batch_size": 8},
@@ -81,7 +82,8 @@ def synthetic_passages() -> list[str]:
             f"{place} . '' so she went -lrb- again -rrb- to look for the {thing}"
         )
         passages.append(f"the {thing} is in the {place} . he said `` no , the {place}")
-    return passages
+    choices = " or ".join(AMBIGUOUS)
+    return passages + [f"she could have the {choices} , she thought . she took the {word}" for word in AMBIGUOUS]
 
 
 def cases_of(folder: Path, source: str, passages: list[str]) -> dict[str, Case]:
@@ -98,16 +100,27 @@ def cases_of(folder: Path, source: str, passages: list[str]) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("harness")
+def source(request: pytest.FixtureRequest) -> str:
+    """Where the passages are from; the models are trained on them alone."""
+    if request.param == "development" and not SHARED_LAMBADA.is_file():
+        pytest.skip(f"{SHARED_LAMBADA.name} is not at ../shared/data")
+    return str(request.param)
+
+
+def passages_of(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("source", [name], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def cases(folder: Path) -> dict[str, Case]:
-    found = cases_of(folder, "synthetic", synthetic_passages())
-    if SHARED_LAMBADA.is_file():
-        lines = SHARED_LAMBADA.read_text(encoding="utf-8").split("\n")[:SLICE]
-        found |= cases_of(folder, "development", lines)
+def folder(tmp_path_factory: pytest.TempPathFactory, source: str) -> Path:
+    return tmp_path_factory.mktemp(source)
+
+
+@pytest.fixture(scope="module")
+def cases(folder: Path, source: str) -> dict[str, Case]:
+    if source == "development":
+        return cases_of(folder, source, SHARED_LAMBADA.read_text(encoding="utf-8").split("\n")[:SLICE])
+    found = cases_of(folder, source, synthetic_passages())
     documents = [(REPOSITORY / name).read_text(encoding="utf-8").strip() for name in ("README.md", "Makefile")]
     rows = folder / "documents.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*documents, "one\n\n two"]))
@@ -116,7 +129,7 @@ def cases(folder: Path) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path, cases: dict[str, Case]) -> dict[str, TrainedModel]:
+def models(folder: Path, cases: dict[str, Case], source: str) -> dict[str, TrainedModel]:
     """Runs of MODELS with a byte-level BPE, trained on the passages' text."""
     texts = [text for case in cases.values() if isinstance(case.task, LambadaTask) for text in case.texts]
     tokenizer = tokenizers.ByteLevelBPETokenizer()
@@ -134,6 +147,8 @@ def models(folder: Path, cases: dict[str, Case]) -> dict[str, TrainedModel]:
     )
     trained = {}
     for index, (name, sections) in enumerate(MODELS.items()):
+        if source == "development":  # of which nothing has to be right
+            sections = {**sections, "training": {**sections["training"], "train_iters": 10}}
         config = tiny_run(
             folder / f"run{index}",
             folder / "corpus",
@@ -192,6 +207,7 @@ def assert_same_lambada(ours: Evaluated, theirs: dict[str, Any]) -> None:
     assert ours.result.perplexity == pytest.approx(theirs["metrics"]["perplexity,none"], rel=1e-4)
 
 
+@passages_of("synthetic")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("form", ["detokenised", "raw", "jsonl"])
 def test_lambada_of_synthetic_passages(ours: Any, theirs: Any, model: str, form: str) -> None:
@@ -202,7 +218,8 @@ def test_lambada_of_synthetic_passages(ours: Any, theirs: Any, model: str, form:
         assert 0 < found.result.accuracy < 1
 
 
-@pytest.mark.skipif(not SHARED_LAMBADA.is_file(), reason="lambada_development_plain_text.txt is not at ../shared/data")
+@pytest.mark.slow
+@passages_of("development")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("form", ["detokenised", "raw", "jsonl"])
 def test_lambada_of_its_development_split(ours: Any, theirs: Any, model: str, form: str) -> None:
@@ -212,6 +229,7 @@ def test_lambada_of_its_development_split(ours: Any, theirs: Any, model: str, fo
     assert_same_lambada(found, theirs[model][f"development_{form}"])
 
 
+@passages_of("synthetic")
 @pytest.mark.parametrize("model", MODELS)
 def test_perplexity_in_disjoint_windows(ours: Any, theirs: Any, model: str) -> None:
     found, metrics = ours[model]["documents"].result, theirs[model]["documents"]["metrics"]

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sbld.evaluation.passages import _split, read_passages
-from tests.evaluation.data_helpers import shared_file
 
 TOKENS = "`` go , '' she said , and he went"
 TEXT = '"go," she said, and he went'
@@ -131,7 +130,7 @@ def test_context_and_target_make_the_passage_and_the_target_is_what_follows_the_
 
 
 @pytest.mark.parametrize("detokenise", [True, False])
-def test_the_development_split_is_read_whole(detokenise):
+def test_the_development_split_is_read_whole(shared_file, detokenise):
     path = str(shared_file("lambada_development_plain_text.txt"))
     passages, _ = read_passages(path, detokenise=detokenise)
     assert len(passages) == 4869

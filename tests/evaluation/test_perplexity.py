@@ -16,7 +16,7 @@ from megatron_sbld.evaluation.requests import Score
 from megatron_sbld.evaluation.tasks import PerplexityTask
 from megatron_sbld.evaluation.texts import Document, read_texts
 from megatron_sbld.training.tokenizer import ByteTokenizer, load_tokenizer
-from tests.evaluation.data_helpers import CharacterTokenizer, shared_file
+from tests.evaluation.data_helpers import CharacterTokenizer
 
 EOD = 0
 BYTES = ByteTokenizer()
@@ -230,7 +230,7 @@ def test_a_task_has_the_windows_of_each_model(tmp_path):
     assert long.result([Score(-8.0, False)]).loss == 1.0
 
 
-def test_the_validation_split_of_wikitext_in_gpt2s_tokens():
+def test_the_validation_split_of_wikitext_in_gpt2s_tokens(shared_file):
     """Each token of the text once; disjoint windows by convention."""
     gpt2 = load_tokenizer(str(shared_file("gpt2-vocab.json").parent))
     asked = PerplexityTask(str(shared_file("wiki.valid.raw")), "wikitext").ask(gpt2, 1024)

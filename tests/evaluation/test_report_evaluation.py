@@ -35,9 +35,9 @@ def lambada_row(accuracy, iteration=LAST, perplexity=20.0, train_time_s=None, co
     )
 
 
-def wiki_row(word_perplexity, iteration=LAST, **fields):
+def wiki_row(word_perplexity, iteration=LAST, num_bytes=40, **fields):
     bits = None if word_perplexity is None else 1.25
-    result = PerplexityResult(3.0, 0.01, 20.0, 0.2, word_perplexity, 0.4, bits, 0.01, 9, 9, 9, 60, 9)
+    result = PerplexityResult(3.0, 0.01, 20.0, 0.2, word_perplexity, 0.4, bits, 0.01, 9, 7, num_bytes, 60, 9)
     return evaluation(
         iteration=iteration,
         result=result,
@@ -195,6 +195,15 @@ def test_perplexity_of_tokens_is_shown_where_no_run_has_that_of_words(tmp_path):
 
 
 # Over iterations
+
+
+def test_a_model_of_bytes_is_judged_by_byte_and_not_by_word(tmp_path):
+    run = evaluated_run(tmp_path / "full", [wiki_row(3.9e10, num_bytes=9)])
+    compare([run], out=str(tmp_path / "out"))
+    for name in ("comparison.md", "evaluations.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert ("word perplexity" in text, "bits per byte" in text) == (False, True), name
+    assert "3.9e10" not in (tmp_path / "out" / "comparison.json").read_text()
 
 
 def test_the_table_over_iterations_has_a_line_for_each_and_a_column_for_each_curve():

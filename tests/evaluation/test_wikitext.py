@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_sbld.evaluation.wikitext import articles, count_words, detokenise
-from tests.evaluation.data_helpers import shared_file
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_words_are_counted_as_lm_evaluation_harness_counts_them():
     assert count_words(" = One = \n a b ") == 5 + 2  # an empty word at each end
 
 
-def test_the_validation_split_has_the_known_size():
+def test_the_validation_split_has_the_known_size(shared_file):
     """60 articles; 213,886 words and the two empty ones of each article."""
     found = list(articles(shared_file("wiki.valid.raw").read_text(encoding="utf-8")))
     assert len(found) == 60

@@ -130,7 +130,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (b"\x00\x01", "is not valid YAML"),
         (b"\xff\xfe\x00", "cannot be read|is not valid YAML"),
         (b"model: !!python/object/apply:os.system [exit]", "is not valid YAML"),
-        (b"training: {seed: 2024-13-45}", "is not valid YAML"),
+        (b"training: {seed: 2024-13-45}", "training.seed"),
         (b"[" * 5000, "is not valid YAML"),
         (b"- model", "must be a mapping of sections"),
         (b"", "must be a mapping of sections"),

@@ -540,10 +540,8 @@ def test_file_names_that_are_no_utf8_do_not_stop_the_report(tmp_path):
     assert "1 files skipped" in summary.encode("utf-8").decode("utf-8")
 
 
-def test_gpt2_tokens_of_a_real_text_decode_to_the_text(tmp_path):
-    data = Path(__file__).resolve().parents[2] / "../shared/data"
-    if not (data / "gpt2-vocab.json").is_file():
-        pytest.skip("GPT-2's vocabulary is not at ../shared/data")
+def test_gpt2_tokens_of_a_real_text_decode_to_the_text(tmp_path, shared_file):
+    data = shared_file("gpt2-vocab.json").parent
     text = (data / "wiki.valid.raw").read_text()[:200_000]
     path = write(tmp_path / "a.txt", text)
     result = run(tmp_path, path, tokenizer=str(data), valid_fraction=0, document_separator=None)

@@ -20,11 +20,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def gpt2_folder() -> Path:
-    folder = Path(__file__).resolve().parents[2] / "../shared/data"
-    if not (folder / "gpt2-vocab.json").is_file():
-        pytest.skip("GPT-2's vocabulary is not at ../shared/data")
-    return folder
+def gpt2_folder(shared_file) -> Path:
+    return shared_file("gpt2-vocab.json").parent
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypa
     evaluated, compared = commands[-2:]
     assert ("evaluate" in evaluated, "compare" in compared) == (True, True)
     assert all(str(out / name) in evaluated for name in quickstart.RUNS)
+    assert compared[-2:] == ["--realised", "false"], "runs one after another measure what else the machine does"
     if not args:
         assert (measured, used) == ([], quickstart.SENSITIVITY)
         return

@@ -282,6 +282,25 @@ def test_the_console_shows_every_figure_even_when_it_is_narrow(saved, capsys, mo
     assert line.split()[-1] == "0m16s"
 
 
+def test_what_compares_the_times_of_runs_can_be_left_out_and_its_weakness_is_told(saved, tmp_path, capsys):
+    runs, out, comparison = saved
+    assert any("ran at different times" in note for note in comparison.notes)
+    assert all(word in (out / "comparison.md").read_text() for word in ("realised gain", "time to baseline loss"))
+    capsys.readouterr()
+    compare(runs, out=str(tmp_path / "out"), realised=False)
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text()):
+        assert not [word for word in ("realised", "real./", "ime to baseline", "interleaved") if word in text]
+        assert "Ideal gain" in text
+
+
+def test_a_path_is_printed_in_one_piece_on_a_narrow_console(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = tmp_path / "[bold]brackets and a very long name that no console of forty columns has room for"
+    compare(saved[0], out=str(out))
+    lines = capsys.readouterr().out.splitlines()
+    assert {line for line in lines if line.startswith("saved ")} == {f"saved {file}" for file in out.iterdir()}
+
+
 def test_a_baseline_outside_of_the_list_is_put_in_front(saved):
     runs, _, _ = saved
     comparison = compare(runs[1:], baseline=runs[0])
