@@ -103,6 +103,8 @@ class DropController:
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
         self.window = window
         self.group = group
+        self.begun = 0
+        """How many times begin_iteration was called: tells the passes of a repeated iteration from the first ones."""
         self.iteration = 0
         self.num_microbatches = 0
         self.keep_probs = np.ones(policy.num_layers)
@@ -154,17 +156,22 @@ class DropController:
             raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
         if not self._is_verified(iteration, num_microbatches):
             self._verify_window(iteration, num_microbatches)
-        self.iteration = iteration
-        self.num_microbatches = num_microbatches
-        self.keep_probs = self.policy.keep_probs(iteration)
-        counts = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
-        self._rows = counts.tolist()
-        self.plan = counts > 0
+        keep_probs = self.policy.keep_probs(iteration)
+        counts = self._draw(iteration, num_microbatches, keep_probs, self.replica)
+        sample_plan = None
         if self.num_samples is not None:
             replica = self.replica if self.replicas == "distinct" else 0
-            self.sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
+            sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
+        # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
+        self.begun += 1
+        self.iteration = iteration
+        self.num_microbatches = num_microbatches
+        self.keep_probs = keep_probs
+        self._rows = counts.tolist()
+        self.plan = counts > 0
+        self.sample_plan = sample_plan
         if self.scales_residual:
-            self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
+            self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in keep_probs.tolist()]
 
     def replace_policy(self, policy: Policy) -> None:
         """Use another policy of this model from the next iteration on, whose decisions ranks compare anew.
