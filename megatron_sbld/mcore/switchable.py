@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
-from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
+from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers, refuse_wrappers_around
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
 from megatron_sbld.mcore.recompute import Checkpoint, ForwardPass, running_checkpoint
-from megatron_sbld.mcore.refusals import refuse_unsupported_switches
+from megatron_sbld.mcore.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.samples import SampleIndices, run_on_samples, weigh_router_losses
 from megatron_sbld.mcore.versions import check_megatron_core
 
@@ -168,20 +168,25 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
 
     Raises:
         ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
-            layers than the policy's, a switch of the model's config under which a drop would be wrong or ignored, or
-            compiled layers with fused branches that the controller scales.
+            layers than the policy's, a switch of the model's config or a wrapper under which a drop would be wrong or
+            ignored, or compiled layers with fused branches that the controller scales. A wrapper that comes later is
+            refused when it is put around the model, at the next begin_iteration, or before the first skip.
     """
     check_megatron_core()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     for chunk in chunks:
         note_wrappers(chunk.modules())
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    _refuse_wrapped(chunks, layers)
     for layer in layers:
         _check_layer(layer, controller)
     samples = SampleIndices(controller) if controller.granularity == "sample" else None
     for layer in layers:
         _attach(layer, controller, samples)
     announce_moe_losses(layers)
+    controller.check_once(
+        partial(_refuse_wrapped, chunks, layers)
+    )  # fully_shard() and compile() change a model in place
     return [layer.layer_number for layer in layers]
 
 
@@ -240,6 +245,12 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
     )
     if controller.scales_residual and are_fused(layer):
         _refuse_compiled_scales(layer)
+
+
+def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[TransformerLayer]) -> None:
+    for chunk in chunks:
+        refuse_wrapped_layers(chunk, layers)
+    refuse_wrappers_around(layers)
 
 
 def _refuse_compiled_scales(layer: TransformerLayer) -> None:
