@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
@@ -42,6 +43,7 @@ RECOMPUTED = ["full recomputation", "samples", "scaled branches", "dropout"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process() -> Iterator[None]:
+    get_moe_layer_wise_logging_tracker().clear()  # Megatron's, of the process: another model may have other layers
     with single_process(), model_parallel():
         yield
 
