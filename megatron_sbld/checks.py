@@ -30,6 +30,13 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name} = {value!r} is not allowed: it must be one of {', '.join(map(str, choices))}")
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return value as a bool, or raise ValueError unless it is True or False: a text such as "false" counts as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be True or False")
+    return value
+
+
 def check_layers(name: str, layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:
     """Return 1-based layer numbers in ascending order, or raise ValueError if one is repeated or out of [1, L]."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):

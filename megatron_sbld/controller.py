@@ -11,8 +11,8 @@ in an error on every rank. Knows nothing about models (see mcore) and nothing ab
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 
 from megatron_sbld.checks import check_choice, check_integer
 from megatron_sbld.plan import (
+    MAX_REPLICA,
     MAX_SAMPLES,
+    MAX_SEED,
     Granularity,
     Replicas,
     Sampler,
@@ -30,7 +32,7 @@ from megatron_sbld.plan import (
     draw_samples,
     replicas_run_alike,
 )
-from megatron_sbld.policy import Policy
+from megatron_sbld.policy import Policy, ResidualScale
 
 _RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers", "seed")
 _DIGEST_BYTES = 16
@@ -80,29 +82,31 @@ class DropController:
         num_samples: int | None = None,
         replicas: Replicas = "shared",
         replica: int = 0,
-        residual_scale: Literal["none", "inverse_keep_prob"] | None = None,
+        residual_scale: ResidualScale | None = None,
         window: int = 64,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        _check_choices(scope=scope, sampler=sampler, replicas=replicas, residual_scale=residual_scale)
         _check_granularity(granularity, num_samples, replicas)
-        if not replicas_run_alike(replicas, granularity) and sampler != "balanced":
+        self._replicas_run_alike = replicas_run_alike(replicas, granularity)
+        if not self._replicas_run_alike and sampler != "balanced":
             raise ValueError(f"replicas 'distinct' needs sampler 'balanced', got sampler {sampler!r}")
         if sampler == "bernoulli" and stages is not None:
             raise ValueError(f"stages = {stages!r} is used by sampler 'balanced' only, got sampler 'bernoulli'")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 iteration, got {window}")
         self.policy = policy
-        self.seed = seed
+        self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.scope: Scope = scope
         self.sampler: Sampler = sampler
         self.stages = stages
         self.granularity: Granularity = granularity
         self.num_samples = num_samples
         self.replicas = replicas
-        self.replica = replica
+        self.replica = check_integer("replica", replica, 0, MAX_REPLICA)
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
-        self.window = window
+        self.window = check_integer("window", window, 1)
         self.group = group
+        self.begun = 0
+        """How many times begin_iteration was called: tells the passes of a repeated iteration from the first ones."""
         self.iteration = 0
         self.num_microbatches = 0
         self.keep_probs = np.ones(policy.num_layers)
@@ -113,6 +117,8 @@ class DropController:
         self._rows: list[list[int]] = []  # how many samples, or 1 and 0
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
+        self._checks: list[Callable[[], None]] = []
+        self._draw(0, 1, self.keep_probs, replica)  # refuses stages and replicas that cannot be
 
     @property
     def num_layers(self) -> int:
@@ -139,7 +145,7 @@ class DropController:
     @property
     def replicas_run_alike(self) -> bool:
         """Whether all data-parallel replicas run the same layers, each on as many samples."""
-        return replicas_run_alike(self.replicas, self.granularity)
+        return self._replicas_run_alike
 
     def begin_iteration(self, iteration: int, num_microbatches: int) -> None:
         """Draw the decisions of `iteration` (1..T); call on every rank before each forward-backward pass.
@@ -148,23 +154,33 @@ class DropController:
             ValueError: an iteration below 1 or fewer than one microbatch.
             DropDisagreementError: a rank was given another configuration; once for each window of iterations.
         """
-        if iteration < 1:
-            raise ValueError(f"iteration counts from 1, got {iteration}")
-        if num_microbatches < 1:
-            raise ValueError(f"num_microbatches must be at least 1, got {num_microbatches}")
+        iteration = check_integer("iteration", iteration, 1)
+        num_microbatches = check_integer("num_microbatches", num_microbatches, 1)
+        for check in self._checks:
+            check()
+        self._checks.clear()
         if not self._is_verified(iteration, num_microbatches):
             self._verify_window(iteration, num_microbatches)
-        self.iteration = iteration
-        self.num_microbatches = num_microbatches
-        self.keep_probs = self.policy.keep_probs(iteration)
-        counts = self._draw(iteration, num_microbatches, self.keep_probs, self.replica)
-        self._rows = counts.tolist()
-        self.plan = counts > 0
+        keep_probs = self.policy.keep_probs(iteration)
+        counts = self._draw(iteration, num_microbatches, keep_probs, self.replica)
+        sample_plan = None
         if self.num_samples is not None:
             replica = self.replica if self.replicas == "distinct" else 0
-            self.sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
+            sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
+        # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
+        self.begun += 1
+        self.iteration = iteration
+        self.num_microbatches = num_microbatches
+        self.keep_probs = keep_probs
+        self._rows = counts.tolist()
+        self.plan = counts > 0
+        self.sample_plan = sample_plan
         if self.scales_residual:
-            self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in self.keep_probs.tolist()]
+            self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in keep_probs.tolist()]
+
+    def check_once(self, check: Callable[[], None]) -> None:
+        """Call `check` at the beginning of the next iteration; what it raises, begin_iteration raises."""
+        self._checks.append(check)
 
     def replace_policy(self, policy: Policy) -> None:
         """Use another policy of this model from the next iteration on, whose decisions ranks compare anew.
@@ -327,6 +343,17 @@ class DropController:
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, mine, group=self.group)
         return torch.stack(everyone).cpu().numpy()
+
+
+def _check_choices(**given: Any) -> None:
+    allowed: dict[str, tuple[Any, ...]] = {
+        "scope": get_args(Scope),
+        "sampler": get_args(Sampler),
+        "replicas": get_args(Replicas),
+        "residual_scale": (*get_args(ResidualScale), None),
+    }
+    for name, value in given.items():
+        check_choice(name, value, allowed[name])
 
 
 def _check_granularity(granularity: str, num_samples: int | None, replicas: str) -> None:

@@ -35,7 +35,7 @@ MAX_SAMPLES = 2**16
 _KEPT, _OFFSET, _PERMUTATION, _SAMPLES = 0, 1, 2, 3
 _REPLICA_SHIFT = 8
 _SAMPLE_SHIFT = 16  # of the sample's number, in the layer's word
-_MAX_REPLICA = 2 ** (32 - _REPLICA_SHIFT) - 1
+MAX_REPLICA = 2 ** (32 - _REPLICA_SHIFT) - 1
 
 _ONE = 2**48
 """Fixed-point 1 of the balanced sampler; sums over up to 2^15 layers stay exact in 64 bits."""
@@ -46,6 +46,8 @@ def replicas_run_alike(replicas: Replicas, granularity: Granularity) -> bool:
 
     Then they can wait for each other inside of a layer. Distinct ones do where only the samples are their own.
     """
+    check_choice("replicas", replicas, get_args(Replicas))
+    check_choice("granularity", granularity, get_args(Granularity))
     return replicas == "shared" or granularity == "sample"
 
 
@@ -77,7 +79,7 @@ def draw_plan(
     check_integer("seed", seed, 0, MAX_SEED)
     check_integer("iteration", iteration, 0, 2**32 - 1)
     check_integer("num_microbatches", num_microbatches, 1, 2**32 - 1)
-    check_integer("replica", replica, 0, _MAX_REPLICA)
+    check_integer("replica", replica, 0, MAX_REPLICA)
     check_choice("scope", scope, get_args(Scope))
     check_choice("sampler", sampler, get_args(Sampler))
 
@@ -136,7 +138,10 @@ def draw_samples(
     """
     num_microbatches, num_layers = counts.shape
     _check_samples(num_samples, num_layers)
-    check_integer("replica", replica, 0, _MAX_REPLICA)
+    check_integer("replica", replica, 0, MAX_REPLICA)
+    check_integer("seed", seed, 0, MAX_SEED)
+    check_integer("iteration", iteration, 0, 2**32 - 1)
+    check_choice("scope", scope, get_args(Scope))
     microbatches = np.arange(num_microbatches if scope == "microbatch" else 1)
     layers, samples = np.arange(1, num_layers + 1), np.arange(num_samples)
     words = (layers[:, None] | samples << _SAMPLE_SHIFT).reshape(-1)

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_sbld.checks import check_choice, check_integer, check_layers, check_number
+from megatron_sbld.checks import check_choice, check_flag, check_integer, check_layers, check_number
 from megatron_sbld.schedule import Constant
 
 ResidualScale = Literal["none", "inverse_keep_prob"]
@@ -122,7 +122,7 @@ class SBLDPolicy(Policy):
         self.theta_min = check_number("theta_min", theta_min, f"[0, {self.theta_max}]")
         self.allow_keep_prob = check_number("allow_keep_prob", allow_keep_prob, "[0, 1]")
         self.exploration = check_number("exploration", exploration, "[0, 0.5)")
-        self.explore_block = explore_block
+        self.explore_block = check_flag("explore_block", explore_block)
         self.block_layers = check_layers("block_layers", block_layers, self.num_layers)
         self.allow_layers = check_layers("allow_layers", allow_layers, self.num_layers)
         in_both = sorted(set(self.block_layers) & set(self.allow_layers))

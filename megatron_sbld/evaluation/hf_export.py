@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_sbld.checks import check_choice
 from megatron_sbld.evaluation.hf_format import EMBEDDING, OUTPUT, Format, Rule, positions
 from megatron_sbld.evaluation.hf_formats import format_of_model
 from megatron_sbld.evaluation.hf_tokenizer import write_tokenizer
@@ -89,6 +90,7 @@ def export_hf(
     Raises:
         ValueError: no format holds the model, the checkpoint is damaged, or the tokenizer is another one.
     """
+    check_choice("--dtype", dtype, (*DTYPES, "as-saved"))
     target, shard_bytes = Path(out), parse_size("--max_shard_size", max_shard_size)
     check_free(target)
     source = _open(Path(checkpoint), tokenizer, config)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_sbld.checks import check_choice, check_integer
 from megatron_sbld.evaluation.hf_export import DTYPES, check_free, check_model, progress_bar, written_at_once
 from megatron_sbld.evaluation.hf_format import EMBEDDING, OUTPUT, FieldReader, Format, Rule
 from megatron_sbld.evaluation.hf_formats import format_of_config
@@ -79,8 +80,8 @@ def import_hf(
     Raises:
         ValueError: something cannot be held, naming the field of config.json or the tensor.
     """
-    if pad_vocab_to_multiple_of < 1:
-        raise ValueError(f"--pad_vocab_to_multiple_of = {pad_vocab_to_multiple_of}: must be at least 1")
+    check_choice("--precision", precision, (*DTYPES, None))
+    check_integer("--pad_vocab_to_multiple_of", pad_vocab_to_multiple_of, 1)
     folder, target = Path(source), Path(os.path.abspath(out))
     check_free(target)
     fields = _read_config(folder)

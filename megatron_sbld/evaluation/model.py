@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_sbld.checks import check_choice, check_flag
 from megatron_sbld.training.checkpoint import load_weights, saved_model
 from megatron_sbld.training.checkpoint_files import (
     MANIFEST,
@@ -45,6 +46,10 @@ class ModelOptions:
     """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
     distributed_timeout_minutes: float = 10.0
     """A rank that dies or stalls for longer than this ends the evaluation on all ranks."""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("fp32", "bf16", "fp16", None))
+        check_flag("sequence_parallel", self.sequence_parallel)
 
     def parallel(self) -> ParallelConfig:
         """The layout."""

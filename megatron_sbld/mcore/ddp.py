@@ -7,41 +7,61 @@ hook fires; `LayerBuckets` does what they would have done.
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from megatron_sbld.mcore.refusals import SHARDED_WRAPPERS, refuse_sharded_wrapper
+from megatron_sbld.mcore.refusals import is_refused_wrapper, refuse_active_wrapper, refuse_wrapper
 
 # A model may be made switchable before it is wrapped (Megatron-LM's hooks come first), and the wrapper leaves no
 # reference on the parameters. Torch tells of every child that a module is given: so wrappers are noted as they are
-# built.
-_wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+# built. In the order of building: of two around one model the newer one is in use.
+_wrappers: weakref.WeakKeyDictionary[DistributedDataParallel, None] = weakref.WeakKeyDictionary()
+_refused_wrappers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def _note_wrapper(parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
     if isinstance(parent, DistributedDataParallel):
-        _wrappers.add(parent)
-    elif isinstance(parent, SHARDED_WRAPPERS) and child is not None and _has_switchable_layers(child):
-        refuse_sharded_wrapper(parent)
+        _wrappers[parent] = None
+        for layer in _switchable_layers(child):
+            layer._drop_buckets = None  # those of an earlier wrapper, or of none
+    elif is_refused_wrapper(parent):
+        _refused_wrappers.add(parent)
+        if any(_switchable_layers(child)):
+            refuse_wrapper(parent)
 
 
-def _has_switchable_layers(model: torch.nn.Module) -> bool:
-    return any(hasattr(module, "_drop_controller") for module in model.modules())
+def _switchable_layers(model: torch.nn.Module | None) -> Iterator[Any]:
+    return (module for module in (model.modules() if model is not None else ()) if hasattr(module, "_drop_controller"))
 
 
 register_module_module_registration_hook(_note_wrapper)
 
 
 def note_wrappers(modules: Iterable[torch.nn.Module]) -> None:
-    """Note wrappers that were built before this module was imported; refuse those that cannot work."""
+    """Note wrappers that were built before this module was imported."""
     for module in modules:
-        refuse_sharded_wrapper(module)
         if isinstance(module, DistributedDataParallel):
-            _wrappers.add(module)
+            _wrappers.setdefault(module)
+
+
+def refuse_wrappers_around(layers: Iterable[torch.nn.Module]) -> None:
+    """Refuse layers in a wrapper that cannot work, also when the model inside of it was given alone.
+
+    Raises:
+        ValueError: naming the wrapper.
+    """
+    layers = set(layers)
+    if any(not layers.isdisjoint(wrapper.modules()) for wrapper in list(_refused_wrappers)):
+        gc.collect()  # torch's wrappers refer to themselves, so one that was given up may still be there
+    for wrapper in list(_refused_wrappers):
+        if not layers.isdisjoint(wrapper.modules()):
+            refuse_wrapper(wrapper)
 
 
 class LayerBuckets:
@@ -51,6 +71,7 @@ class LayerBuckets:
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
+        refuse_active_wrapper()
         self._params = [param for param in layer.parameters() if param.requires_grad]
         self.wrapper = self._find_wrapper()
         groups = [self.wrapper.param_to_bucket_group[param] for param in self._params] if self.wrapper else []
@@ -88,7 +109,7 @@ class LayerBuckets:
     def _find_wrapper(self) -> DistributedDataParallel | None:
         if not self._params:
             return None
-        for wrapper in _wrappers:
+        for wrapper in reversed(list(_wrappers)):
             if self._params[0] in wrapper.param_to_bucket_group:
                 return wrapper
         return None

@@ -1,19 +1,16 @@
-"""Megatron switches under which a drop would be wrong or silently ignored, each refused by name with the reason.
+"""Switches and wrappers under which a drop would be wrong or silently ignored, each refused by name with the reason.
 
 docs/megatron_features.md lists them beside the switches that are supported; a test keeps the two equal.
 """
 
 from __future__ import annotations
 
-import torch
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from collections.abc import Iterable
 
-# Newer megatron-core puts a function in the place of a class whose dependencies are missing.
-SHARDED_WRAPPERS = tuple(
-    wrapper for wrapper in (FullyShardedDataParallel, TorchFullyShardedDataParallel) if isinstance(wrapper, type)
-)
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 REASONS = {
     "cuda_graph_impl": "a captured graph would repeat the decision it was captured with",
@@ -31,6 +28,25 @@ REASONS = {
 }
 """Why each switch of TransformerConfig is refused when it is on."""
 
+_SHARDED = "it gathers and frees a layer's parameters around a forward pass that a skip leaves out"
+_REDUCER = "it counts the gradients of every layer, and a skipped one has none"
+_COMPILED = "decisions would become part of a compiled graph"
+
+WRAPPERS = {
+    "torch DistributedDataParallel": _REDUCER,
+    "torch DataParallel": "its threads run copies of the layers, and what a layer notes is lost with its copy",
+    "torch FullyShardedDataParallel": _SHARDED,
+    "torch FSDPModule": _SHARDED,
+    "torch OptimizedModule": _COMPILED,
+    "megatron FullyShardedDataParallel": _SHARDED,
+    "megatron TorchFullyShardedDataParallel": _SHARDED,
+    "megatron MegatronFSDP": _SHARDED,
+    "megatron_fsdp MegatronFSDP": _SHARDED,
+    "deepspeed DeepSpeedEngine": _REDUCER,
+    "apex DistributedDataParallel": _REDUCER,
+}
+"""Why each module around a model is refused, by package and class."""
+
 
 def refuse_unsupported_switches(
     config: TransformerConfig, *, microbatch_scope: bool, sample_granularity: bool, distinct_replicas: bool
@@ -46,10 +62,11 @@ def refuse_unsupported_switches(
         value = getattr(config, name, None)
         if is_on(config, name):
             raise ValueError(f"{name} = {value!r} does not work with layer dropping: {reason}; switch it off")
-    if microbatch_scope and config.fp8 and config.recompute_granularity == "full":
+    narrow = next((name for name in ("fp8", "fp4") if getattr(config, name, None)), None)
+    if microbatch_scope and narrow and config.recompute_granularity == "full":
         raise ValueError(
-            "decisions per microbatch do not work with fp8 and recompute_granularity = 'full': Transformer Engine's "
-            "recomputation does not tell its passes apart; use decision scope 'iteration'"
+            f"decisions per microbatch do not work with {narrow} and recompute_granularity = 'full': Transformer "
+            "Engine's recomputation does not tell its passes apart; use decision scope 'iteration'"
         )
     if sample_granularity:
         _refuse_fixed_number_of_samples(config)
@@ -96,14 +113,79 @@ def _refuse_experts_of_distinct_replicas(config: TransformerConfig) -> None:
         )
 
 
-def refuse_sharded_wrapper(wrapper: torch.nn.Module) -> None:
-    """Refuse FSDP wrappers, which gather and free a layer's parameters around a forward that a skip does not run.
+def is_refused_wrapper(module: torch.nn.Module) -> bool:
+    """Whether the module is of one of WRAPPERS."""
+    return _wrapper_name(module) is not None
+
+
+def refuse_wrapper(module: torch.nn.Module) -> None:
+    """Refuse a module that hands out a layer's parameters, or collects its gradients, in a way that a skip breaks.
 
     Raises:
-        ValueError: naming the wrapper.
+        ValueError: naming it and the reason.
     """
-    if isinstance(wrapper, SHARDED_WRAPPERS):
-        raise ValueError(
-            f"{type(wrapper).__module__}.{type(wrapper).__name__} does not work with layer dropping; wrap the model in "
-            "megatron.core.distributed.DistributedDataParallel"
-        )
+    name = _wrapper_name(module)
+    if name is not None:
+        raise ValueError(_wrapper_message(f"{type(module).__module__}.{type(module).__name__}", WRAPPERS[name]))
+
+
+def refuse_wrapped_layers(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> None:
+    """Refuse layers of a model that something other than Megatron's DistributedDataParallel owns or has compiled.
+
+    Raises:
+        ValueError: naming it and the reason.
+    """
+    layers = set(layers)
+    for module in model.modules():
+        if not _is_compiled(module):
+            refuse_wrapper(module)
+        elif not layers.isdisjoint(module.modules()):  # a compiled part of a layer does no harm
+            refuse_wrapper(module)
+            raise ValueError(_wrapper_message(f"compile() of a {type(module).__name__}", _COMPILED))
+    for layer in layers:
+        _refuse_sharded_parameters(layer)
+
+
+def refuse_active_wrapper() -> None:
+    """Refuse to run inside of the forward pass of torch's DistributedDataParallel, which leaves no trace on a model.
+
+    Raises:
+        ValueError: naming it and the reason.
+    """
+    wrapper = TorchDDP._get_active_ddp_module()
+    if wrapper is not None:
+        refuse_wrapper(wrapper)
+
+
+def _refuse_sharded_parameters(layer: torch.nn.Module) -> None:
+    for param in layer.parameters():
+        if isinstance(param, DTensor):
+            raise ValueError(_wrapper_message("a layer with DTensor parameters (fully_shard)", _SHARDED))
+        if hasattr(param, "ds_id"):
+            raise ValueError(_wrapper_message("a layer with parameters of DeepSpeed's ZeRO 3", _SHARDED))
+        if hasattr(param, "_fsdp_flattened"):
+            raise ValueError(_wrapper_message("a layer with parameters of torch's FullyShardedDataParallel", _SHARDED))
+
+
+def _wrapper_message(found: str, reason: str) -> str:
+    return (
+        f"{found} does not work with layer dropping: {reason}; wrap the model in "
+        "megatron.core.distributed.DistributedDataParallel"
+    )
+
+
+_wrapper_names: dict[type, str | None] = {}
+
+
+def _wrapper_name(module: torch.nn.Module) -> str | None:
+    """Which of WRAPPERS the module is. Asked for every module that is built."""
+    cls = type(module)
+    if cls not in _wrapper_names:
+        # By name: a package need not be installed, and newer megatron-core puts functions in the place of classes.
+        names = (f"{base.__module__.partition('.')[0]} {base.__name__}" for base in cls.__mro__)
+        _wrapper_names[cls] = next((name for name in names if name in WRAPPERS), None)
+    return _wrapper_names[cls]
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return _wrapper_name(module) == "torch OptimizedModule" or module._compiled_call_impl is not None

@@ -8,7 +8,6 @@ drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -22,9 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
-from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers
+from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers, refuse_wrappers_around
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
-from megatron_sbld.mcore.refusals import refuse_unsupported_switches
+from megatron_sbld.mcore.recompute import Checkpoint, ForwardPass, running_checkpoint
+from megatron_sbld.mcore.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.samples import SampleIndices, run_on_samples, weigh_router_losses
 from megatron_sbld.mcore.versions import check_megatron_core
 
@@ -60,12 +60,13 @@ class SwitchableLayer(TransformerLayer):
     _drop_buckets: LayerBuckets | None
     _drop_record: LayerRecord
     _drop_samples: SampleIndices | None  # None: granularity layer
-    _drop_recompute_queue: deque[tuple[int, int]]  # iteration, microbatch
     _branch_scale: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock layer's forward, or its identity: (hidden_states [s, b, h], context)."""
         if not self.training:
+            if is_checkpointing():
+                self._refuse_recomputation_in_evaluation()
             return super().forward(*args, **kwargs)
         controller = self._drop_controller
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -101,22 +102,46 @@ class SwitchableLayer(TransformerLayer):
     def _microbatch(self) -> int:
         """The microbatch that this pass belongs to, also when it recomputes an earlier microbatch's activations.
 
-        With pipeline stages `current_microbatch` has moved on by the time of the recomputation. The passes of one layer
-        are recomputed in the order in which they ran, so a queue remembers them.
+        Raises:
+            RuntimeError: it recomputes a pass whose decisions the controller no longer has.
         """
         controller = self._drop_controller
-        if controller.scope == "iteration":
-            return 0
         # Set by Megatron's schedules; a loop without them has to have one microbatch an iteration.
-        microbatch = getattr(self, "current_microbatch", 0 if controller.num_microbatches == 1 else -1)
-        if not is_checkpointing():
+        microbatch = 0
+        if controller.scope != "iteration":
+            microbatch = getattr(self, "current_microbatch", 0 if controller.num_microbatches == 1 else -1)
+        checkpoint = running_checkpoint() if is_checkpointing() else None
+        if checkpoint is None:
             return microbatch
-        if torch.is_grad_enabled():
-            return self._drop_recompute_queue.popleft()[1]
-        while self._drop_recompute_queue and self._drop_recompute_queue[0][0] != controller.iteration:
-            self._drop_recompute_queue.popleft()  # of a forward pass that no backward followed
-        self._drop_recompute_queue.append((controller.iteration, microbatch))
+        if checkpoint.recomputes:
+            return self._recomputed_microbatch(checkpoint)
+        checkpoint.remember(self, ForwardPass(controller, controller.begun, microbatch))
         return microbatch
+
+    def _refuse_recomputation_in_evaluation(self) -> None:
+        checkpoint = running_checkpoint()
+        if checkpoint is not None and checkpoint.recomputes and checkpoint.recall(self) is not None:
+            raise RuntimeError(
+                f"layer {self.layer_number} recomputes a forward pass of training in evaluation mode, in which nothing "
+                "is dropped: call model.train() before backward"
+            )
+
+    def _recomputed_microbatch(self, checkpoint: Checkpoint) -> int:
+        """The microbatch of the forward pass that the checkpoint recomputes."""
+        controller, forward_pass = self._drop_controller, checkpoint.recall(self)
+        if forward_pass is None or forward_pass.controller is not controller:
+            raise RuntimeError(
+                f"layer {self.layer_number} recomputes a forward pass that ran before make_switchable gave it this "
+                "controller: call make_switchable before the forward pass"
+            )
+        if forward_pass.begun != controller.begun:
+            raise RuntimeError(
+                f"layer {self.layer_number} recomputes a forward pass whose decisions are gone: begin_iteration("
+                f"{controller.iteration}, {controller.num_microbatches}) was called between that forward pass and its "
+                "backward pass. Call begin_iteration once an iteration, before its first forward pass; to give an "
+                "iteration up, drop its losses, zero the gradients and call begin_iteration again"
+            )
+        return forward_pass.microbatch
 
 
 _classes: dict[type, type] = {}
@@ -143,20 +168,25 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
 
     Raises:
         ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
-            layers than the policy's, a switch of the model's config under which a drop would be wrong or ignored, or
-            compiled layers with fused branches that the controller scales.
+            layers than the policy's, a switch of the model's config or a wrapper under which a drop would be wrong or
+            ignored, or compiled layers with fused branches that the controller scales. A wrapper that comes later is
+            refused when it is put around the model, at the next begin_iteration, or before the first skip.
     """
     check_megatron_core()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     for chunk in chunks:
         note_wrappers(chunk.modules())
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    _refuse_wrapped(chunks, layers)
     for layer in layers:
         _check_layer(layer, controller)
     samples = SampleIndices(controller) if controller.granularity == "sample" else None
     for layer in layers:
         _attach(layer, controller, samples)
     announce_moe_losses(layers)
+    controller.check_once(
+        partial(_refuse_wrapped, chunks, layers)
+    )  # fully_shard() and compile() change a model in place
     return [layer.layer_number for layer in layers]
 
 
@@ -217,6 +247,12 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
         _refuse_compiled_scales(layer)
 
 
+def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[TransformerLayer]) -> None:
+    for chunk in chunks:
+        refuse_wrapped_layers(chunk, layers)
+    refuse_wrappers_around(layers)
+
+
 def _refuse_compiled_scales(layer: TransformerLayer) -> None:
     if hasattr(layer, "_compiled_forward"):
         raise ValueError(
@@ -248,6 +284,5 @@ def _attach(layer: TransformerLayer, controller: DropController, samples: Sample
     layer._drop_samples = samples
     weigh_router_losses(layer, controller.num_samples)
     layer._drop_buckets = None
-    layer._drop_recompute_queue = deque()
     layer._branch_scale = 1.0
     scale_branches(layer, controller.scales_residual)

@@ -14,10 +14,12 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sbld.checks import check_choice, check_integer
 from megatron_sbld.pipeline import Floats
 from megatron_sbld.placement import Placement
 from megatron_sbld.predict.cost import Attention, Costs, pass_costs, step_costs
@@ -46,6 +48,11 @@ class Setup:
     gpus: int
     attention: Attention
     placement: Placement
+
+    def __post_init__(self) -> None:
+        check_integer("vocab_size", self.vocab_size, 1)
+        check_integer("gpus", self.gpus, 1)
+        check_choice("attention", self.attention, get_args(Attention))
 
     @property
     def replicas(self) -> int:

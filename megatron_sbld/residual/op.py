@@ -52,7 +52,7 @@ def residual_skip_add(
             wrong index is an error of the device, as with torch's own indexing.)
         RuntimeError: MEGATRON_SBLD_RESIDUAL asks for what cannot be used.
     """
-    _check(x, residual, bias, index, dim)
+    _check(x, residual, bias, index, dim, training)
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
     if _is_watched() or not all(map(_is_plain, (x, residual, bias, index))):
         return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
@@ -75,7 +75,7 @@ def residual_skip_add_(
     The residual must be contiguous, share no memory with x, and its values be no longer needed: where another operator
     has saved it for backward (the norm at the head of a branch does), torch raises at backward.
     """
-    _check(x, residual, bias, index, dim)
+    _check(x, residual, bias, index, dim, training)
     if not residual.is_contiguous():
         raise ValueError("residual must be contiguous to be written in place")
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
@@ -106,8 +106,15 @@ def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torc
 
 
 def _check(
-    x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor | None, dim: int
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None,
+    index: torch.Tensor | None,
+    dim: int,
+    training: bool,
 ) -> None:
+    if training is not True and training is not False:
+        raise ValueError(f"training is {training!r}: must be True or False")
     if x.dtype not in _DTYPES:
         raise ValueError(f"x is {x.dtype}: must be one of {', '.join(map(str, _DTYPES))}")
     if x.dim() < 1 or x.size(-1) == 0:

@@ -101,6 +101,7 @@ class Case:
     optimizer_switches: dict[str, Any] = field(default_factory=dict)
     residual: str = "stock"
     evaluate: bool = False
+    given_up: bool = False  # each iteration's forward passes run twice: the first ones have no backward pass
     switch_before_wrapping: bool = False
     switchable: bool = True  # False: stock layers, which drop nothing whatever the policy says
     iterations: int = 10
@@ -117,6 +118,7 @@ class Case:
                 for name in ("tp", "pp", "cp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
             },
             switch_before_wrapping=False,
+            given_up=False,
         )
 
 
@@ -180,11 +182,14 @@ def _run_iteration(
     result: Result,
 ) -> None:
     num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
-    for model in models:
-        model.train()
-        model.zero_grad_buffer()
-    optimizer.zero_grad()
-    controller.begin_iteration(iteration, num_microbatches)
+    for attempt in range(1 + case.given_up):
+        for model in models:
+            model.train()
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        controller.begin_iteration(iteration, num_microbatches)
+        if attempt < case.given_up:
+            forward_backward(models, iteration, num_microbatches, forward_only=True)
     if iteration == case.overflow_at:
         _multiply_loss_scale(optimizer, 2.0**30)
     elif case.overflow_at is not None and iteration == case.overflow_at + 1:

@@ -17,6 +17,7 @@ import torch
 from tests.distributed import per_token_runs
 from tests.distributed.harness import model_parallel, run_distributed, single_process
 from tests.distributed.runs import (
+    BLOCK_RECOMPUTE,
     BOTH_OVERLAPS,
     FULL_RECOMPUTE,
     OVERLAP,
@@ -99,6 +100,13 @@ TWO_PROCESSES = {
     "clipped and zeros counted, DP 2, both overlaps": case(CLIPPED, ddp=BOTH_OVERLAPS),
     "per-token loss, DP 2, both overlaps": case(PER_TOKEN, ddp=BOTH_OVERLAPS),
     "selective recomputation, PP 2, microbatch": case(pp=2, scope="microbatch", config=SELECTIVE_RECOMPUTE),
+    "given up and repeated, PP 2, full recomputation, microbatch": case(
+        pp=2, scope="microbatch", config=FULL_RECOMPUTE, given_up=True
+    ),
+    "given up and repeated, PP 2 interleaved, block recomputation, samples": case(
+        pp=2, vpp=2, scope="microbatch", granularity="sample", config=BLOCK_RECOMPUTE, given_up=True
+    ),
+    "given up and repeated, DP 2, both overlaps, extreme": case(policy="extreme", ddp=BOTH_OVERLAPS, given_up=True),
     "PP 2, a first stage of one layer": case(pp=2, policy="extreme", config={"num_layers_in_first_pipeline_stage": 1}),
     "DP 2, gathers started by hooks alone": case(ddp={**BOTH_OVERLAPS, "align": False}, policy="extreme"),
     "PP 2 interleaved, gathers and reductions aligned": case(

@@ -449,5 +449,5 @@ def test_an_imported_checkpoint_is_no_start_with_optimizer_state(
 
 
 def test_padding_to_a_multiple_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--pad_vocab_to_multiple_of = 0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"--pad_vocab_to_multiple_of = 0 is not allowed"):
         import_hf(str(tmp_path), str(tmp_path / "in"), pad_vocab_to_multiple_of=0)

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import fully_shard
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.refusals import REASONS
+from megatron_sbld.mcore import ddp, make_switchable
+from megatron_sbld.mcore.refusals import REASONS, is_refused_wrapper, refuse_wrapped_layers
 from megatron_sbld.mcore.switchable import decoder_layers
 from megatron_sbld.policy import LayerDropPolicy
 from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
-from tests.helpers import tiny_config, tiny_gpt
+from tests.helpers import SEQUENCE, Listed, tiny_config, tiny_gpt, wrap_ddp
 
 ON: dict[str, list[Any]] = {
     "cuda_graph_impl": ["local", "transformer_engine"],
@@ -70,27 +73,136 @@ def test_fp8_delayed_scaling_is_refused_only_when_fp8_is_on() -> None:
     make_switchable(chunk, half())
 
 
-def test_fp8_with_full_recomputation_is_refused_for_decisions_per_microbatch() -> None:
+@pytest.mark.parametrize(("precision", "value"), [("fp8", "hybrid"), ("fp4", "e2m1")])
+def test_fp8_with_full_recomputation_is_refused_for_decisions_per_microbatch(precision: str, value: str) -> None:
     (chunk,) = tiny_gpt(tiny_config())
-    chunk.config.fp8, chunk.config.fp8_recipe = "hybrid", "tensorwise"
+    chunk.config.fp8_recipe = "tensorwise"
+    setattr(chunk.config, precision, value)
     chunk.config.recompute_granularity = "full"
-    with pytest.raises(ValueError, match=r"decisions per microbatch do not work with fp8 .* use decision scope"):
+    with pytest.raises(
+        ValueError, match=rf"decisions per microbatch do not work with {precision} .* use decision scope"
+    ):
         make_switchable(chunk, half(scope="microbatch"))
     make_switchable(chunk, half(scope="iteration"))
 
 
-@pytest.mark.parametrize("cls", [FullyShardedDataParallel, TorchFullyShardedDataParallel])
-def test_sharded_wrappers_are_refused_by_name_before_and_after(cls: type[torch.nn.Module]) -> None:
-    message = f"{cls.__name__} does not work with layer dropping; wrap the model in"
-    (chunk,) = tiny_gpt(tiny_config())
+def unbuilt(cls: type[torch.nn.Module]) -> torch.nn.Module:
+    """A wrapper without what its constructor needs."""
     wrapper = cls.__new__(cls)
     torch.nn.Module.__init__(wrapper)
-    wrapper.module = chunk
+    return wrapper
+
+
+class DeepSpeedEngine(torch.nn.Module):
+    """Stands for DeepSpeed's, which is not installed."""
+
+    __module__ = "deepspeed.runtime.engine"
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """One of DeepSpeed's subclasses."""
+
+
+WRAPPER_CLASSES = [
+    torch.nn.parallel.DistributedDataParallel,
+    torch.nn.DataParallel,
+    FSDP1,
+    FullyShardedDataParallel,
+    TorchFullyShardedDataParallel,
+    PipelineEngine,
+]
+
+
+@pytest.mark.parametrize("cls", WRAPPER_CLASSES)
+def test_wrappers_that_own_gradients_are_refused_by_name_before_and_after(cls: type[torch.nn.Module]) -> None:
+    message = rf"{cls.__name__} does not work with layer dropping: .*; wrap the model in megatron\.core"
+    (chunk,) = tiny_gpt(tiny_config())
+    name = "_fsdp_wrapped_module" if cls is FSDP1 else "module"
+    wrapper = unbuilt(cls)
+    wrapper._modules[name] = chunk
     with pytest.raises(ValueError, match=message):
         make_switchable(wrapper, half())
     make_switchable(chunk, half())
+    later = unbuilt(cls)
     with pytest.raises(ValueError, match=message):
-        wrapper.module = chunk
+        setattr(later, name, chunk)
+
+
+def test_each_wrapper_is_named_in_the_table_and_has_a_reason() -> None:
+    assert {is_refused_wrapper(unbuilt(cls)) for cls in WRAPPER_CLASSES} == {True}
+    assert not is_refused_wrapper(unbuilt(DistributedDataParallel))  # Megatron's
+
+
+def test_torchs_data_parallel_is_refused_whenever_it_is_put_around_a_model() -> None:
+    message = "torch.nn.parallel.distributed.DistributedDataParallel does not work with layer dropping"
+    (chunk,) = tiny_gpt(tiny_config())
+    wrapper = torch.nn.parallel.DistributedDataParallel(chunk)
+    with pytest.raises(ValueError, match=message):
+        make_switchable(wrapper, half())
+    with pytest.raises(ValueError, match=message):
+        make_switchable(chunk, half())  # the wrapper is around it
+    del wrapper
+    make_switchable(chunk, half())  # the wrapper is gone
+    with pytest.raises(ValueError, match=message):
+        torch.nn.parallel.DistributedDataParallel(chunk)
+
+
+def test_torchs_data_parallel_that_was_built_unseen_is_refused_before_the_first_skip() -> None:
+    (chunk,) = tiny_gpt(tiny_config())
+    wrapper = torch.nn.parallel.DistributedDataParallel(chunk)
+    ddp._refused_wrappers.discard(wrapper)  # as if this package had been imported after it
+    controller = DropController(Listed(1, 0, 1, 1))
+    make_switchable(chunk, controller)
+    controller.begin_iteration(1, 1)
+    tokens = torch.zeros(2, SEQUENCE, dtype=torch.long)
+    with pytest.raises(ValueError, match="DistributedDataParallel does not work with layer dropping"):
+        wrapper(tokens, torch.arange(SEQUENCE).expand(2, -1), None)
+
+
+def test_fully_sharded_layers_are_refused_before_and_after() -> None:
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    (chunk,) = tiny_gpt(tiny_config())
+    controller = half()
+    make_switchable(chunk, controller)
+    fully_shard(chunk, mesh=mesh)
+    message = r"(FSDP\w+|DTensor parameters \(fully_shard\)) does not work with layer dropping"
+    with pytest.raises(ValueError, match=message):
+        controller.begin_iteration(1, 1)
+    with pytest.raises(ValueError, match=message):
+        make_switchable(chunk, half())
+    with pytest.raises(ValueError, match=message):  # of a part, whose owner is elsewhere
+        refuse_wrapped_layers(torch.nn.Module(), chunk.decoder.layers)
+
+
+def test_a_compiled_model_is_refused_before_and_after_and_a_compiled_part_of_a_layer_is_not() -> None:
+    message = "decisions would become part of a compiled graph"
+    (chunk,) = tiny_gpt(tiny_config())
+    with pytest.raises(ValueError, match=f"OptimizedModule does not work with layer dropping: {message}"):
+        make_switchable(torch.compile(chunk, backend="eager"), half())
+    (chunk,) = tiny_gpt(tiny_config())
+    chunk.decoder.layers[0].mlp = torch.compile(chunk.decoder.layers[0].mlp, backend="eager")
+    controller = half()
+    make_switchable(chunk, controller)
+    controller.begin_iteration(1, 1)
+    with pytest.raises(ValueError, match=message):
+        torch.compile(chunk, backend="eager")
+    chunk.compile(backend="eager")
+    with pytest.raises(ValueError, match=rf"compile\(\) of a GPTModel does not work with layer dropping: {message}"):
+        make_switchable(chunk, controller)
+
+
+def test_a_model_that_is_wrapped_again_reports_to_the_newer_wrapper() -> None:
+    (chunk,) = tiny_gpt(tiny_config())
+    controller = DropController(Listed(1, 0, 1, 1))
+    make_switchable(chunk, controller)
+    controller.begin_iteration(1, 1)
+    chunk.train()(torch.zeros(2, SEQUENCE, dtype=torch.long), torch.arange(SEQUENCE).expand(2, -1), None)
+    layer = chunk.decoder.layers[1]
+    assert layer._drop_buckets.wrapper is None  # not wrapped when it was skipped first
+    for _ in range(2):
+        (wrapper,) = wrap_ddp([chunk], overlap_grad_reduce=True)
+        wrapper(torch.zeros(2, SEQUENCE, dtype=torch.long), torch.arange(SEQUENCE).expand(2, -1), None)
+        assert layer._drop_buckets.wrapper is wrapper
 
 
 def test_layers_with_cross_attention_are_refused_by_number() -> None:

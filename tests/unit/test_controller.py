@@ -68,7 +68,7 @@ def test_the_window_changes_nothing_but_how_often_ranks_are_compared(window: int
     ("arguments", "message"),
     [
         ({"replicas": "distinct"}, "needs sampler 'balanced'"),
-        ({"window": 0}, "window must be at least 1"),
+        ({"window": 0}, "window = 0 is not allowed: it must be an integer of at least 1"),
         ({"stages": 2}, "stages = 2 is used by sampler 'balanced' only"),
         ({"granularity": "token"}, "granularity = 'token' .* one of layer, sample"),
         ({"granularity": "sample"}, "num_samples = None .* an integer"),
@@ -87,9 +87,9 @@ def test_arguments_that_cannot_work_are_refused(arguments: dict, message: str) -
 
 def test_iterations_and_microbatches_out_of_range_are_refused() -> None:
     controller = DropController(HALF, scope="microbatch")
-    with pytest.raises(ValueError, match="iteration counts from 1, got 0"):
+    with pytest.raises(ValueError, match="iteration = 0 is not allowed: it must be an integer of at least 1"):
         controller.begin_iteration(0, 1)
-    with pytest.raises(ValueError, match="num_microbatches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_microbatches = 0 is not allowed: it must be an integer of at least 1"):
         controller.begin_iteration(1, 0)
     controller.begin_iteration(1, 2)
     with pytest.raises(RuntimeError, match="microbatch 2 of layer 1 is outside of the 2"):
