@@ -134,7 +134,7 @@ def written_at_once(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: a process that was killed has left one, or another one is writing it.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # of a link to an empty folder that folder gets the content
     unfinished = folder.parent / f"{folder.name}.incomplete"
     try:
         unfinished.mkdir(parents=True)
