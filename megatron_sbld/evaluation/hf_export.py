@@ -140,6 +140,8 @@ def written_at_once(folder: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(f"{unfinished}: exists; remove it unless another process is writing it") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
         yield unfinished
         if folder.exists():
