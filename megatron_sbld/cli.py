@@ -15,8 +15,9 @@ from jsonargparse import Namespace
 
 from megatron_sbld import __version__
 from megatron_sbld.command_parser import CommandParser
-from megatron_sbld.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST
+from megatron_sbld.exit_status import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_RANK_LOST
 from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.path_errors import describe
 from megatron_sbld.training.liveness import RankLostError
 
 if TYPE_CHECKING:
@@ -53,10 +54,18 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _check_encoding(given)
         if given[0] not in commands:
             raise ValueError(f"unknown command {given[0]!r}; allowed are {', '.join(commands)}")
-        sys.exit(commands[given[0]](given[1:]))
-    except (ValueError, argparse.ArgumentError, OSError, RankLostError) as error:
+        status = commands[given[0]](given[1:])
+        sys.stdout.flush()  # here a full disk or a closed pipe still gets its message
+        sys.exit(status)
+    except BrokenPipeError:
+        # What read the output, such as head, has ended. Nothing more may be written, not even at Python's exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EXIT_BROKEN_PIPE)
+    except (ValueError, argparse.ArgumentError, OSError, ModuleNotFoundError, RankLostError) as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "megatron_sbld").startswith("megatron_sbld"):
+            raise  # a fault of ours
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"megatron-sbld: error{rank}: {error}", file=sys.stderr, flush=True)
+        print(f"megatron-sbld: error{rank}: {_message(error, given[1:])}", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST if isinstance(error, RankLostError) else EXIT_MISTAKE)
     except KeyboardInterrupt:
         print("megatron-sbld: interrupted", file=sys.stderr, flush=True)
@@ -75,6 +84,12 @@ def _check_encoding(args: Sequence[str]) -> None:
             raise ValueError(
                 f"the argument {shown} is not UTF-8; give the file another name, or write the text so"
             ) from None
+
+
+def _message(error: Exception, args: list[str]) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs the package {error.name}, which is not installed; `megatron-sbld doctor` says what mends it"
+    return describe(error, args) if isinstance(error, OSError) else str(error)
 
 
 _USAGE = """usage: megatron-sbld COMMAND [options]

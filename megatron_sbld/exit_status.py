@@ -11,3 +11,6 @@ EXIT_RANK_LOST = 76
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C, as shells have it."""
+
+EXIT_BROKEN_PIPE = 141
+"""What read the output has ended; as shells have SIGPIPE."""

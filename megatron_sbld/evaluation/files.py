@@ -14,6 +14,7 @@ _CHUNK_BYTES = 1 << 20
 def write_atomically(file: Path, text: str) -> None:
     """Writes a file so that a reader, or a kill, meets the old content or the new one and nothing in between."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    file = Path(os.path.realpath(file))  # a link stays one
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as stream:

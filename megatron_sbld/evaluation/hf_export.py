@@ -136,12 +136,14 @@ def written_at_once(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: a process that was killed has left one, or another one is writing it.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # of a link to an empty folder that folder gets the content
     unfinished = folder.parent / f"{folder.name}.incomplete"
     try:
         unfinished.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(f"{unfinished}: exists; remove it unless another process is writing it") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
         yield unfinished
         if folder.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,21 @@ class TasksInTraining:
         return bool(self._asked)
 
     def evaluate(
-        self, chunks: Sequence[torch.nn.Module], iteration: int, consumed_tokens: int, train_time_s: float
+        self,
+        chunks: Sequence[torch.nn.Module],
+        iteration: int,
+        consumed_tokens: int,
+        train_time_s: float,
+        interrupt: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """Score everything with the model as it is, and keep it in the run folder. Collective.
+        """Score everything with the model as it is, and keep it in the run folder once all is there. Collective.
 
         Args:
             chunks: this rank's, in evaluation mode.
             iteration: iterations done.
             consumed_tokens: tokens trained on.
             train_time_s: seconds trained.
+            interrupt: see `score`.
 
         Returns:
             The metrics for metrics.jsonl, each under the task's name and its own.
@@ -69,6 +75,7 @@ class TasksInTraining:
                 asked.requests,
                 vocab_size=self._tokenizer.vocab_size,
                 batch_tokens=training.micro_batch_size * self._config.model.seq_length,
+                interrupt=interrupt,
             )
             result = asked.result(scores)
             metrics |= {f"{task.name}_{name}": value for name, value in dataclasses.asdict(result).items()}

@@ -31,6 +31,9 @@ from megatron_sbld.training.watchdog import POSITION
 _LENGTH_UNIT = 16
 """Inputs are padded to multiples of it: few lengths, so few pipelines to fill, and little padding."""
 
+_MICROBATCHES_A_STAGE = 16
+"""Of a part that is not interrupted, on a pipeline: filling and emptying it then costs a sixteenth at most."""
+
 Batch = dict[str, torch.Tensor]
 """A microbatch: tokens, labels, position_ids, and requests (the request that a position is scored for, or -1), each
 int64 [b, s]."""
@@ -53,6 +56,7 @@ def score(
     vocab_size: int,
     batch_tokens: int,
     on_progress: Callable[[float], None] = lambda share: None,
+    interrupt: Callable[[], None] | None = None,
 ) -> list[Score]:
     """Score requests with a model in evaluation mode. Collective; the same result on every rank.
 
@@ -63,18 +67,23 @@ def score(
         vocab_size: tokens of the tokenizer; rows of the word embeddings beyond it are left out.
         batch_tokens: most tokens of a microbatch, padding included, but always at least one request.
         on_progress: is told the share done, in (0, 1], after each microbatch of this rank.
+        interrupt: is called before each microbatch, on a pipeline before each few of them, and may raise on all ranks
+            to end the scoring.
     """
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     lengths = [len(request.tokens) - 1 for request in requests]
-    calls = [
-        call._replace(microbatches=call.microbatches[replica::replicas])
-        for call in plan_calls(lengths, batch_tokens, replicas, _unit(parallel))
-    ]
+    planned = plan_calls(lengths, batch_tokens, replicas, _unit(parallel))
+    if interrupt is not None:
+        stages = parallel.pipeline_model_parallel_size
+        planned = _in_parts(planned, replicas * (1 if stages == 1 else _MICROBATCHES_A_STAGE * stages))
+    calls = [call._replace(microbatches=call.microbatches[replica::replicas]) for call in planned]
     totals = torch.zeros(len(requests), 2, dtype=torch.float64, device=this_device())
     steps = [call.length * call.rows for call in calls for _ in call.microbatches]
     shares = (done / sum(steps) for done in itertools.accumulate(steps))
     with torch.no_grad():
         for call in calls:
+            if interrupt is not None:
+                interrupt()
             _run(parallel, chunks, requests, call, totals, vocab_size, lambda: on_progress(next(shares)))
     # Scores arise on the last stage, the same on its tensor-parallel ranks, each position on one context-parallel rank.
     if parallel_state.get_tensor_model_parallel_rank() != 0:
@@ -111,6 +120,15 @@ def plan_calls(lengths: Sequence[int], batch_tokens: int, replicas: int, unit: i
         microbatches = [indices[start : start + rows] for start in range(0, len(indices), rows)]
         calls.append(_Call(length, rows, microbatches))
     return calls
+
+
+def _in_parts(calls: Sequence[_Call], microbatches: int) -> list[_Call]:
+    """The same calls with so many microbatches each at most, of all replicas together."""
+    return [
+        call._replace(microbatches=call.microbatches[start : start + microbatches])
+        for call in calls
+        for start in range(0, len(call.microbatches), microbatches)
+    ]
 
 
 def _run(

@@ -8,9 +8,9 @@ checkpoint_files.py's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -158,7 +158,8 @@ class CheckpointManager:
             self._on_all_ranks(lambda: self._publish(job) if first else None)
         except _WriteError as failure:
             if first:
-                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    files.remove(folder)
             raise RuntimeError(
                 f"checkpoint of iteration {job.iteration} could not be written to {self._directory}; those before it "
                 f"are as they were. {failure}"

@@ -98,7 +98,10 @@ def encode_train_state(train_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def publish(directory: Path, iteration: int, layout: Layout, train_state: dict[str, Any]) -> CheckpointInfo:
-    """Make a fully written `.incomplete` folder a checkpoint: manifest, then renaming, then Megatron-LM's tracker."""
+    """Make a fully written `.incomplete` folder a checkpoint: manifest, then renaming, then Megatron-LM's tracker.
+
+    With the renaming the checkpoint is complete. What fails after it is warned about, because nothing is lost.
+    """
     folder, final = incomplete_path(directory, iteration), checkpoint_path(directory, iteration)
     present = sorted(folder.iterdir())
     content = {
@@ -114,14 +117,29 @@ def publish(directory: Path, iteration: int, layout: Layout, train_state: dict[s
     for file in folder.iterdir():
         _sync(file)
     _sync(folder)
-    if final.exists():  # a damaged one of the same iteration; a complete one is never written again
-        shutil.rmtree(final)
+    remove(final)  # a damaged one of the same iteration; a complete one is never written again
     folder.rename(final)
-    _sync(directory)
+    try:
+        _sync(directory)
+    except OSError as error:
+        logger.warning("checkpoint %s is complete, but may be lost with a loss of power: %s", final, error)
+    try:
+        _write_tracker(directory, iteration)
+    except OSError as error:
+        logger.warning(
+            "checkpoint %s is complete, but %s could not be written: Megatron-LM does not find this checkpoint by "
+            "itself, megatron-sbld does (%s)",
+            final,
+            TRACKER,
+            error,
+        )
+    return CheckpointInfo(final, iteration)
+
+
+def _write_tracker(directory: Path, iteration: int) -> None:
     tracker = directory / f"{TRACKER}.tmp"
     tracker.write_text(str(iteration))
     tracker.replace(directory / TRACKER)
-    return CheckpointInfo(final, iteration)
 
 
 def verify(path: Path) -> Manifest:
@@ -217,7 +235,21 @@ def remove_incomplete(directory: Path) -> None:
     """Remove what an interrupted save or removal left behind."""
     for folder in directory.glob(f"iter_*{_INCOMPLETE}"):
         logger.info("removing %s, left by an interrupted save", folder)
-        shutil.rmtree(folder)
+        try:
+            remove(folder)
+        except OSError as error:  # no reason not to train; it matters when that iteration is saved again
+            logger.warning("cannot remove %s: %s", folder, error)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or file, if there is one. Of a symbolic link the link goes, and what it points to stays."""
+    if path.is_symlink():
+        logger.info("%s is a symbolic link: it is removed, %s stays", path, os.path.realpath(path))
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prune(directory: Path, keep_last: int, newest: CheckpointInfo) -> None:
@@ -230,8 +262,11 @@ def prune(directory: Path, keep_last: int, newest: CheckpointInfo) -> None:
         # Renamed first, so that a removal that is interrupted does not leave a damaged checkpoint.
         leaving = incomplete_path(directory, old.iteration)
         try:
+            if old.path.is_symlink():  # renamed, it would point to a complete checkpoint by the name of a broken one
+                remove(old.path)
+                continue
             old.path.rename(leaving)
-            shutil.rmtree(leaving)
+            remove(leaving)
         except OSError as error:
             logger.warning("cannot remove an old checkpoint: %s", error)
 
@@ -240,8 +275,13 @@ def _candidates(directory: Path) -> list[CheckpointInfo]:
     """Folders named as checkpoints, highest iteration first."""
     if not directory.is_dir():
         return []
-    matches = [(folder, _NAME.fullmatch(folder.name)) for folder in directory.iterdir() if folder.is_dir()]
-    found = [CheckpointInfo(folder, int(match[1])) for folder, match in matches if match]
+    found = []
+    for folder in directory.iterdir():
+        match = _NAME.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append(CheckpointInfo(folder, int(match[1])))
+        elif match and folder.is_symlink():
+            logger.warning("skipping checkpoint %s: it points to %s, where no folder is", folder, os.readlink(folder))
     return sorted(found, key=lambda info: info.iteration, reverse=True)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sbld.mcore.layer_specs import uneven_layout
 from megatron_sbld.mcore.optimizer_state import bucket_sizes
-from megatron_sbld.training.checkpoint_files import Layout
+from megatron_sbld.training.checkpoint_files import Layout, remove
 
 NOT_DISTRIBUTED = "not_distributed"
 DP_RESHARDABLE = "dp_reshardable"
@@ -174,7 +173,7 @@ def take_snapshot(state: dict[str, Any], *, copy: bool) -> Snapshot:
 
 def write_common(folder: Path, snapshot: Snapshot) -> None:
     """Write what ranks share into a new folder. For one rank, before the others write."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
     (folder / COMMON_STATE_FNAME).write_bytes(snapshot.common)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))

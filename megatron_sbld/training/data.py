@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_sbld.training.checkpoint import on_rank_0
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.dataset_files import DatasetFacts, read_metadata, verify_dataset
 from megatron_sbld.training.run_length import RunLength
@@ -218,7 +220,30 @@ def _build_split(
         # Megatron rounds each set's share up, so many sets and few samples draw more from one than 0.5 % allows for.
         mid_level_dataset_surplus=0.005 + 2 * len(blend.datasets) / samples,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[split.value]
+    try:
+        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[split.value]
+    except Exception as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise OSError(_cache_refusal(cache_path, error.__cause__)) from error
+
+
+def check_cache(cache: Path) -> None:
+    """Find a cache that cannot be written while other ranks do not wait yet for what rank 0 builds in it.
+
+    One that cannot be written but holds indices may hold all that are needed. Raises OSError naming the field.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not any(cache.glob("*.npy")):
+            with tempfile.TemporaryFile(dir=cache):
+                pass
+    except OSError as error:
+        raise OSError(_cache_refusal(str(cache), error)) from error
+
+
+def _cache_refusal(cache_path: str, error: OSError) -> str:
+    return f"data.data_cache_path = {cache_path!r} (default: data_cache in the run folder): {error.strerror}"
 
 
 def _remove_broken_indices(cache: Path) -> None:
@@ -305,6 +330,7 @@ class TrainingData:
         self._tokenizer = tokenizer
         training, data = config.training, config.data
         self._cache_path = data.data_cache_path or str(Path(config.logging.run_dir) / "data_cache")
+        on_rank_0(lambda: check_cache(Path(self._cache_path)))
         train, valid = build_datasets(
             config,
             tokenizer,

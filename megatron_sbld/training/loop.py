@@ -38,6 +38,7 @@ from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switc
 from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.policy import Policy
 from megatron_sbld.strict_yaml import dump_yaml
+from megatron_sbld.training.between import BetweenIterations, is_due
 from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
 from megatron_sbld.training.checkpoint_state import failures_name
 from megatron_sbld.training.config import Config
@@ -56,11 +57,12 @@ from megatron_sbld.training.model import (
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.resume import PLANNED_FIELDS, warnings_of_decisions
 from megatron_sbld.training.run_length import RunLength
+from megatron_sbld.training.run_lock import RunLock
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.stage_forecast import stage_forecast, stage_forecast_text
 from megatron_sbld.training.stages import placement_of
 from megatron_sbld.training.start import Start, find_start
-from megatron_sbld.training.step import StepResult, evaluating, train_step, validation_loss
+from megatron_sbld.training.step import StepResult, train_step
 from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.training.validate import data_parallel_size, validate
 from megatron_sbld.training.watchdog import POSITION
@@ -91,11 +93,15 @@ def pretrain(config: Config) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_data(config, tokenizer)
     tasks = TasksInTraining(config, tokenizer)
-    start = find_start(config, tokenizer)
-    length = RunLength(config.training) if start is None else start.length(config)
-    policy = build_policy(config.drop, config.model.num_layers, length.train_iters)
-    with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
-        on_rank_0(lambda: Path(config.logging.run_dir).mkdir(parents=True, exist_ok=True))
+    with (
+        distributed_run(config),
+        microbatch_calculator(config),
+        stop_flag() as stop,
+        run_folder_lock(config.logging.run_dir, "logging.run_dir"),
+    ):
+        start = find_start(config, tokenizer)  # not before the lock: a process that is just ending may still save
+        length = RunLength(config.training) if start is None else start.length(config)
+        policy = build_policy(config.drop, config.model.num_layers, length.train_iters)
         run = Run(config, tokenizer, policy, start)
         first = run.iteration
         try:
@@ -111,7 +117,7 @@ def pretrain(config: Config) -> int:
 
 @dataclass
 class StopFlag:
-    """Set by STOP_SIGNALS; read at the end of each iteration."""
+    """Set by STOP_SIGNALS; read at the end of each iteration, and between the parts of validation and tasks."""
 
     requested: bool = False
 
@@ -148,6 +154,17 @@ def microbatch_calculator(config: Config) -> Iterator[None]:
         destroy_num_microbatches_calculator()
 
 
+@contextmanager
+def run_folder_lock(folder: str, field: str) -> Iterator[None]:
+    """Hold the lock of a folder that `field` names, on rank 0. Collective; raises as RunLock does, on all ranks."""
+    lock = RunLock(Path(folder), field)
+    on_rank_0(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Run:
     """A run's parts and how far it has come. Built on every rank, in the same order.
 
@@ -178,6 +195,8 @@ class Run:
         self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.length)
         self.checkpoints: CheckpointManager | None = None
         self.writer: MetricsWriter | None = None
+        self.interrupted: list[str] = []
+        """What is due at this iteration and was interrupted by a request to stop (between.py)."""
         self.last_loss = math.nan
         """Mean loss per token of the last iteration."""
         if start is not None:
@@ -201,25 +220,36 @@ class Run:
             self._announce(first)
         for chunk in self.chunks:
             chunk.train()
+        between = BetweenIterations(self, tasks, stop)
+        self.interrupted = between.do(between.missed(self.interrupted))
+        if self.interrupted or (self.iteration < self.train_iters and between.is_stopping()):
+            return self._stopped()  # nothing has changed since it was saved
         while self.iteration < self.train_iters:
-            stopping = self.iterate(stop)
+            asked = self.iterate(stop)
             done = self.iteration == self.train_iters
             limit = config.training.exit_after_iterations
-            stopping = stopping or (limit is not None and self.iteration - first + 1 >= limit)
             self.checkpoints.poll()
-            if config.data.valid_data_path and (done or _is_due(self.iteration, config.training.eval_interval)):
-                self._validate()
-            if tasks and (done or _is_due(self.iteration, config.training.task_interval)):
-                self._evaluate(tasks)
+            due = between.due(done)
+            self.interrupted = due if asked else between.do(due)
+            stopping = (
+                asked
+                or bool(self.interrupted)
+                or (limit is not None and self.iteration - first + 1 >= limit)
+                or (bool(due) and between.is_stopping())
+            )
             if self._save_is_due(done, stopping):
                 self._save()
-            if stopping and not done:
-                self._note(
-                    f"stopped as asked after iteration {self.iteration} of {self.train_iters}; start again to go on"
-                )
-                return EXIT_TO_BE_CONTINUED
-        self._note(f"complete: {self.train_iters} iterations, {self.consumed_samples:,} samples")
+            if self.interrupted or (stopping and not done):
+                return self._stopped()
+        self.note(f"complete: {self.train_iters} iterations, {self.consumed_samples:,} samples")
         return 0
+
+    def _stopped(self) -> int:
+        left = f", before its {' and '.join(self.interrupted)}" if self.interrupted else ""
+        self.note(
+            f"stopped as asked after iteration {self.iteration} of {self.train_iters}{left}; start again to go on"
+        )
+        return EXIT_TO_BE_CONTINUED
 
     def close(self) -> None:
         """Finish what runs in the background."""
@@ -301,40 +331,16 @@ class Run:
                 row["mfu"] = row["model_tflops_per_gpu"] / self.config.logging.peak_tflops
         return row
 
-    def _validate(self) -> None:
-        training = self.config.training
-        num_microbatches = (
-            training.eval_iters * training.global_batch_size // (training.micro_batch_size * self.replicas)
-        )
-        batches = itertools.tee(self.data.valid_batches(num_microbatches), len(self.chunks))
-        loss = validation_loss(self.config, self.chunks, batches, num_microbatches)
-        if self.writer is not None:
-            self.writer.valid_row(
-                {
-                    "iteration": self.iteration,
-                    "valid_loss": loss,
-                    "train_time_s": self.train_time_s,
-                    "consumed_tokens": self.consumed_samples * self.config.model.seq_length,
-                }
-            )
-
-    def _evaluate(self, tasks: TasksInTraining) -> None:
-        POSITION.enter("evaluating tasks")
-        consumed_tokens = self.consumed_samples * self.config.model.seq_length
-        with evaluating(self.config, self.chunks):
-            metrics = tasks.evaluate(self.chunks, self.iteration, consumed_tokens, self.train_time_s)
-        if self.writer is not None:
-            self.writer.tasks_row({"iteration": self.iteration, **metrics})
-
     def _save_is_due(self, done: bool, stopping: bool) -> bool:
         checkpoint = self.config.checkpoint
-        return stopping or (done and checkpoint.save_at_end) or _is_due(self.iteration, checkpoint.save_interval)
+        return stopping or (done and checkpoint.save_at_end) or is_due(self.iteration, checkpoint.save_interval)
 
     def _save(self) -> None:
         POSITION.enter(SAVING)
         train_state = {
             "consumed_samples": self.consumed_samples,
             "train_time_s": self.train_time_s,
+            "interrupted": self.interrupted,
             "drop": self.controller.state_dict(),
             "sensitivity": None if self.sensitivity is None else self.sensitivity.state_dict(),
             "config": dataclasses.asdict(self.config),
@@ -357,6 +363,7 @@ class Run:
         with failures_name(start.checkpoint.path):
             self.consumed_samples = int(state["consumed_samples"])
             self.train_time_s = float(state["train_time_s"])
+            self.interrupted = list(state.get("interrupted", []))
             self.controller.load_state_dict(state["drop"])  # what it finds changed is among start.changes
             lines = [change.text for change in start.changes]
             if any(change.field in PLANNED_FIELDS for change in start.changes):
@@ -385,34 +392,31 @@ class Run:
     def _announce(self, first: int) -> None:
         parallel = self.config.parallel
         params = sum(param.numel() for chunk in self.chunks for param in chunk.parameters())
-        self._note(
+        self.note(
             f"{params:,} parameters on this rank; tensor {parallel.tensor_model_parallel_size} x "
             f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x "
             f"data {self.replicas}; policy {self.config.drop.policy}; iterations {first} to {self.train_iters}"
         )
         fuses_loss = get_model_config(self.chunks[0]).cross_entropy_loss_fusion
         if fuses_loss and self.config.training.cross_entropy_loss_fusion is None:
-            self._note("training.cross_entropy_loss_fusion: null takes the compiled loss (bf16 on a GPU)")
+            self.note("training.cross_entropy_loss_fusion: null takes the compiled loss (bf16 on a GPU)")
         weights = loss_weights_text(self.config)
         if weights is not None:
-            self._note(weights)
+            self.note(weights)
         if self.config.drop.policy != "none" and self.writer is not None:
             recompute = self.config.training.recompute_granularity == "full"
             phi = layer_share(self.config.model, self.vocab_size, recompute=recompute)
             outlook = forecast(self.controller.policy, self.train_iters, phi)
-            self._note(forecast_text(outlook))
+            self.note(forecast_text(outlook))
             balanced = self.controller.stages
             stages = stage_forecast(self.config, self.controller.policy, outlook, phi, self.replicas, balanced)
             if stages is not None:
-                self._note(stage_forecast_text(stages))
+                self.note(stage_forecast_text(stages))
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Show a line, on rank 0."""
         if self.writer is not None:
             self.writer.note(text)
-
-
-def _is_due(iteration: int, interval: int) -> bool:
-    return interval > 0 and iteration % interval == 0
 
 
 def build_controller(config: Config, policy: Policy) -> DropController:

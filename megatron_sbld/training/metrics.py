@@ -134,6 +134,7 @@ def drop_rows_from(path: Path, first_iteration: int) -> None:
             continue
         if not repeated:
             kept.append(line + b"\n")
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)

@@ -19,7 +19,7 @@ from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.sensitivity.measurement import ProfileFolder, Request, sensitivity_of
 from megatron_sbld.training.checkpoint import on_rank_0
 from megatron_sbld.training.config import Config
-from megatron_sbld.training.loop import microbatch_calculator, stop_flag
+from megatron_sbld.training.loop import microbatch_calculator, run_folder_lock, stop_flag
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.profile_config import ProfileOptions, build_request, plan_profile
 from megatron_sbld.training.profile_evaluation import EvaluatedRuns
@@ -57,7 +57,12 @@ def profile(config: Config, options: ProfileOptions, load: str | None = None, co
     fractions = config.drop.block_fraction, config.drop.allow_fraction
     request = build_request(plan, world_size, command, fractions)
     first = plan.config_of(plan.seeds[0])
-    with distributed_run(first), microbatch_calculator(first), stop_flag() as stop:
+    with (
+        distributed_run(first),
+        microbatch_calculator(first),
+        stop_flag() as stop,
+        run_folder_lock(options.out, "--out"),
+    ):
         _require_equal_requests(request, plan.layers)
         folder = on_rank_0(lambda: ProfileFolder.open(Path(options.out), request))
         runs = TrainedRuns if plan.method == "train" else EvaluatedRuns

@@ -11,8 +11,6 @@ import itertools
 import time
 from collections.abc import Iterator
 
-import torch
-import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import (
     get_current_global_batch_size,
     get_num_microbatches,
@@ -25,7 +23,7 @@ from megatron_sbld.training.data import Batch
 from megatron_sbld.training.loop import Run
 from megatron_sbld.training.profile_config import FORWARD_COST
 from megatron_sbld.training.profile_runs import Measurement, run_name
-from megatron_sbld.training.step import this_device, validation_loss
+from megatron_sbld.training.step import StopRequestedError, any_rank, validation_loss
 
 
 class EvaluatedRuns(Measurement):
@@ -49,7 +47,7 @@ class EvaluatedRuns(Measurement):
                 self._leave_out(run, seed, batches, training_s)
             else:
                 self._measure_influence(run, seed, batches, training_s)
-        except _StopRequested:
+        except StopRequestedError:
             return False
         return True
 
@@ -90,8 +88,8 @@ class EvaluatedRuns(Measurement):
     def _losses(self, run: Run, batches: list[list[Batch]], what: str) -> Iterator[float]:
         """Loss at evaluation of each global batch, as the model is at this moment."""
         for number, batch in enumerate(batches, start=1):
-            if _any_rank(self.stop.requested):
-                raise _StopRequested
+            if any_rank(self.stop.requested):
+                raise StopRequestedError
             iterators = itertools.tee(iter(batch), len(run.chunks))
             loss = validation_loss(run.config, run.chunks, iterators, len(batch))
             self.progress.step(what, number, len(batches), f"loss {loss:.4f}")
@@ -102,14 +100,3 @@ class EvaluatedRuns(Measurement):
         update_num_microbatches(run.consumed_samples, consistency_check=False)
         run.consumed_samples += get_current_global_batch_size()
         return list(run.data.train_batches(get_num_microbatches()))
-
-
-class _StopRequested(Exception):
-    """A rank was asked to stop during an evaluation."""
-
-
-def _any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. Collective."""
-    flags = torch.tensor([int(flag)], device=this_device())
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,13 +103,42 @@ def train_step(
     )
 
 
+class StopRequestedError(Exception):
+    """A rank was asked to stop during a validation or task; raised on all of them."""
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    flags = torch.tensor([int(flag)], device=this_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
 def validation_loss(
-    config: Config, chunks: Sequence[DistributedDataParallel], batches: Sequence[Iterator[Batch]], num_microbatches: int
+    config: Config,
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[Iterator[Batch]],
+    num_microbatches: int,
+    interrupt: Callable[[], None] | None = None,
 ) -> float:
-    """Mean loss per token over `num_microbatches` microbatches a replica, at full depth and without dropout."""
+    """Mean loss per token over `num_microbatches` microbatches a replica, at full depth and without dropout.
+
+    `interrupt` is called before each microbatch, on a pipeline before as many as a training iteration has, and may
+    raise on all ranks to end the validation.
+    """
     POSITION.enter("validation")
+    a_call = num_microbatches
+    if interrupt is not None:
+        a_call = 1
+        if config.parallel.pipeline_model_parallel_size > 1:  # it is filled and emptied anew for each call
+            replicas = parallel_state.get_data_parallel_world_size()
+            a_call = config.training.global_batch_size // (config.training.micro_batch_size * replicas)
+    losses: list[dict[str, torch.Tensor]] = []
     with evaluating(config, chunks):
-        losses = _forward_backward(config, chunks, batches, num_microbatches, forward_only=True)
+        for _ in range(0, num_microbatches, a_call):
+            if interrupt is not None:
+                interrupt()
+            losses += _forward_backward(config, chunks, batches, a_call, forward_only=True)
     loss_sum, num_tokens, _, _ = _sum_over_ranks(losses, False)
     return loss_sum / max(num_tokens, 1)
 

@@ -126,6 +126,16 @@ def test_nothing_but_the_file_is_left_in_the_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["evaluations.jsonl"]
 
 
+def test_a_file_on_other_storage_stays_there(tmp_path):
+    (tmp_path / "storage").mkdir()
+    there, file = tmp_path / "storage" / "rows", tmp_path / "evaluations.jsonl"
+    file.symlink_to(there)
+    row = lambada_row()
+    save_evaluations([row], file)
+    assert file.is_symlink()
+    assert read_evaluations(there) == [row]
+
+
 def _save_some(file, first):
     for iteration in range(first, first + 10):
         save_evaluations([lambada_row(iteration)], file)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from megatron_sbld import cli
-from megatron_sbld.evaluation.hf_export import export_hf
+from megatron_sbld.evaluation.hf_export import export_hf, written_at_once
 from megatron_sbld.evaluation.hf_format import Heads
 from megatron_sbld.evaluation.stored_weights import LAYERS, Piece, StoredWeights, write_pieces
 from megatron_sbld.training.checkpoint_files import checkpoint_path
@@ -378,6 +378,18 @@ def test_an_export_that_fails_or_was_killed_leaves_no_folder_that_looks_whole(
     export_hf(str(gpt2), str(tmp_path / "out"))
     modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 1, "all files can be read by the same people"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_other_storage_leads_there(tmp_path: Path, exists: bool) -> None:
+    there = tmp_path / "storage"
+    if exists:
+        there.mkdir()
+    (tmp_path / "out").symlink_to(there)
+    with written_at_once(tmp_path / "out") as folder:
+        (folder / "config.json").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in there.iterdir()] == ["config.json"]
 
 
 def test_mistakes_on_the_command_line_end_with_one_message(

@@ -179,6 +179,72 @@ def test_pruning_counts_no_damaged_checkpoint_and_never_removes_the_newest(tmp_p
     assert files.checkpoint_path(tmp_path, 30).exists()
 
 
+def moved(path: Path, storage: Path) -> Path:
+    """Move a folder to other storage and leave a link to it; returns where it is now."""
+    storage.mkdir(exist_ok=True)
+    path.rename(storage / path.name)
+    path.symlink_to(storage / path.name)
+    return storage / path.name
+
+
+def test_a_checkpoint_that_is_a_link_is_pruned_by_removing_the_link(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    there = moved(make(directory, 10).path, tmp_path / "storage")
+    newest = make(directory, 20)
+    files.prune(directory, 1, newest)
+
+    assert [path.name for path in directory.glob("iter_*")] == ["iter_0000020"]
+    assert files.verify(there).iteration == 10
+    files.remove_incomplete(directory)
+
+
+@pytest.mark.parametrize("left", ["to a folder", "to nothing", "a file"])
+def test_what_is_in_the_place_of_an_unfinished_or_damaged_checkpoint_is_removed(tmp_path: Path, left: str) -> None:
+    """Among them a link that pruning had renamed, after which no run could start."""
+    directory, there = tmp_path / "checkpoints", make(tmp_path / "storage", 1).path
+    directory.mkdir()
+    for path in (files.incomplete_path(directory, 1), files.checkpoint_path(directory, 2)):
+        if left == "a file":
+            path.write_text("")
+        else:
+            path.symlink_to(there if left == "to a folder" else tmp_path / "nowhere")
+    files.remove_incomplete(directory)
+    assert not files.incomplete_path(directory, 1).is_symlink()
+    assert make(directory, 2) == files.latest_complete(directory)
+    assert not files.checkpoint_path(directory, 2).is_symlink()
+    assert files.verify(there).iteration == 1
+
+
+def test_a_folder_of_checkpoints_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "run").mkdir()
+    directory = tmp_path / "run" / "checkpoints"
+    directory.symlink_to(tmp_path / "storage")
+    newest = [make(directory, iteration) for iteration in (1, 2)][-1]
+    files.incomplete_path(directory, 3).mkdir()
+    files.remove_incomplete(directory)
+    files.prune(directory, 1, newest)
+    assert files.find_checkpoint(tmp_path / "run") == newest
+    assert sorted(path.name for path in (tmp_path / "storage").glob("iter_*")) == ["iter_0000002"]
+
+
+def test_a_link_whose_storage_is_not_there_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = make(tmp_path / "checkpoints", 10)
+    there = moved(make(tmp_path / "checkpoints", 20).path, tmp_path / "storage")
+    (tmp_path / "storage").rename(tmp_path / "not mounted")
+    with caplog.at_level(logging.WARNING):
+        assert files.latest_complete(tmp_path / "checkpoints") == before
+    assert f"iter_0000020: it points to {there}, where no folder is" in caplog.text
+
+
+def test_a_tracker_that_cannot_be_written_loses_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / files.TRACKER / "taken").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        saved = make(tmp_path, 7)
+    assert files.latest_complete(tmp_path) == saved
+    assert f"checkpoint {saved.path} is complete, but {files.TRACKER} could not be written" in caplog.text
+
+
 def test_a_checkpoint_is_found_by_its_own_path_its_folder_or_its_run(tmp_path: Path) -> None:
     make(tmp_path / "checkpoints", 1)
     latest = make(tmp_path / "checkpoints", 2)

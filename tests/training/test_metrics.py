@@ -171,6 +171,16 @@ def test_a_resumed_run_drops_what_it_repeats_and_a_torn_line(tmp_path: Path, cap
     assert "left out a torn line of 19 bytes" in caplog.text
 
 
+def test_rows_that_are_on_other_storage_stay_there(tmp_path: Path) -> None:
+    (tmp_path / "storage").mkdir()
+    there, path = tmp_path / "storage" / "rows", tmp_path / "metrics.jsonl"
+    there.write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    path.symlink_to(there)
+    drop_rows_from(path, 2)
+    assert path.is_symlink()
+    assert there.read_text() == '{"iteration": 1}\n'
+
+
 def test_dropping_rows_of_a_run_that_has_none_is_nothing(tmp_path: Path) -> None:
     drop_rows_from(tmp_path / "metrics.jsonl", 5)
     assert list(tmp_path.iterdir()) == []
