@@ -96,10 +96,11 @@ class RunLock:
             self._stop.set()
             self._thread.join()
         with suppress(OSError):
-            os.ftruncate(self._file, 0)
             if self._made_folder and os.listdir(self._folder) == [LOCK_FILE]:
-                self._path.unlink()
+                self._path.unlink()  # before it looks free: the next run's file would be removed
                 self._folder.rmdir()
+            else:
+                os.ftruncate(self._file, 0)
         os.close(self._file)
         self._file = None
 
@@ -152,8 +153,13 @@ class RunLock:
                 logger.warning("%s cannot be renewed: %s", self._path, error)
 
     def _open(self) -> int:
-        self._folder.mkdir(parents=True, exist_ok=True)  # another one's release may have removed it
-        return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # another one's release has removed the folder meanwhile
+                if self._path.is_symlink():  # to where nothing is
+                    raise
 
     def _text(self) -> str:
         try:
