@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sbld.pipeline import Floats, schedule_time
+from megatron_sbld.layout.pipeline import Floats, schedule_time
 
 REALISED, IDEAL, EVEN = range(3)
 

@@ -13,7 +13,7 @@ import torch
 from _measure import count_iterations
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 
 MEGATRON_BUCKET_LAYERS = 3.2  # Megatron's default of 40M parameters, in layers of GPT-3 350M
 

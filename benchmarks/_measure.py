@@ -24,14 +24,14 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
+from megatron_sbld.data.batches import Batch
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.switchable import decoder_layers
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.data import Batch
+from megatron_sbld.mcore.skip.switchable import decoder_layers
+from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.training.model import build_model, build_optimizer, build_param_scheduler
-from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.step import train_step
 
 DISTINCT_BATCHES = 16  # iterations after which the random tokens repeat

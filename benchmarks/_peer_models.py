@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from _measure import Batch, switch_layers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
-from megatron_sbld.mcore.switchable import decoder_layers, fuse_residual
-from megatron_sbld.training.config import Config
+from megatron_sbld.mcore.skip.switchable import decoder_layers, fuse_residual
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.step import this_device, train_step
 

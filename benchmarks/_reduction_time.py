@@ -29,13 +29,13 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.utils import get_model_config
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
+from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.bucket_groups import SkippableBucketGroup, bucket_groups
-from megatron_sbld.pipeline import Floats
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.schedule import Constant
-from megatron_sbld.training.config import Config
+from megatron_sbld.mcore.skip.bucket_groups import SkippableBucketGroup, bucket_groups
+from megatron_sbld.method.policy import LayerDropPolicy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import this_device, train_step

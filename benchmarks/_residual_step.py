@@ -17,10 +17,10 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 
+from megatron_sbld.config.sections import Config
+from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.mcore import fuse_residual
-from megatron_sbld.mcore.switchable import decoder_layers
-from megatron_sbld.pipeline import Floats
-from megatron_sbld.training.config import Config
+from megatron_sbld.mcore.skip.switchable import decoder_layers
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import train_step

@@ -20,7 +20,7 @@ from _gain import Interval, interval
 from _residual_cases import Case, Implementation, Operands
 from activation_memory import measure_peak
 
-from megatron_sbld.pipeline import Floats
+from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.residual.choice import VARIABLE
 
 HEAD_START = 5e-3  # seconds that the device waits for the host

@@ -39,15 +39,15 @@ from megatron.core.num_microbatches_calculator import (
 )
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import validate
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.policy import Policy
-from megatron_sbld.schedule import Constant
-from megatron_sbld.training.config import Config
+from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import train_step
-from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 2  # iterations at full depth: gradients and the optimizer's state exist afterwards

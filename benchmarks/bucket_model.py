@@ -5,7 +5,7 @@
     python benchmarks/bucket_model.py --measure --out benchmarks/results/bucket_model.md
 
 A layer that is dropped for a whole iteration has a zero gradient on every replica, so a bucket that holds dropped
-layers alone need not be reduced, and is not (megatron_sbld/mcore/bucket_groups.py, built because of this model). How
+layers alone need not be reduced, and is not (megatron_sbld/mcore/skip/bucket_groups.py, built because of this model). How
 often that happens depends on Megatron's buckets: with overlap_grad_reduce it closes a bucket at max(40M, 1M x
 data-parallel size) parameters, counted from the last layer to the first, without overlap it has one bucket
 (megatron-core 0.16.1, distributed_data_parallel.py:65, param_and_grad_buffer.py:705), which can never be skipped.
@@ -36,12 +36,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sbld.plan import draw_plan
-from megatron_sbld.policy import LayerDropPolicy, PLDPolicy, Policy
+from megatron_sbld.config.flops import layer_flops_per_token, logits_flops_per_token
+from megatron_sbld.config.sections import ModelConfig
+from megatron_sbld.method.decisions import draw_plan
+from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy, Policy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.predict.parameters import Bucket, default_bucket_size, layer_parameters, make_buckets
-from megatron_sbld.schedule import Constant
-from megatron_sbld.training.config import ModelConfig
-from megatron_sbld.training.flops import layer_flops_per_token, logits_flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 WORTH = 0.02  # of an iteration: what would justify building it

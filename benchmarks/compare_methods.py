@@ -34,10 +34,10 @@ import tokenizers
 import yaml
 from rich.progress import Progress
 
-from megatron_sbld.drop import build_policy
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.policy import mean_keep_prob
-from megatron_sbld.training.documents import DocumentRules, find_files, read_documents
+from megatron_sbld.data.documents import DocumentRules, find_files, read_documents
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.policy import mean_keep_prob
 
 ROOT = Path(__file__).resolve().parent.parent
 SEPARATOR = "<|endoftext|>"

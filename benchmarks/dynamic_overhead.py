@@ -10,7 +10,7 @@ what the longer all-reduce of losses takes more. That ranks compare their decisi
 64 is not counted: they draw the same decisions for it, and exchange 56 bytes once more in 230 iterations.
 
 The iteration that it is a share of is a lower bound, so the share is an upper one: FLOPs of the model on one GPU
-(megatron_sbld/training/flops.py), less the dropped layers', at the peak rate of the hardware, without communication.
+(megatron_sbld/config/flops.py), less the dropped layers', at the peak rate of the hardware, without communication.
 No real iteration is as fast.
 """
 
@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from _gain_report import environment_lines
 
+from megatron_sbld.config.flops import ideal_speedup, layer_share, training_flops
+from megatron_sbld.config.sections import Config, ModelConfig
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.policy import SBLDPolicy
-from megatron_sbld.schedule import Constant
-from megatron_sbld.training.config import Config, ModelConfig
-from megatron_sbld.training.flops import ideal_speedup, layer_share, training_flops
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.policy import SBLDPolicy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.step import StepResult, _sum_over_ranks

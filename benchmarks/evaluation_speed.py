@@ -23,11 +23,11 @@ import torch
 from _gain_report import environment_lines, publish
 from rich.progress import track
 
+from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks, read_trained_model
 from megatron_sbld.evaluation.requests import Request
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.evaluation.tasks import LambadaTask, PerplexityTask
-from megatron_sbld.training.config import ParallelConfig
 from megatron_sbld.training.processes import distributed_run
 
 SEED = 1234

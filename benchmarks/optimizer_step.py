@@ -34,8 +34,8 @@ from _gain_report import environment_lines, publish
 from _options import check_at_least, check_one_process
 from megatron.core.optimizer import clip_grads
 
+from megatron_sbld.config.sections import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.training import model as trainer
-from megatron_sbld.training.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.training.processes import distributed_run
 
 VOCAB_SIZE = 512

@@ -61,14 +61,14 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import validate
 from megatron_sbld.controller import DropController
-from megatron_sbld.pipeline import Floats
-from megatron_sbld.plan import draw_plan
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.data import Batch
+from megatron_sbld.data.batches import Batch
+from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.method.decisions import draw_plan
+from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ("megatron", "fused", "megatron-compiled", "fused-compiled")

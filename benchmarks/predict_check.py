@@ -31,16 +31,16 @@ import numpy as np
 from _layouts import CPU_DEFAULTS, GPU_DEFAULTS
 from scipy.optimize import brentq
 
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.config.flops import layer_flops_per_token, logits_flops_per_token
+from megatron_sbld.config.sections import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.validate import validate
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.predict.gain import Prediction, Predictor, mfu_tokens_per_s
 from megatron_sbld.predict.hardware import KNOWN, Hardware
 from megatron_sbld.predict.iteration import Setup
 from megatron_sbld.predict.propose import propose_placement
-from megatron_sbld.training.config import Config, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_sbld.training.flops import layer_flops_per_token, logits_flops_per_token
-from megatron_sbld.training.stages import placement_of
-from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

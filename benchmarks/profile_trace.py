@@ -37,15 +37,15 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import validate
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.switchable import decoder_layers
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.training.config import Config
+from megatron_sbld.mcore.skip.switchable import decoder_layers
+from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import train_step
-from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 3  # the optimizer makes its state, and the controller checks its window

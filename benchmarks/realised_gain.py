@@ -69,10 +69,10 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 
-from megatron_sbld.pipeline import Floats, schedule_time
-from megatron_sbld.training.config import Config
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import data_parallel_size, validate
+from megatron_sbld.layout.pipeline import Floats, schedule_time
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-from megatron_sbld.training.validate import data_parallel_size, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -40,10 +40,10 @@ from _residual_timing import Measurement, Timer, time_ratio
 from rich.console import Console
 from rich.progress import track
 
-from megatron_sbld.pipeline import Floats
+from megatron_sbld.config.validate import validate
+from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.residual import describe_choice
 from megatron_sbld.training.step import this_device
-from megatron_sbld.training.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("add", "step")

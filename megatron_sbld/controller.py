@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_sbld.checks import check_choice, check_integer
-from megatron_sbld.plan import (
+from megatron_sbld.method.decisions import (
     MAX_REPLICA,
     MAX_SAMPLES,
     MAX_SEED,
@@ -32,7 +32,7 @@ from megatron_sbld.plan import (
     draw_samples,
     replicas_run_alike,
 )
-from megatron_sbld.policy import Policy, ResidualScale
+from megatron_sbld.method.policy import Policy, ResidualScale
 
 _RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers", "seed")
 _DIGEST_BYTES = 16

@@ -319,7 +319,7 @@ def _choices(torch: Any, core: Any) -> Iterator[Finding]:
             section="in use", name="transformer_impl", value="megatron-core cannot be imported", status="absent"
         )
         return
-    from megatron_sbld.mcore.layer_specs import choose_transformer_impl
+    from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl
 
     chosen, reason = choose_transformer_impl("auto")
     here = torch.cuda.is_available() and chosen == "local" and not _found("transformer_engine")
@@ -330,7 +330,7 @@ def _choices(torch: Any, core: Any) -> Iterator[Finding]:
         status="missing" if here else "ok",
         mend=_TRANSFORMER_ENGINE if here else "",
     )
-    from megatron_sbld.mcore.compiled import compiler_obstacle
+    from megatron_sbld.mcore.local.compiled import compiler_obstacle
 
     obstacle = compiler_obstacle()
     yield Finding(

@@ -130,7 +130,7 @@ def launcher(subcommand: str, prefix: Path, iters: int | None) -> list[str]:
     """A command under torchrun, with config, training data, precision and length of the runs."""
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli", subcommand]
+    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli.main", subcommand]
     command += ["--config", CONFIG, "--data.train_data_path", json_list(f"{prefix}_train")]
     if gpus:
         command += ["--training.precision", "bf16"]
@@ -140,7 +140,7 @@ def launcher(subcommand: str, prefix: Path, iters: int | None) -> list[str]:
 
 
 def cli(*args: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_sbld.cli", *args]
+    return [sys.executable, "-m", "megatron_sbld.cli.main", *args]
 
 
 def json_list(value: Path | str) -> str:

@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
-from megatron_sbld.policy import Policy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.schedule import Constant
 from tests.helpers import GLOBAL_MICROBATCHES, forward_backward, global_name
 
 State = dict[str, torch.Tensor]

@@ -35,9 +35,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_sbld.mcore.layer_specs import gpt_block_spec
-from megatron_sbld.policy import Policy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.mcore.local.layer_specs import gpt_block_spec
+from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.schedule import Constant
 
 VOCAB, SEQUENCE, MICRO_BATCH, GLOBAL_MICROBATCHES = 64, 16, 2, 8
 

@@ -27,12 +27,12 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.utils import get_model_config
 
 from megatron_sbld.checks import check_integer, check_number
+from megatron_sbld.config.sections import ParallelConfig
+from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks
-from megatron_sbld.training.config import ParallelConfig
+from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.step import this_device
-from megatron_sbld.training.tokenizer import Tokenizer
-from megatron_sbld.training.watchdog import POSITION
 
 EndedBy = Literal["end_of_document", "max_new_tokens", "context"]
 

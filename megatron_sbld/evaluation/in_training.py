@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.results import EVALUATIONS_FILE, save_evaluations
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.evaluation.tasks import Asked, LambadaTask, PerplexityTask, Task
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.tokenizer import Tokenizer
 
 
 class TasksInTraining:

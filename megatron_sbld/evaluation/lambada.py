@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.files import write_atomically
 from megatron_sbld.evaluation.passages import Passage
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.evaluation.statistics import exp_with_stderr
-from megatron_sbld.training.tokenizer import Tokenizer
 
 _CONTEXT_TAIL = 120  # characters of an example's context that are kept for inspection
 

@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_sbld.checks import check_choice, check_flag
-from megatron_sbld.training.checkpoint import load_weights, saved_model
-from megatron_sbld.training.checkpoint_files import (
+from megatron_sbld.checkpoint.files import (
     MANIFEST,
     CheckpointInfo,
     all_complete,
     find_checkpoint,
     read_train_state,
 )
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_sbld.training.config_file import read_config
+from megatron_sbld.checkpoint.manager import load_weights, saved_model
+from megatron_sbld.checkpoint.start import embedding_rows
+from megatron_sbld.checks import check_choice, check_flag
+from megatron_sbld.config.files import read_config
+from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.config.validate import validate
+from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.training.model import build_chunks, check_model
-from megatron_sbld.training.start import embedding_rows
-from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_sbld.training.validate import validate
 
 
 @dataclass(frozen=True, kw_only=True)

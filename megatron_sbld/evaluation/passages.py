@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_sbld.data.text_files import NotTextError, check_head, json_line, refuse_one_value
 from megatron_sbld.evaluation.detokenise import detokenise as detokenise_tokens
-from megatron_sbld.training.text_files import NotTextError, check_head, json_line, refuse_one_value
 
 PassageFormat = Literal["auto", "text", "jsonl"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_sbld.data.text_files import NotTextError, bare_ending, json_line, read_text, refuse_one_value
 from megatron_sbld.evaluation.generate import Continuation, continuation_text
 from megatron_sbld.evaluation.model import TrainedModel
-from megatron_sbld.training.text_files import NotTextError, bare_ending, json_line, read_text, refuse_one_value
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 

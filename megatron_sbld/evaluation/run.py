@@ -12,14 +12,14 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks
 from megatron_sbld.evaluation.requests import Score
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.evaluation.tasks import Asked, Result, Task
-from megatron_sbld.training.config import ParallelConfig
+from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.training.metrics import clock
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-from megatron_sbld.training.watchdog import POSITION
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.requests import Request, Score
-from megatron_sbld.training.config import ParallelConfig
+from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.training.step import this_device
-from megatron_sbld.training.watchdog import POSITION
 
 _LENGTH_UNIT = 16
 """Inputs are padded to multiples of it: few lengths, so few pipelines to fill, and little padding."""

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation import lambada, perplexity
 from megatron_sbld.evaluation.lambada import LambadaResult
 from megatron_sbld.evaluation.passages import PassageFormat, read_passages
@@ -16,7 +17,6 @@ from megatron_sbld.evaluation.perplexity import PerplexityResult
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.evaluation.results import Data, Evaluation, evaluation, identify
 from megatron_sbld.evaluation.texts import TextFormat, read_texts
-from megatron_sbld.training.tokenizer import Tokenizer
 
 Result = LambadaResult | PerplexityResult
 

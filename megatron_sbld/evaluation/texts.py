@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_sbld.evaluation import wikitext
-from megatron_sbld.training.documents import (
+from megatron_sbld.data.documents import (
     DocumentRules,
     FileKind,
     file_kind,
@@ -24,8 +23,9 @@ from megatron_sbld.training.documents import (
     kind_lines,
     read_documents,
 )
-from megatron_sbld.training.text_files import NotTextError
-from megatron_sbld.training.tokenizer import Tokenizer
+from megatron_sbld.data.text_files import NotTextError
+from megatron_sbld.data.tokenizer import Tokenizer
+from megatron_sbld.evaluation import wikitext
 
 TextFormat = Literal["auto", "text", "jsonl", "wikitext", "dataset"]
 FORMATS: tuple[TextFormat, ...] = ("auto", "text", "jsonl", "wikitext", "dataset")
@@ -152,7 +152,7 @@ def _dataset_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[np.ndarray
     """Ids of each document without the end-of-document token that closes it."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset  # imports torch, which texts do not need
 
-    from megatron_sbld.training.dataset_files import read_metadata, verify_dataset
+    from megatron_sbld.data.dataset_files import read_metadata, verify_dataset
 
     verify_dataset(prefix)
     _check_tokenizer(prefix, read_metadata(prefix), tokenizer)

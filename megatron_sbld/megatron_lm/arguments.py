@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import docstring_parser
 
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.paths import CONFIG_PATHS, expand_option
+from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
+from megatron_sbld.method.config import DropConfig
 
 _PREFIX = "sbld_"
 _FIELD = re.compile(r"\bdrop\.(\w+)")

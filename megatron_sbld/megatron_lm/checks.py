@@ -6,11 +6,11 @@ from argparse import Namespace
 
 import torch
 
-from megatron_sbld.drop import updates_sensitivity, validate_drop
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.mcore.refusals import REASONS, is_on
+from megatron_sbld.mcore.skip.refusals import REASONS, is_on
 from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments
-from megatron_sbld.plan import replicas_run_alike
+from megatron_sbld.method.build import updates_sensitivity, validate_drop
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.decisions import replicas_run_alike
 from megatron_sbld.residual.choice import library_for
 
 _REASONS = {

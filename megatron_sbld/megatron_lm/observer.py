@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.step import StepResult, this_device
 

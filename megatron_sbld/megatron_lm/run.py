@@ -14,12 +14,12 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
 from megatron_sbld.controller import CHECKPOINT_KEY, DropController
-from megatron_sbld.drop import build_policy, updates_sensitivity
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.megatron_lm.scalars import Scalars
+from megatron_sbld.method.build import build_policy, updates_sensitivity
 
 logger = logging.getLogger(__name__)
 

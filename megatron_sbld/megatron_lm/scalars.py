@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.policy import SBLDPolicy
+from megatron_sbld.method.policy import SBLDPolicy
 
 _TERA = 1e12
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sbld.checks import check_choice, check_integer
-from megatron_sbld.drop import validate_drop
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.outputs import refuse_inputs
-from megatron_sbld.pipeline import Floats
+from megatron_sbld.config.flops import padded_vocab_size
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.validate import validate
+from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.files.outputs import refuse_inputs
+from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.method.build import validate_drop
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.predict.gain import (
     ASSUMED_MFU,
     Prediction,
@@ -28,11 +33,6 @@ from megatron_sbld.predict.iteration import Setup
 from megatron_sbld.predict.memory import RankMemory, rank_memory
 from megatron_sbld.predict.propose import Proposal, propose_placement
 from megatron_sbld.predict.report import print_report
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.flops import padded_vocab_size
-from megatron_sbld.training.stages import placement_of
-from megatron_sbld.training.tokenizer import load_tokenizer
-from megatron_sbld.training.validate import validate
 
 _MEMORY_ITERATIONS = 64  # of those sampled: how much is held is alike in all
 

@@ -24,9 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sbld.config.flops import ffn_hidden_size, layer_flops_by_part, logits_flops_per_token
+from megatron_sbld.config.sections import Config
 from megatron_sbld.predict.hardware import Hardware
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.flops import ffn_hidden_size, layer_flops_by_part, logits_flops_per_token
 
 Attention = Literal["flash", "unfused"]
 """flash: fused, half of the causal matrix computed and none of it stored; unfused: all of it computed and stored."""

@@ -18,16 +18,16 @@ import numpy as np
 from scipy.optimize import brentq
 
 from megatron_sbld.checks import check_number
-from megatron_sbld.drop import build_policy
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement, even_placement
-from megatron_sbld.policy import Policy, SBLDPolicy
+from megatron_sbld.config.flops import ideal_speedup, layer_share, model_flops_per_token
+from megatron_sbld.config.validate import train_iterations
+from megatron_sbld.forecast.drops import spread_iterations
+from megatron_sbld.forecast.stages import drawn_shares
+from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.layout.placement import Placement, even_placement
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
-from megatron_sbld.training.flops import ideal_speedup, layer_share, model_flops_per_token
-from megatron_sbld.training.forecast import spread_iterations
-from megatron_sbld.training.stage_forecast import drawn_shares
-from megatron_sbld.training.validate import train_iterations
 
 ASSUMED_MFU = 0.4
 """Where no throughput is given; what well-tuned Megatron runs of these sizes report (arXiv 2104.04473, 2205.05198)."""

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_sbld.checks import check_integer, check_number
-from megatron_sbld.strict_yaml import load_yaml
+from megatron_sbld.files.strict_yaml import load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

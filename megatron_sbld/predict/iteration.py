@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.checks import check_choice, check_integer
-from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import data_parallel_size
+from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.layout.placement import Placement
 from megatron_sbld.predict.cost import Attention, Costs, pass_costs, step_costs
 from megatron_sbld.predict.hardware import Hardware
 from megatron_sbld.predict.parameters import (
@@ -33,8 +35,6 @@ from megatron_sbld.predict.parameters import (
     tied_table,
 )
 from megatron_sbld.predict.simulate import Run, run_schedule
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.validate import data_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ class IterationModel:
         """When a chunk's first forward pass ends, which waits for each bucket of its parameters. shares: [n, L].
 
         The first one's gather begins with the pass, each other's when the one before is first needed; dropped layers
-        wait as well (param_and_grad_buffer.py:310, finish_param_sync; mcore/ddp.py).
+        wait as well (param_and_grad_buffer.py:310, finish_param_sync; mcore/skip/layer_buckets.py).
         """
         seconds: dict[int, Floats | float] = {
             layer: shares[..., layer - 1] * self.layer_forward[layer - 1] for layer in self.chunk_layers[chunk]

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sbld.pipeline import Floats
+from megatron_sbld.config.flops import ffn_hidden_size
+from megatron_sbld.config.sections import Config
+from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.predict.cost import Attention, bytes_per_value
 from megatron_sbld.predict.iteration import IterationModel
 from megatron_sbld.predict.simulate import most_in_flight
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.flops import ffn_hidden_size
 
 MARGIN = 0.1
 """Share of the memory that is left to what is not counted (an assumption)."""

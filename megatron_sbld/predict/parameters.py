@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sbld.pipeline import Floats
-from megatron_sbld.placement import Placement
-from megatron_sbld.training.config import Config, ModelConfig
-from megatron_sbld.training.flops import ffn_hidden_size
+from megatron_sbld.config.flops import ffn_hidden_size
+from megatron_sbld.config.sections import Config, ModelConfig
+from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.layout.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_sbld.pipeline import Floats
+from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.predict.gain import LOWEST_THETA, Predictor
 from megatron_sbld.predict.simulate import Run
 from megatron_sbld.report.plots import DPI

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.placement import Placement, best_placement
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_problems, recomputed_layers_problems
+from megatron_sbld.layout.placement import Placement, best_placement
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.predict.gain import Prediction, Predictor
 from megatron_sbld.predict.iteration import IterationModel
 from megatron_sbld.predict.memory import RankMemory, rank_memory
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.stages import placement_problems, recomputed_layers_problems
 
 _LEAST_GAIN = 0.001  # of throughput, for a proposal
 _SEARCHED_ITERATIONS = 128

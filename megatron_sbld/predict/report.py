@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_sbld.config.flops import model_flops_per_token
 from megatron_sbld.predict.gain import Prediction, Target
 from megatron_sbld.predict.memory import MARGIN, RankMemory
 from megatron_sbld.predict.parameters import num_parameters
 from megatron_sbld.predict.propose import Proposal
-from megatron_sbld.training.flops import model_flops_per_token
 
 if TYPE_CHECKING:
     from megatron_sbld.predict.command import Outcome

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_sbld.pipeline import Floats, one_f_one_b
+from megatron_sbld.layout.pipeline import Floats, one_f_one_b
 
 
 class Pass(NamedTuple):

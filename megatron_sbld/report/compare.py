@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve, write_iteration_tables
 from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.groups import RunGroup, group_runs

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sbld.data.tokenizer import is_of_bytes
 from megatron_sbld.evaluation.results import Evaluation
 from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.runs import RunData
 from megatron_sbld.report.seeds import Estimate, difference, estimate, paired_seeds
-from megatron_sbld.training.tokenizer import is_of_bytes
 
 METRICS = {
     "lambada": ("accuracy", "perplexity"),

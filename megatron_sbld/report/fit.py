@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sbld.checks import check_number
-from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.files.outputs import refuse_inputs
+from megatron_sbld.method.schedule_fit import Fit, Trace, build_trace, fit_trace, is_exponential, schedule_fields
 from megatron_sbld.report.runs import RunData, read_runs, run_files
 from megatron_sbld.report.schedule_plots import plot_fits
-from megatron_sbld.sensitivity.fit import Fit, Trace, build_trace, fit_trace, is_exponential, schedule_fields
 
 # What makes the losses of two runs differ beside dropping, so that their gap would say nothing.
 _SAME = {

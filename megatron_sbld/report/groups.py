@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_sbld.config.sections import Config, LoggingConfig
 from megatron_sbld.report.runs import RunData, shortest_ends
-from megatron_sbld.training.config import Config, LoggingConfig
 
 _SEPARATORS = re.compile(r"([-_=.,+]+)")
 _NUMBERED = re.compile(r"(.*?)\d+")

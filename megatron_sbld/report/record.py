@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_sbld.data.tokenizer import is_of_bytes
 from megatron_sbld.evaluation.model import TrainedModel
 from megatron_sbld.evaluation.perplexity import PerplexityResult
 from megatron_sbld.evaluation.results import EVALUATIONS_FILE, read_evaluations, save_evaluations
 from megatron_sbld.evaluation.run import Evaluated
 from megatron_sbld.evaluation.tasks import Task
-from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve
 from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.table import print_line, print_wide
-from megatron_sbld.training.tokenizer import is_of_bytes
 
 _COLUMNS = {
     "lambada": {"accuracy": ("accuracy", 100, " %"), "perplexity": ("last-word perplexity", 1, "")},

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.evaluation.results import EVALUATIONS_FILE, Evaluation, read_evaluations
-from megatron_sbld.training.config import Config
 
 Row = dict[str, Any]
 FloatArray = npt.NDArray[np.float64]

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sbld.drop import build_policy
-from megatron_sbld.outputs import refuse_inputs
-from megatron_sbld.policy import Policy, SBLDPolicy
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import train_iterations, validate
+from megatron_sbld.files.outputs import refuse_inputs
+from megatron_sbld.forecast.drops import Forecast, forecast, forecast_text
+from megatron_sbld.forecast.stages import StageForecast, stage_forecast, stage_forecast_text
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.forecast import Forecast, forecast, forecast_text
-from megatron_sbld.training.stage_forecast import StageForecast, stage_forecast, stage_forecast_text
-from megatron_sbld.training.validate import train_iterations, validate
 
 
 @dataclass(frozen=True)

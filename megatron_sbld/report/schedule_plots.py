@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from megatron_sbld.policy import Policy
+from megatron_sbld.forecast.drops import spread_iterations
+from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.schedule_fit import Fit, Trace
 from megatron_sbld.report.plots import DPI, draw_keep_probs
 from megatron_sbld.report.runs import FloatArray
-from megatron_sbld.sensitivity.fit import Fit, Trace
-from megatron_sbld.training.forecast import spread_iterations
 
 IntArray = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.report.plots import DPI
 from megatron_sbld.report.table import print_line, print_wide
 from megatron_sbld.sensitivity.file import SensitivityFile

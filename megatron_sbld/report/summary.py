@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_sbld.config.flops import ideal_speedup, layer_share, padded_vocab_size
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.report.evaluation import EvaluationFigure, Series, find_series, group_figures, last_evaluations
 from megatron_sbld.report.evaluation import run_figures as evaluation_figures
 from megatron_sbld.report.groups import RunGroup
@@ -33,9 +36,6 @@ from megatron_sbld.report.seeds import (
     paired_seeds,
     time_to_loss,
 )
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.flops import ideal_speedup, layer_share, padded_vocab_size
-from megatron_sbld.training.tokenizer import load_tokenizer
 
 WARMUP_ITERATIONS = 5
 BLOCK_ITERATIONS = 10

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.library import Library as Operators
 
-from megatron_sbld.residual import eager, launch
+from megatron_sbld.residual import call as launch
+from megatron_sbld.residual import eager
 from megatron_sbld.residual.choice import library_for
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_integer, check_layers, check_number
+from megatron_sbld.files.strict_json import load_json
 from megatron_sbld.sensitivity.lists import choose_lists
-from megatron_sbld.strict_json import load_json
 
 FORMAT = "megatron-sbld-sensitivity-1"
 

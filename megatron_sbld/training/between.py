@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sbld.training.checkpoint import on_rank_0
+from megatron_sbld.checkpoint.manager import on_rank_0
+from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.training.step import StopRequestedError, any_rank, evaluating, validation_loss
-from megatron_sbld.training.watchdog import POSITION
 
 if TYPE_CHECKING:
     from megatron_sbld.evaluation.in_training import TasksInTraining

@@ -30,22 +30,31 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.utils import get_model_config
 
+from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint, load_weights, on_rank_0
+from megatron_sbld.checkpoint.resume import PLANNED_FIELDS, warnings_of_decisions
+from megatron_sbld.checkpoint.start import Start, find_start
+from megatron_sbld.checkpoint.state import failures_name
+from megatron_sbld.config.flops import layer_share, padded_vocab_size, training_flops
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.validate import data_parallel_size, validate
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop import build_policy, updates_sensitivity
+from megatron_sbld.data.batches import TrainingData, check_data, data_facts
+from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.evaluation.in_training import TasksInTraining
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
+from megatron_sbld.files.strict_yaml import dump_yaml
+from megatron_sbld.forecast.drops import forecast, forecast_text
+from megatron_sbld.forecast.stages import stage_forecast, stage_forecast_text
+from megatron_sbld.health.liveness import SAVING
+from megatron_sbld.health.run_lock import RunLock
+from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.policy import Policy
-from megatron_sbld.strict_yaml import dump_yaml
+from megatron_sbld.method.build import build_policy, updates_sensitivity
+from megatron_sbld.method.policy import Policy
 from megatron_sbld.training.between import BetweenIterations, is_due
-from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, load_weights, on_rank_0
-from megatron_sbld.training.checkpoint_state import failures_name
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.data import TrainingData, check_data, data_facts
-from megatron_sbld.training.flops import layer_share, padded_vocab_size, training_flops
-from megatron_sbld.training.forecast import forecast, forecast_text
-from megatron_sbld.training.liveness import SAVING
 from megatron_sbld.training.metrics import MetricsWriter, check_logging
 from megatron_sbld.training.model import (
     build_model,
@@ -55,17 +64,8 @@ from megatron_sbld.training.model import (
     loss_weights_text,
 )
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-from megatron_sbld.training.resume import PLANNED_FIELDS, warnings_of_decisions
-from megatron_sbld.training.run_length import RunLength
-from megatron_sbld.training.run_lock import RunLock
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
-from megatron_sbld.training.stage_forecast import stage_forecast, stage_forecast_text
-from megatron_sbld.training.stages import placement_of
-from megatron_sbld.training.start import Start, find_start
 from megatron_sbld.training.step import StepResult, train_step
-from megatron_sbld.training.tokenizer import Tokenizer, load_tokenizer
-from megatron_sbld.training.validate import data_parallel_size, validate
-from megatron_sbld.training.watchdog import POSITION
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_sbld.training.config import LoggingConfig
-from megatron_sbld.training.tokenizer import is_of_bytes
+from megatron_sbld.config.sections import LoggingConfig
+from megatron_sbld.data.tokenizer import is_of_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -21,15 +21,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch.utils._triton import has_triton
 
-from megatron_sbld.mcore.compiled import compile_layers, compiler_obstacle
-from megatron_sbld.mcore.grad_norm import clip_in_groups
-from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
-from megatron_sbld.mcore.optimizer_copies import copy_in_groups
-from megatron_sbld.mcore.optimizer_state import fuse_adam
+from megatron_sbld.config.flops import ffn_hidden_size
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config, ModelConfig
+from megatron_sbld.mcore.local.compiled import compile_layers, compiler_obstacle
+from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl, gpt_block_spec
+from megatron_sbld.mcore.optimizer.copies import copy_in_groups
+from megatron_sbld.mcore.optimizer.grad_norm import clip_in_groups
+from megatron_sbld.mcore.optimizer.state import fuse_adam
 from megatron_sbld.residual.choice import library_for
-from megatron_sbld.training.config import Config, ModelConfig
-from megatron_sbld.training.flops import ffn_hidden_size
-from megatron_sbld.training.run_length import RunLength
 from megatron_sbld.training.step import this_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,7 @@ def check_model(config: Config) -> None:
     impl, reason = choose_transformer_impl(config.model.transformer_impl)
     modules = config.training.recompute_modules or []
     usable = ["core_attn"]
-    if not torch.cuda.is_available():  # on a GPU the MLP hands its bias to a fused function (mcore/linear.py)
+    if not torch.cuda.is_available():  # on a GPU the MLP hands its bias to a fused function (mcore/local/linear.py)
         usable.append("mlp")
     unusable = sorted(set(modules) - set(usable))
     if impl == "local" and unusable:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_sbld.mcore.gloo import use_one_gloo_thread
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.watchdog import watched
+from megatron_sbld.config.sections import Config
+from megatron_sbld.health.watchdog import watched
+from megatron_sbld.mcore.cpu.gloo import use_one_gloo_thread
 
 
 def world_size_from_environment() -> int:
@@ -34,7 +34,7 @@ def distributed_run(config: Config) -> Iterator[None]:
         RankLostError: another rank died; or the process ends with EXIT_RANK_LOST, see `watched`.
     """
     if not torch.cuda.is_available():
-        from megatron_sbld.mcore.standins import install_cpu_standins  # never loaded where there is a GPU
+        from megatron_sbld.mcore.cpu.standins import install_cpu_standins  # never loaded where there is a GPU
 
         install_cpu_standins()
     _init_process_group(config)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.policy import SBLDPolicy
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.policy import SBLDPolicy
 from megatron_sbld.sensitivity.dynamic import GapEstimator
 from megatron_sbld.sensitivity.mixing import mixed_sensitivity, released_layers
 from megatron_sbld.training.step import StepResult, this_device

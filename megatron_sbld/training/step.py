@@ -18,9 +18,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.data import Batch
-from megatron_sbld.training.watchdog import POSITION
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.batches import Batch
+from megatron_sbld.health.watchdog import POSITION
 
 
 class StepResult(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sbld.training import checkpoint_files as files
+from megatron_sbld.checkpoint import files
 from tests.distributed.checkpoint_runs import CONFIG, Run, configure, run, stop_and_resume
 
 RESUMED = {
@@ -81,7 +81,7 @@ FULL_DISKS = {
 
 def save_run(folder: Path, config: Any, *, optimizer_format: str = "fully_reshardable") -> list[float]:
     """Train two iterations, save, and return the losses of the next two."""
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     with run(config) as saved:
         manager = CheckpointManager(folder, optimizer_format=optimizer_format)
@@ -92,7 +92,7 @@ def save_run(folder: Path, config: Any, *, optimizer_format: str = "fully_reshar
 
 def load_run(folder: Path, config: Any) -> list[float]:
     """The losses of the next two iterations after loading into a model of other weights."""
-    from megatron_sbld.training.checkpoint import load_checkpoint
+    from megatron_sbld.checkpoint.manager import load_checkpoint
 
     with run(config, seed=77) as loaded:
         load_checkpoint(files.checkpoint_path(folder, 2), *loaded.parts, seed=5)
@@ -208,8 +208,8 @@ def damage_cases(folder: Path) -> dict[str, str]:
 
 def background_case(folder: Path) -> dict[str, Any]:
     """Train on and overwrite the weights while the save is held back, then look at what was saved."""
-    from megatron_sbld.training import checkpoint_state
-    from megatron_sbld.training.checkpoint import CheckpointManager, load_weights
+    from megatron_sbld.checkpoint import state as checkpoint_state
+    from megatron_sbld.checkpoint.manager import CheckpointManager, load_weights
 
     write_shards = checkpoint_state.write_shards
     go_on = threading.Event()
@@ -263,7 +263,7 @@ def full_disk(on_rank: int, limit: int) -> Iterator[None]:
 
 def full_disk_cases(folder: Path) -> dict[str, Any]:
     """A complete save, one that runs out of room, and one more: message, what is left, and what is found."""
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     outcomes = {}
     for name, (rank, limit, background) in FULL_DISKS.items():
@@ -288,7 +288,7 @@ def full_disk_cases(folder: Path) -> dict[str, Any]:
 
 
 def keep_last_case(folder: Path) -> list[str]:
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     with run(configure()) as saved:
         manager = CheckpointManager(folder, keep_last=2, async_save=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sbld.training.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_sbld.training.run_length import RunLength
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from tests.distributed.harness import model_parallel
 
 VOCAB = 128
@@ -128,8 +128,8 @@ def run(config: Config, seed: int = 1234, vocab_size: int = VOCAB) -> Iterator[R
 
 def stop_and_resume(directory: Path, config: Config, **manager_options: Any) -> tuple[list[float], list[float]]:
     """Losses of iterations 3 and 4 of an uninterrupted run, and of one resumed at 2 into a model of other weights."""
-    from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint, on_rank_0
-    from megatron_sbld.training.checkpoint_files import latest_complete
+    from megatron_sbld.checkpoint.files import latest_complete
+    from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint, on_rank_0
 
     with run(config) as first:
         manager = CheckpointManager(directory, **manager_options)

@@ -128,11 +128,11 @@ def _tracebacks(folder: str) -> str:
 
 def install_standins_if_needed() -> None:
     """Let megatron-core run on the CPU where there is no GPU, on groups like those of the trainer."""
-    from megatron_sbld.mcore.gloo import use_one_gloo_thread
+    from megatron_sbld.mcore.cpu.gloo import use_one_gloo_thread
 
     use_one_gloo_thread()
     if not torch.cuda.is_available():
-        from megatron_sbld.mcore.standins import install_cpu_standins
+        from megatron_sbld.mcore.cpu.standins import install_cpu_standins
 
         install_cpu_standins()
 

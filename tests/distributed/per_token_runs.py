@@ -17,10 +17,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.controller import DropController
+from megatron_sbld.data.batches import Batch
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_sbld.training.data import Batch
 from megatron_sbld.training.loop import microbatch_calculator
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.step import StepResult, train_step, validation_loss

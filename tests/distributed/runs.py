@@ -24,9 +24,9 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import fuse_residual, make_switchable
-from megatron_sbld.mcore.moe_metrics import moe_loss_scale
-from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, Policy
-from megatron_sbld.schedule import Constant, Exponential
+from megatron_sbld.mcore.skip.moe import moe_loss_scale
+from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, Policy
+from megatron_sbld.method.schedule import Constant, Exponential
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import (
     GLOBAL_MICROBATCHES,

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, param_and_grad_bu
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
-from megatron_sbld.mcore.bucket_groups import bucket_groups
+from megatron_sbld.mcore.skip.bucket_groups import bucket_groups
 from tests.distributed.harness import model_parallel, run_distributed
 from tests.distributed.runs import BOTH_OVERLAPS, OVERLAP, SHARDED
 from tests.dropped_update_helpers import Patterns, layer_of
@@ -80,7 +80,7 @@ class Outcome:
 
 def run_case(case: Case, skipping: bool) -> Outcome:
     # Without it, layers and controller are the same and every bucket is communicated.
-    switch = nullcontext() if skipping else mock.patch("megatron_sbld.mcore.switchable.make_skippable")
+    switch = nullcontext() if skipping else mock.patch("megatron_sbld.mcore.skip.switchable.make_skippable")
     with model_parallel(), switch:
         controller = DropController(Patterns(*PATTERNS), scope=case.scope)
         config = tiny_config(num_layers=LAYERS, **case.config)

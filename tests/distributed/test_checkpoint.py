@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sbld.training import checkpoint_files as files
+from megatron_sbld.checkpoint import files
 from tests.distributed.checkpoint_cases import (
     FORMATS,
     FULL_DISKS,
@@ -169,7 +169,7 @@ def same_weights(stock: Any, ours: Run) -> bool:
 def test_stock_megatron_loads_a_checkpoint_by_its_own_calls(tmp_path: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     path = str(files.checkpoint_path(tmp_path, 2))
     with single_process():
@@ -196,7 +196,7 @@ def test_stock_megatron_loads_a_checkpoint_by_its_own_calls(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_how_adam_is_computed_is_this_machines_choice_not_the_checkpoints(tmp_path: Path, distributed: bool) -> None:
-    from megatron_sbld.training.checkpoint import CheckpointManager, load_checkpoint
+    from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint
 
     config = configure(dropout=0.0, use_distributed_optimizer=distributed)
     with single_process():
@@ -227,7 +227,7 @@ def test_the_weights_of_a_checkpoint_that_stock_megatron_saved_are_loaded(
 ) -> None:
     from megatron.core import dist_checkpointing
 
-    from megatron_sbld.training.checkpoint import load_weights
+    from megatron_sbld.checkpoint.manager import load_weights
 
     # Stock megatron-core reports each writer's memory by psutil, which is none of our dependencies.
     monkeypatch.setattr("megatron.core.dist_checkpointing.strategies.filesystem_async._process_memory", lambda: 0)
@@ -241,7 +241,7 @@ def test_the_weights_of_a_checkpoint_that_stock_megatron_saved_are_loaded(
 
 def save_and_hang(folder: str, hanging: Any) -> None:
     """In a process of its own: one complete save, and one that stops before the folder is renamed."""
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     with single_process(), run(configure()) as saved:
         manager = CheckpointManager(Path(folder))
@@ -258,7 +258,7 @@ def save_and_hang(folder: str, hanging: Any) -> None:
 def test_a_process_killed_during_a_save_leaves_the_former_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     context = multiprocessing.get_context("spawn")
     hanging = context.Event()
@@ -280,21 +280,21 @@ def test_a_process_killed_during_a_save_leaves_the_former_checkpoint(
 
 @pytest.mark.parametrize("keep_last", [0, -1])
 def test_keeping_no_checkpoint_is_refused(tmp_path: Path, keep_last: int) -> None:
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     with pytest.raises(ValueError, match=f"checkpoint.keep_last is {keep_last}: must be at least 1"):
         CheckpointManager(tmp_path, keep_last=keep_last)
 
 
 def test_an_unknown_format_of_the_optimizer_is_refused(tmp_path: Path) -> None:
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     with pytest.raises(ValueError, match=r"optimizer_format is 'zipped': must be one of \('fully_reshardable', "):
         CheckpointManager(tmp_path, optimizer_format="zipped")
 
 
 def test_the_model_that_a_config_describes_is_compared_with_the_saved_one() -> None:
-    from megatron_sbld.training.checkpoint import check_compatible
+    from megatron_sbld.checkpoint.manager import check_compatible
 
     saved = dataclasses.asdict(CONFIG)
     resolved = dataclasses.replace(CONFIG.model, ffn_hidden_size=128, kv_channels=8, max_position_embeddings=16)

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sbld.controller import DropController, DropDisagreementError
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.policy import LayerDropPolicy
+from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import run_distributed
 
 ODD_ONES: dict[str, dict[str, Any]] = {

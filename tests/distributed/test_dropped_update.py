@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
-from megatron_sbld.training.config import Config
 from tests.distributed.harness import model_parallel, single_process
 from tests.dropped_update_helpers import Patterns, State, assert_frozen, layer_of, states, steps
 from tests.helpers import (

@@ -17,9 +17,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.moe_metrics import moe_layers, moe_loss_scale
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.mcore.skip.moe import moe_layers, moe_loss_scale
+from megatron_sbld.method.policy import LayerDropPolicy
+from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import model_parallel, run_distributed, single_process
 from tests.distributed.runs import (
     BOTH_OVERLAPS,

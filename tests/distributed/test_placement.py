@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.layout.placement import read_layout
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.switchable import decoder_layers
-from megatron_sbld.placement import read_layout
+from megatron_sbld.mcore.skip.switchable import decoder_layers
 from tests.distributed.harness import model_parallel, run_distributed, single_process
 from tests.distributed.runs import (
     BLOCK_RECOMPUTE,

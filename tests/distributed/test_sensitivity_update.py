@@ -7,9 +7,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.policy import SBLDPolicy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.policy import SBLDPolicy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from megatron_sbld.training.step import StepResult
 from tests.distributed.harness import run_distributed

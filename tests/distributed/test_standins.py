@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_sbld.mcore.attention import SDPACoreAttention
+from megatron_sbld.mcore.local.attention import SDPACoreAttention
 from tests.distributed.harness import model_parallel, run_distributed, single_process
 from tests.helpers import Step, tiny_config, tiny_gpt, train
 
@@ -177,7 +177,7 @@ def test_a_rank_that_fails_is_reported_with_its_traceback_although_another_waits
 
 
 def test_standins_are_refused_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sbld.mcore import standins
+    from megatron_sbld.mcore.cpu import standins
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA is available"):
@@ -187,7 +187,7 @@ def test_standins_are_refused_where_cuda_is_available(monkeypatch: pytest.Monkey
 SCRIPT = """
 import torch
 {before}
-from megatron_sbld.mcore.standins import install_cpu_standins
+from megatron_sbld.mcore.cpu.standins import install_cpu_standins
 install_cpu_standins()
 install_cpu_standins()
 from megatron.core.tensor_parallel import random

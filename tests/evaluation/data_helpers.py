@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sbld.training.tokenizer import Tokenizer
+from megatron_sbld.data.tokenizer import Tokenizer
 
 
 class CharacterTokenizer(Tokenizer):

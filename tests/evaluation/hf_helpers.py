@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig
+from megatron_sbld.config.sections import Config, DataConfig, ModelConfig
 from tests.distributed.checkpoint_runs import SEQUENCE, Run, configure, run
 
 TOKENS = 100
@@ -78,7 +78,7 @@ def model_config(tokenizer: str, fields: dict[str, Any], **layout: Any) -> Confi
 
 def train_state(config: Config) -> dict[str, Any]:
     """What the trainer saves of a run, as far as export reads it."""
-    from megatron_sbld.training.tokenizer import load_tokenizer
+    from megatron_sbld.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     return {
@@ -90,7 +90,7 @@ def train_state(config: Config) -> dict[str, Any]:
 
 def save(of: Run, config: Config, folder: Path) -> None:
     """Save a run as the trainer does. Collective."""
-    from megatron_sbld.training.checkpoint import CheckpointManager
+    from megatron_sbld.checkpoint.manager import CheckpointManager
 
     CheckpointManager(folder).save(3, *of.parts, train_state(config))
 
@@ -107,7 +107,7 @@ def save_random(config: Config, folder: Path) -> np.ndarray:
 
 def our_logits(checkpoint: Path, config: Config, ids: list[list[int]] | None = None, rows: int = 128) -> np.ndarray:
     """[b, s, rows] of the trainer's own model with a checkpoint's weights, for `token_ids()` if no ids are given."""
-    from megatron_sbld.training.checkpoint import load_weights
+    from megatron_sbld.checkpoint.manager import load_weights
 
     with run(config, seed=77, vocab_size=rows) as loaded:
         load_weights(checkpoint, loaded.chunks)
@@ -155,7 +155,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 def saved_model_of(folder: Path) -> ModelConfig:
     """The model section of a checkpoint of ours."""
-    from megatron_sbld.training.checkpoint import saved_model
-    from megatron_sbld.training.checkpoint_files import find_checkpoint, read_train_state
+    from megatron_sbld.checkpoint.files import find_checkpoint, read_train_state
+    from megatron_sbld.checkpoint.manager import saved_model
 
     return saved_model(read_train_state(find_checkpoint(folder).path)["config"])

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.sections import ParallelConfig
+from megatron_sbld.data.prepare import PrepareConfig, prepare
+from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.evaluation.generate import (
     Continuation,
     Sampling,
@@ -26,10 +29,7 @@ from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load
 from megatron_sbld.evaluation.prompts import read_prompts
 from megatron_sbld.evaluation.requests import Request
 from megatron_sbld.evaluation.scoring import score
-from megatron_sbld.training.config import ParallelConfig
-from megatron_sbld.training.prepare import PrepareConfig, prepare
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-from megatron_sbld.training.tokenizer import load_tokenizer
 from tests.training.trainer_helpers import HALF, call_on_ranks, prepare_corpus, run_here, tiny_run
 
 pytestmark = pytest.mark.timeout(600)

@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_sbld import cli
-from megatron_sbld.evaluation.hf_export import export_hf, written_at_once
-from megatron_sbld.evaluation.hf_format import Heads
-from megatron_sbld.evaluation.stored_weights import LAYERS, Piece, StoredWeights, write_pieces
-from megatron_sbld.training.checkpoint_files import checkpoint_path
-from megatron_sbld.training.config import ModelConfig
+from megatron_sbld.checkpoint.files import checkpoint_path
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.sections import ModelConfig
+from megatron_sbld.hf.export_model import export_hf, written_at_once
+from megatron_sbld.hf.format import Heads
+from megatron_sbld.hf.stored_weights import LAYERS, Piece, StoredWeights, write_pieces
 from tests.distributed.checkpoint_runs import run
 from tests.distributed.harness import run_distributed, single_process
 from tests.evaluation import hf_peer
@@ -366,7 +366,7 @@ def test_an_export_that_fails_or_was_killed_leaves_no_folder_that_looks_whole(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("megatron_sbld.evaluation.hf_export.write_tokenizer", full_disk)
+        patched.setattr("megatron_sbld.hf.export_model.write_tokenizer", full_disk)
         with pytest.raises(OSError, match="No space left"):
             export_hf(str(gpt2), str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

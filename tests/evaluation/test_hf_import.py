@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_sbld import cli
-from megatron_sbld.evaluation.hf_export import export_hf
-from megatron_sbld.evaluation.hf_import import import_hf
-from megatron_sbld.training.checkpoint_files import checkpoint_path, find_checkpoint
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.config_file import read_config
+from megatron_sbld.checkpoint.files import checkpoint_path, find_checkpoint
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.files import read_config
+from megatron_sbld.config.sections import Config
+from megatron_sbld.hf.export_model import export_hf
+from megatron_sbld.hf.import_model import import_hf
 from tests.distributed.checkpoint_runs import SEQUENCE, run
 from tests.distributed.harness import run_distributed, single_process
 from tests.evaluation import hf_peer
@@ -177,7 +177,7 @@ def test_weights_are_of_the_precision_that_was_asked_for_or_of_the_sources(
 def test_the_vocabulary_is_padded_by_copies_of_its_last_row_which_the_export_leaves_out(
     folder: Path, made: dict[str, np.ndarray], tokenizer: str, tmp_path: Path
 ) -> None:
-    from megatron_sbld.evaluation.stored_weights import StoredWeights
+    from megatron_sbld.hf.stored_weights import StoredWeights
 
     name = "Llama, grouped queries"
     imported = import_hf(str(folder / name), str(tmp_path / "in"), pad_vocab_to_multiple_of=16)
@@ -202,7 +202,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def load_and_save_on_two_ranks(folder: str, imported: str, tokenizer: str, fields: dict[str, Any]) -> None:
-    from megatron_sbld.training.checkpoint import load_weights
+    from megatron_sbld.checkpoint.manager import load_weights
 
     for layout, options in LAYOUTS.items():
         config = model_config(tokenizer, fields, **options)
@@ -226,7 +226,7 @@ def test_an_imported_checkpoint_is_loaded_on_other_layouts(
 def test_the_config_that_is_written_starts_a_run_from_the_imported_weights(
     ask: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_sbld.cli import _parse_config, _pretrain_parser
+    from megatron_sbld.cli.main import _parse_config, _pretrain_parser
 
     fields = {**GPT2, "vocab_size": 259, "n_positions": 32}
     corpus = prepare_corpus(tmp_path)
@@ -439,7 +439,7 @@ def test_a_damaged_source_is_refused_by_file(
 def test_an_imported_checkpoint_is_no_start_with_optimizer_state(
     folder: Path, made: dict[str, np.ndarray], tokenizer: str, tmp_path: Path
 ) -> None:
-    from megatron_sbld.training.checkpoint import load_checkpoint
+    from megatron_sbld.checkpoint.manager import load_checkpoint
 
     import_hf(str(folder / "GPT-2"), str(tmp_path / "in"))
     fields = yaml.safe_load((tmp_path / "in" / "config.yaml").read_text())["model"]

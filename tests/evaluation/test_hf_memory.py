@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_sbld.evaluation.hf_export import export_hf
-from megatron_sbld.evaluation.hf_formats import GPT2
-from megatron_sbld.evaluation.stored_weights import LAYERS, Piece, write_pieces
-from megatron_sbld.training.config import ModelConfig
+from megatron_sbld.config.sections import ModelConfig
+from megatron_sbld.hf.export_model import export_hf
+from megatron_sbld.hf.formats import GPT2
+from megatron_sbld.hf.stored_weights import LAYERS, Piece, write_pieces
 from tests.evaluation.hf_helpers import tensors
 
 HIDDEN, DEPTH = 512, 18

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_sbld.evaluation.hf_tokenizer import added_at_ends, import_tokenizer, write_tokenizer
-from megatron_sbld.training.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megatron_sbld.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megatron_sbld.hf.tokenizer import added_at_ends, import_tokenizer, write_tokenizer
 from tests.evaluation import hf_peer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

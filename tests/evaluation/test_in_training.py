@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.model import read_trained_model
 from megatron_sbld.evaluation.results import Evaluation, read_evaluations
 from megatron_sbld.evaluation.run import evaluate_checkpoints
 from megatron_sbld.evaluation.tasks import LambadaTask, PerplexityTask, Task
-from megatron_sbld.training.config import ParallelConfig
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     change,

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
+from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.evaluation.lambada import encode_passages, summarise, write_examples
 from megatron_sbld.evaluation.passages import Passage, read_passages
 from megatron_sbld.evaluation.requests import Score
 from megatron_sbld.evaluation.tasks import LambadaTask
-from megatron_sbld.training.tokenizer import load_tokenizer
 from tests.evaluation.data_helpers import CharacterTokenizer
 
 

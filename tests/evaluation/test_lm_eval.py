@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import tokenizers
 
-from megatron_sbld.evaluation.hf_export import export_hf
+from megatron_sbld.config.sections import ParallelConfig
+from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.evaluation.model import TrainedModel, read_trained_model
 from megatron_sbld.evaluation.passages import read_passages
 from megatron_sbld.evaluation.run import Evaluated, evaluate_checkpoints
 from megatron_sbld.evaluation.tasks import LambadaTask, PerplexityTask, Task
-from megatron_sbld.training.config import ParallelConfig
-from megatron_sbld.training.prepare import PrepareConfig, prepare
+from megatron_sbld.hf.export_model import export_hf
 from tests.evaluation import harness_peer
 from tests.training.trainer_helpers import NO_DROPOUT, REPOSITORY, run_here, tiny_run
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sbld.data.tokenizer import ByteTokenizer, load_tokenizer
 from megatron_sbld.evaluation.perplexity import make_windows, resolve_stride, summarise
 from megatron_sbld.evaluation.requests import Score
 from megatron_sbld.evaluation.tasks import PerplexityTask
 from megatron_sbld.evaluation.texts import Document, read_texts
-from megatron_sbld.training.tokenizer import ByteTokenizer, load_tokenizer
 from tests.evaluation.data_helpers import CharacterTokenizer
 
 EOD = 0
@@ -143,7 +143,7 @@ def test_wikitext_is_scored_detokenised_and_counted_raw(tmp_path):
 @pytest.fixture
 def prepared(tmp_path):
     """Text in two documents, and the data set that `prepare` writes of it."""
-    from megatron_sbld.training.prepare import PrepareConfig, prepare
+    from megatron_sbld.data.prepare import PrepareConfig, prepare
 
     file = tmp_path / "a.txt"
     file.write_text("one twö\n=\nthree four five\n")

@@ -11,13 +11,13 @@ import struct
 import pytest
 from matplotlib.figure import Figure
 
+from megatron_sbld.config.sections import TrainingConfig
 from megatron_sbld.evaluation.lambada import LambadaResult
 from megatron_sbld.evaluation.perplexity import PerplexityResult
 from megatron_sbld.evaluation.results import Data, evaluation, save_evaluations
 from megatron_sbld.report.compare import compare
 from megatron_sbld.report.evaluation import Curve, find_series, iteration_table, points
 from megatron_sbld.report.evaluation_plots import plot_evaluations
-from megatron_sbld.training.config import TrainingConfig
 from tests.unit.report_helpers import steady_run
 
 LAMBADA = Data("lambada_development_plain_text.txt", "ab" * 32)

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sbld.config.sections import ParallelConfig
+from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.lambada import LambadaResult
 from megatron_sbld.evaluation.model import evaluation_config, load_chunks, read_trained_model
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.evaluation.run import evaluate_checkpoints
 from megatron_sbld.evaluation.scoring import plan_calls
 from megatron_sbld.evaluation.tasks import Asked, Task
-from megatron_sbld.training.config import ParallelConfig
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.tokenizer import Tokenizer
 from tests.training.trainer_helpers import call_on_ranks, prepare_corpus, run_here, tiny_run
 
 pytestmark = pytest.mark.timeout(600)

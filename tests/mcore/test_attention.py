@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_sbld.mcore.attention import SDPACoreAttention
+from megatron_sbld.mcore.local.attention import SDPACoreAttention
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import tiny_config
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import fuse_residual, make_switchable
-from megatron_sbld.mcore.branches import _Fused, _Scaled
+from megatron_sbld.mcore.skip.branches import _Fused, _Scaled
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import SEQUENCE, Listed, heterogeneous_block_spec, tiny_config, tiny_gpt, train
 

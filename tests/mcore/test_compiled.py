@@ -10,8 +10,9 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import compiled, fuse_residual, make_switchable
-from megatron_sbld.mcore.compiled import compile_layers
+from megatron_sbld.mcore import fuse_residual, make_switchable
+from megatron_sbld.mcore.local import compiled
+from megatron_sbld.mcore.local.compiled import compile_layers
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import SEQUENCE, Listed, tiny_config, tiny_gpt
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.policy import Policy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
 from tests.dropped_update_helpers import Patterns
 from tests.helpers import forward_backward, tiny_config, tiny_gpt, wrap_ddp

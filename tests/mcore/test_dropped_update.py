@@ -12,9 +12,10 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import dropped_update, freeze_dropped_layers, make_switchable
-from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, Policy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
+from megatron_sbld.mcore.skip import freeze as dropped_update
+from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, Policy
+from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
 from tests.dropped_update_helpers import Patterns, State, assert_frozen, layer_of, states, step, steps
 from tests.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp

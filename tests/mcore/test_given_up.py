@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.policy import Policy
+from megatron_sbld.method.policy import Policy
 from tests.distributed.harness import model_parallel, single_process
 from tests.distributed.runs import BLOCK_RECOMPUTE, FULL_RECOMPUTE
 from tests.helpers import MICRO_BATCH, SEQUENCE, VOCAB, Listed, tiny_config, tiny_gpt

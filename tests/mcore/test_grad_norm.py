@@ -11,7 +11,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_s
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from megatron_sbld.mcore.grad_norm import clip_in_groups
+from megatron_sbld.mcore.optimizer.grad_norm import clip_in_groups
 from tests.mcore.operators import Count
 
 SHAPES = [(64, 32), (32,), (1,), (7, 5), (4096,)]

@@ -13,8 +13,8 @@ import torch
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.switchable import _SkippedLayer
-from megatron_sbld.plan import Granularity
+from megatron_sbld.mcore.skip.switchable import _SkippedLayer
+from megatron_sbld.method.decisions import Granularity
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import (
     GLOBAL_MICROBATCHES,

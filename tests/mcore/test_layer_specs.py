@@ -10,11 +10,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sbld.mcore import layer_specs
-from megatron_sbld.mcore.attention import SDPACoreAttention
-from megatron_sbld.mcore.layer_specs import choose_transformer_impl, gpt_block_spec
-from megatron_sbld.mcore.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_sbld.mcore.norm import LayerNorm, RMSNorm
+from megatron_sbld.mcore.local import layer_specs
+from megatron_sbld.mcore.local.attention import SDPACoreAttention
+from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl, gpt_block_spec
+from megatron_sbld.mcore.local.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_sbld.mcore.local.norm import LayerNorm, RMSNorm
 from tests.helpers import tiny_config, tiny_gpt, train
 
 

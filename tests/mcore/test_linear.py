@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_sbld.mcore.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_sbld.mcore.local.linear import ColumnParallelLinear, RowParallelLinear
 from tests.helpers import tiny_config
 
 COLUMN = (ColumnParallelLinear, tensor_parallel.ColumnParallelLinear, {})

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sbld.mcore.norm import LayerNorm, RMSNorm, norm_class
+from megatron_sbld.mcore.local.norm import LayerNorm, RMSNorm, norm_class
 
 
 def _config(normalization: str, **overrides: Any) -> TransformerConfig:

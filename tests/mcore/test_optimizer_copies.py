@@ -10,8 +10,8 @@ import pytest
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.training import model
-from megatron_sbld.training.config import Config
 from megatron_sbld.training.processes import distributed_run, seed_everything
 from tests.mcore.operators import Count
 from tests.training.trainer_helpers import call_on_ranks, change, tiny_run

@@ -17,8 +17,8 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
-from megatron_sbld.training.config import Config
 from megatron_sbld.training.processes import distributed_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

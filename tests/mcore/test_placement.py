@@ -12,8 +12,8 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sbld.mcore.layer_specs import uneven_layout
-from megatron_sbld.placement import Placement, read_layout
+from megatron_sbld.layout.placement import Placement, read_layout
+from megatron_sbld.mcore.local.layer_specs import uneven_layout
 
 NUM_LAYERS = 6
 REPETITIONS = st.integers(0, 4).map(str)

@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import fully_shard
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import ddp, make_switchable
-from megatron_sbld.mcore.refusals import REASONS, is_refused_wrapper, refuse_wrapped_layers
-from megatron_sbld.mcore.switchable import decoder_layers
-from megatron_sbld.policy import LayerDropPolicy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.skip import layer_buckets as ddp
+from megatron_sbld.mcore.skip.refusals import REASONS, is_refused_wrapper, refuse_wrapped_layers
+from megatron_sbld.mcore.skip.switchable import decoder_layers
+from megatron_sbld.method.policy import LayerDropPolicy
+from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import SEQUENCE, Listed, tiny_config, tiny_gpt, wrap_ddp
 

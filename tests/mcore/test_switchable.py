@@ -15,9 +15,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import ddp, make_switchable
-from megatron_sbld.mcore.switchable import decoder_layers
-from megatron_sbld.policy import (
+from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.skip import layer_buckets as ddp
+from megatron_sbld.mcore.skip.switchable import decoder_layers
+from megatron_sbld.method.policy import (
     FullDepthPolicy,
     LayerDropPolicy,
     PLDPolicy,
@@ -25,7 +26,7 @@ from megatron_sbld.policy import (
     SBLDPolicy,
     StochasticDepthPolicy,
 )
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import SEQUENCE, VOCAB, Listed, Step, build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_sbld.drop import build_policy
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 DROP = {"theta": 0.4, "peak_iteration": 3, "peak_theta": 0.5, "beta": 0.3, "theta_min": 0.3, "allow_layers": [2]}

@@ -29,7 +29,7 @@ def prepare(checkout: Path) -> None:
         typing.override = importlib.import_module("typing_extensions").override  # type: ignore[attr-defined]
     torch.compile = lambda function=None, **options: function or (lambda later: later)  # type: ignore[assignment]
     with _triton():
-        standins = importlib.import_module("megatron_sbld.mcore.standins")
+        standins = importlib.import_module("megatron_sbld.mcore.cpu.standins")
         initialize = importlib.import_module("megatron.training.initialize")
         training = importlib.import_module("megatron.training.training")
     standins.install_cpu_standins()

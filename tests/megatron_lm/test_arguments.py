@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.drop_config import DropConfig
 from megatron_sbld.megatron_lm.arguments import add_arguments, argument_name, drop_config, extra_args_provider
 from megatron_sbld.megatron_lm.checks import check_arguments
+from megatron_sbld.method.config import DropConfig
 
 FIELDS = [field.name for field in dataclasses.fields(DropConfig)]
 OTHER_VALUES = {

@@ -24,10 +24,10 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sbld.controller import CHECKPOINT_KEY
-from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
+from megatron_sbld.mcore.skip.switchable import SwitchableLayer, decoder_layers
 from megatron_sbld.megatron_lm import with_layer_dropping
 from megatron_sbld.megatron_lm.run import LayerDropping
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
 from tests.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
 from tests.megatron_lm.test_arguments import parse

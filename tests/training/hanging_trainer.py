@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_sbld.cli import main
-from megatron_sbld.training.data import TrainingData
-from megatron_sbld.training.watchdog import POSITION
+from megatron_sbld.cli.main import main
+from megatron_sbld.data.batches import TrainingData
+from megatron_sbld.health.watchdog import POSITION
 
 HANGS_IN = 5
 

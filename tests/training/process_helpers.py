@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_sbld.training.checkpoint_files import latest_complete
-from megatron_sbld.training.config import Config
+from megatron_sbld.checkpoint.files import latest_complete
+from megatron_sbld.config.sections import Config
 from tests.training.trainer_helpers import REPOSITORY
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

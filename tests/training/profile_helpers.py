@@ -1,4 +1,4 @@
-"""Tiny measurements of `megatron_sbld.training.profile`, and the state of a run to compare before and after."""
+"""Tiny measurements of `megatron_sbld.measure.measure`, and the state of a run to compare before and after."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_sbld.policy import FullDepthPolicy
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.measure.measure import profile
+from megatron_sbld.measure.plan import ProfileOptions
+from megatron_sbld.measure.state import RunSnapshot
+from megatron_sbld.method.policy import FullDepthPolicy
 from megatron_sbld.sensitivity.measurement import ProfileFolder
-from megatron_sbld.training.config import Config
 from megatron_sbld.training.loop import Run, microbatch_calculator, stop_flag
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.profile import profile
-from megatron_sbld.training.profile_config import ProfileOptions
-from megatron_sbld.training.profile_state import RunSnapshot
-from megatron_sbld.training.tokenizer import load_tokenizer
 
 
 def measure(config: Config, out: Path | str, load: Path | str | None = None, **options: Any) -> int | str:

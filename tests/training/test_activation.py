@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_gelu import bias_gelu
 
-from megatron_sbld.training.config import Config, ModelConfig
+from megatron_sbld.config.sections import Config, ModelConfig
 from megatron_sbld.training.model import _activation, gelu_tanh, transformer_config
 
 X = torch.linspace(-6, 6, 1001)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbld.training import checkpoint_files as files
-from megatron_sbld.training.checkpoint_files import CheckpointInfo, Layout
+from megatron_sbld.checkpoint import files
+from megatron_sbld.checkpoint.files import CheckpointInfo, Layout
 
 LAYOUT = Layout(
     tensor_model_parallel_size=1,

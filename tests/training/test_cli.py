@@ -15,14 +15,14 @@ import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_sbld import cli
+from megatron_sbld.checkpoint.start import find_start
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import validate
+from megatron_sbld.data.dataset_files import verify_dataset
+from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.training import loop
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.dataset_files import verify_dataset
-from megatron_sbld.training.start import find_start
-from megatron_sbld.training.tokenizer import load_tokenizer
-from megatron_sbld.training.validate import validate
 from tests.training.trainer_helpers import (
     LAYERS,
     in_folder,

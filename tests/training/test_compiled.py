@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sbld.training.config import Config
+from megatron_sbld.config.sections import Config
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     NO_DROPOUT,

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, TrainingConfig
-from megatron_sbld.training.data import PretrainingSampler, TrainingData, build_datasets, check_data, parse_blend
-from megatron_sbld.training.dataset_files import DatasetWriter
-from megatron_sbld.training.prepare import PrepareConfig, prepare
-from megatron_sbld.training.run_length import RunLength
-from megatron_sbld.training.tokenizer import ByteTokenizer
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_sbld.data.batches import PretrainingSampler, TrainingData, build_datasets, check_data, parse_blend
+from megatron_sbld.data.dataset_files import DatasetWriter
+from megatron_sbld.data.prepare import PrepareConfig, prepare
+from megatron_sbld.data.tokenizer import ByteTokenizer
 from tests.distributed.harness import model_parallel, run_distributed
 
 EOD = 256

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sbld.training.dataset_files import SPLITS, DatasetWriter, read_metadata, split_prefix, verify_dataset
+from megatron_sbld.data.dataset_files import SPLITS, DatasetWriter, read_metadata, split_prefix, verify_dataset
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_damaged_index_is_refused(prepared, damage, message):
 def test_a_sound_index_is_checked_in_parts(prepared, monkeypatch):
     whole = verify_dataset(prepared)
     for at_once in (1, 2, 8, 9):
-        monkeypatch.setattr("megatron_sbld.training.dataset_files._CHECKED_AT_ONCE", at_once)
+        monkeypatch.setattr("megatron_sbld.data.dataset_files._CHECKED_AT_ONCE", at_once)
         assert verify_dataset(prepared) == whole
 
 

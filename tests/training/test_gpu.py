@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core import optimizer as megatron_optimizer
 
-from megatron_sbld.training.config import Config
+from megatron_sbld.config.sections import Config
 from tests.training.trainer_helpers import (
     ITERATIONS,
     NO_DROPOUT,

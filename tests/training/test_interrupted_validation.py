@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.training.checkpoint_files import latest_complete
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.watchdog import POSITION, Position
+from megatron_sbld.checkpoint.files import latest_complete
+from megatron_sbld.config.sections import Config
+from megatron_sbld.health.watchdog import POSITION, Position
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     call_on_ranks,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_sbld.drop import build_policy
-from megatron_sbld.plan import draw_plan
-from megatron_sbld.training.config import Config, LoggingConfig
-from megatron_sbld.training.flops import layer_share, padded_vocab_size
-from megatron_sbld.training.forecast import forecast, forecast_text
+from megatron_sbld.config.flops import layer_share, padded_vocab_size
+from megatron_sbld.config.sections import Config, LoggingConfig
+from megatron_sbld.forecast.drops import forecast, forecast_text
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.training.metrics import MetricsWriter, check_logging, drop_rows_from
 from tests.training.trainer_helpers import (
     FULL_DEPTH,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli.path_errors import describe
 from megatron_sbld.exit_status import EXIT_BROKEN_PIPE, EXIT_MISTAKE
-from megatron_sbld.path_errors import describe
 from tests.training.test_cli import Sections, command, sections, shared, write  # noqa: F401  (fixtures)
 
 
@@ -87,7 +87,7 @@ def test_the_longest_path_decides_which_option_is_named(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_fills_the_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sbld.training import data
+    from megatron_sbld.data import batches as data
 
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -111,7 +111,7 @@ def test_a_package_that_is_missing_is_named(
 
 OUTPUT = """
 import sys
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
 cli._doctor = lambda args: print("\\n" * 100_000) or 0
 cli.main(["doctor"])
 """

@@ -17,10 +17,10 @@ import pytest
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sbld.training import prepare as prepare_module
-from megatron_sbld.training.dataset_files import read_metadata, set_files
-from megatron_sbld.training.prepare import PrepareConfig, prepare, split_documents, verify_dataset
-from megatron_sbld.training.tokenizer import load_tokenizer
+from megatron_sbld.data import prepare as prepare_module
+from megatron_sbld.data.dataset_files import read_metadata, set_files
+from megatron_sbld.data.prepare import PrepareConfig, prepare, split_documents, verify_dataset
+from megatron_sbld.data.tokenizer import load_tokenizer
 
 EOD = 256
 
@@ -185,7 +185,7 @@ LONG = "".join(f"line {i} é\n" for i in range(100)) + "word " * 50 + "\n" + "é
 @pytest.mark.parametrize("characters", [1 << 20, 110])  # read of a line at once
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
 def test_long_documents_are_cut_when_asked_to_and_none_is_longer(tmp_path, monkeypatch, name, characters):
-    monkeypatch.setattr("megatron_sbld.training.documents._LINE_CHARACTERS", characters)
+    monkeypatch.setattr("megatron_sbld.data.documents._LINE_CHARACTERS", characters)
     content = json.dumps({"text": LONG}) if name == "a.jsonl" else LONG
     path = write(tmp_path / name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
     pieces = train_texts(tmp_path, path, max_document_bytes=101)
@@ -199,7 +199,7 @@ def test_long_documents_are_cut_when_asked_to_and_none_is_longer(tmp_path, monke
 
 
 def test_a_separator_is_a_whole_line_also_where_long_lines_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_sbld.training.documents._LINE_CHARACTERS", 20)
+    monkeypatch.setattr("megatron_sbld.data.documents._LINE_CHARACTERS", 20)
     text = "x" * 21 + "<|endoftext|>\ny\n<|endoftext|>\nz"
     pieces = train_texts(tmp_path, write(tmp_path / "a.txt", text), max_document_bytes=20)
     assert pieces == ["x" * 20, "x<|endoftext|>\ny\n", "z"]
@@ -316,7 +316,7 @@ def test_the_metadata_says_what_the_set_holds(tmp_path, corpus):
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr("megatron_sbld.training.encode._BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("megatron_sbld.data.encode._BATCH_CHARACTERS", 50)
     for workers in (1, 2):
         run(tmp_path, corpus[0], workers=workers, output=str(tmp_path / f"w{workers}"))
     for one, two in zip(set_files(str(tmp_path / "w1")), set_files(str(tmp_path / "w2")), strict=True):
@@ -492,9 +492,9 @@ def test_killed_while_files_are_moved_no_half_set_passes_for_a_whole_one(tmp_pat
 KILLED_RUN = """
 if __name__ == "__main__":
     import os, signal, sys
-    from megatron_sbld.training import encode
-    from megatron_sbld.training.dataset_files import DatasetWriter
-    from megatron_sbld.training.prepare import PrepareConfig, prepare
+    from megatron_sbld.data import encode
+    from megatron_sbld.data.dataset_files import DatasetWriter
+    from megatron_sbld.data.prepare import PrepareConfig, prepare
 
     added, add = [], DatasetWriter.add
 

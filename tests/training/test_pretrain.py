@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_sbld.drop import build_policy
-from megatron_sbld.plan import draw_sample_counts
-from megatron_sbld.training import checkpoint_files as files
+from megatron_sbld.checkpoint import files
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.prepare import PrepareConfig, prepare
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.decisions import draw_sample_counts
 from megatron_sbld.training import loop
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.prepare import PrepareConfig, prepare
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     HALF,

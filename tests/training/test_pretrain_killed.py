@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sbld.checkpoint.files import latest_complete
 from megatron_sbld.exit_status import EXIT_RANK_LOST, EXIT_TO_BE_CONTINUED
-from megatron_sbld.training.checkpoint_files import latest_complete
 from megatron_sbld.training.loop import STOP_SIGNALS, stop_flag
 from tests.training.process_helpers import (
     TORCHRUN,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sbld.training.checkpoint_files import Layout
-from megatron_sbld.training.config import Config
+from megatron_sbld.checkpoint.files import Layout
+from megatron_sbld.config.sections import Config
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     decisions,
@@ -205,7 +205,7 @@ def test_pretrain_tells_the_stages_and_a_better_placement_before_the_first_itera
 
 
 def test_optimizer_state_of_a_format_that_keeps_its_layout_is_refused_on_other_stages() -> None:
-    from megatron_sbld.training.checkpoint_state import check_layout
+    from megatron_sbld.checkpoint.state import check_layout
 
     even = Layout(
         tensor_model_parallel_size=1,

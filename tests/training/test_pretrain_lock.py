@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sbld.health.run_lock import LOCK_FILE, RunLock
+from megatron_sbld.measure.measure import profile
+from megatron_sbld.measure.plan import ProfileOptions
 from megatron_sbld.training import loop
-from megatron_sbld.training.profile import profile
-from megatron_sbld.training.profile_config import ProfileOptions
-from megatron_sbld.training.run_lock import LOCK_FILE, RunLock
 from tests.training.trainer_helpers import change, losses, prepare_corpus, run_here, tiny_run
 from tests.unit.test_run_lock import Holder
 

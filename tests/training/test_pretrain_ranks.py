@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sbld.training.config import Config
+from megatron_sbld.config.sections import Config
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     FULL_DEPTH,

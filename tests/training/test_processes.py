@@ -11,7 +11,7 @@ PROGRAM = """
 import json
 import torch
 from megatron.core import parallel_state
-from megatron_sbld.training.config import Config, ParallelConfig
+from megatron_sbld.config.sections import Config, ParallelConfig
 from megatron_sbld.training.processes import distributed_run
 
 with distributed_run(Config(parallel=ParallelConfig(distributed_backend="gloo"))):

@@ -18,13 +18,13 @@ import pytest
 import torch
 import yaml
 
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.sections import Config
+from megatron_sbld.measure.plan import has_optimizer_state, parse_layers, parse_numbers
+from megatron_sbld.measure.runs import OneLayerPolicy
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.measurement import ProfileFolder
 from megatron_sbld.training import model
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.profile_config import has_optimizer_state, parse_layers, parse_numbers
-from megatron_sbld.training.profile_runs import OneLayerPolicy
 from tests.training.profile_helpers import measure, state_is_restored, values
 from tests.training.trainer_helpers import (
     ITERATIONS,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training.config import Config
 from tests.training.profile_helpers import call, measure, measure_on_rank, state_is_restored, values
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,

@@ -10,14 +10,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_sbld.policy import FullDepthPolicy
-from megatron_sbld.training import checkpoint_files as files
-from megatron_sbld.training.checkpoint import check_compatible
-from megatron_sbld.training.checkpoint_files import Layout
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.loop import Run, microbatch_calculator
-from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.resume import (
+from megatron_sbld.checkpoint import files
+from megatron_sbld.checkpoint.files import Layout
+from megatron_sbld.checkpoint.manager import check_compatible
+from megatron_sbld.checkpoint.resume import (
     FIELDS_OF_THE_PROCESS,
     FIELDS_WITHOUT_EFFECT,
     PLANNED_FIELDS,
@@ -27,9 +23,13 @@ from megatron_sbld.training.resume import (
     run_length,
     warnings_of_decisions,
 )
-from megatron_sbld.training.run_length import RunLength
-from megatron_sbld.training.start import find_start
-from megatron_sbld.training.tokenizer import load_tokenizer
+from megatron_sbld.checkpoint.start import find_start
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.method.policy import FullDepthPolicy
+from megatron_sbld.training.loop import Run, microbatch_calculator
+from megatron_sbld.training.processes import distributed_run
 from tests.training.trainer_helpers import (
     HALF,
     NO_DROPOUT,

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_sbld import cli
-from megatron_sbld.drop import build_policy, build_schedule
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.schedule import pwegd_density
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from megatron_sbld.method.build import build_policy, build_schedule
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.schedule import pwegd_density
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 
 LAYERS, ITERATIONS = 12, 400
 MODEL = ModelConfig(num_layers=LAYERS, hidden_size=64, num_attention_heads=4, seq_length=128)
@@ -125,7 +125,7 @@ def test_show_is_for_any_number_of_processes_and_needs_no_torch(folder: Path) ->
     program = f"""
 import sys
 sys.modules["torch"] = sys.modules["megatron"] = None  # importing them raises ImportError
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
 cli.main(["schedule", "show", "--config", "config.yaml", *{parallel}])
 """
     root = Path(cli.__file__).resolve().parents[1]

@@ -12,21 +12,21 @@ import torch
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_sbld.checkpoint.files import latest_complete, read_train_state
+from megatron_sbld.checkpoint.manager import load_weights
+from megatron_sbld.config.flops import padded_vocab_size
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop import build_policy
+from megatron_sbld.data.batches import TrainingData
+from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.policy import Policy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training.checkpoint import load_weights
-from megatron_sbld.training.checkpoint_files import latest_complete, read_train_state
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.data import TrainingData
-from megatron_sbld.training.flops import padded_vocab_size
 from megatron_sbld.training.model import build_model
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.run_length import RunLength
-from megatron_sbld.training.tokenizer import load_tokenizer
 from tests.training.trainer_helpers import (
     LAYERS,
     LAYERS_THAT_MATTER,

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from megatron_sbld.training.tokenizer import EOD_NAMES, ByteTokenizer, load_tokenizer
+from megatron_sbld.data.tokenizer import EOD_NAMES, ByteTokenizer, load_tokenizer
 
 TEXTS = [
     "Hello world",
@@ -75,7 +75,7 @@ def test_encoding_long_text_in_pieces_changes_no_token(gpt2, monkeypatch):
     for _ in range(200):
         text = "".join(rng.choice([" ", "", " "]) + rng.choice(words) for _ in range(60))
         whole = gpt2._backend.encode(text, add_special_tokens=False).ids
-        monkeypatch.setattr("megatron_sbld.training.tokenizer._PIECE_CHARACTERS", rng.randint(1, 20))
+        monkeypatch.setattr("megatron_sbld.data.tokenizer._PIECE_CHARACTERS", rng.randint(1, 20))
         assert gpt2.encode(text) == whole
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.stages import placement_of
-from megatron_sbld.training.validate import data_parallel_size, train_iterations, validate
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.validate import data_parallel_size, train_iterations, validate
 from tests.training.trainer_helpers import change
 
 VALID = change(

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from megatron_sbld.checkpoint.files import latest_complete
+from megatron_sbld.config.sections import Config
 from megatron_sbld.exit_status import EXIT_RANK_LOST
-from megatron_sbld.training.checkpoint_files import latest_complete
-from megatron_sbld.training.config import Config
+from megatron_sbld.health.watchdog import is_lost_connection, watched
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.watchdog import is_lost_connection, watched
 from tests.distributed.harness import single_process
 from tests.training.hanging_trainer import HANGS_IN
 from tests.training.process_helpers import (

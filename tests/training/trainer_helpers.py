@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sbld.config.sections import Config
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training.config import Config
 from tests.distributed.harness import run_distributed
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
@@ -65,7 +65,7 @@ BOTH_OVERLAPS = {
 
 def prepare_corpus(folder: Path) -> Path:
     """This package's own sources as byte-level tokens; the prefix without _train or _valid."""
-    from megatron_sbld.training.prepare import PrepareConfig, prepare
+    from megatron_sbld.data.prepare import PrepareConfig, prepare
 
     corpus = folder / "corpus"
     sources = str(REPOSITORY / "megatron_sbld")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_sbld.config.sections import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.validate import validate
 from megatron_sbld.predict.gain import Predictor
 from megatron_sbld.predict.hardware import Hardware
 from megatron_sbld.predict.iteration import IterationModel, Setup
-from megatron_sbld.training.config import Config, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_sbld.training.stages import placement_of
-from megatron_sbld.training.validate import validate
 
 HARDWARE = Hardware(
     name="round numbers",

@@ -7,8 +7,8 @@ import json
 
 import yaml
 
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.training.config import Config, ModelConfig
+from megatron_sbld.config.sections import Config, ModelConfig
+from megatron_sbld.method.config import DropConfig
 
 TOKENS = 2048  # of an iteration
 MODEL = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=256)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.drop import build_policy
-from megatron_sbld.drop_config import DropConfig
-from megatron_sbld.plan import draw_plan, draw_sample_counts, draw_samples, replicas_run_alike
-from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.decisions import draw_plan, draw_sample_counts, draw_samples, replicas_run_alike
+from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.residual import residual_skip_add, residual_skip_add_
-from megatron_sbld.schedule import Constant
 from megatron_sbld.sensitivity.dynamic import GapEstimator
 
 HALF = Constant(0.5)
@@ -37,13 +37,13 @@ def balanced(**options: Any) -> None:
 
 
 def exported(**options: Any) -> None:
-    from megatron_sbld.evaluation.hf_export import export_hf
+    from megatron_sbld.hf.export_model import export_hf
 
     export_hf("checkpoint", "out", **options)
 
 
 def imported(**options: Any) -> None:
-    from megatron_sbld.evaluation.hf_import import import_hf
+    from megatron_sbld.hf.import_model import import_hf
 
     import_hf("source", "out", **options)
 
@@ -67,22 +67,22 @@ def texts(text_format: Any) -> None:
 
 
 def layers_of(transformer_impl: Any) -> None:
-    from megatron_sbld.mcore.layer_specs import choose_transformer_impl
+    from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl
 
     choose_transformer_impl(transformer_impl)
 
 
 def norm(normalization: Any) -> None:
-    from megatron_sbld.mcore.norm import norm_class
+    from megatron_sbld.mcore.local.norm import norm_class
 
     norm_class(normalization)
 
 
 def setup(attention: Any) -> None:
-    from megatron_sbld.placement import even_placement
+    from megatron_sbld.config.sections import Config
+    from megatron_sbld.layout.placement import even_placement
     from megatron_sbld.predict.hardware import KNOWN
     from megatron_sbld.predict.iteration import Setup
-    from megatron_sbld.training.config import Config
 
     Setup(
         config=Config(),

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.files import read_config
+from megatron_sbld.config.flops import padded_vocab_size
+from megatron_sbld.config.sections import Config
+from megatron_sbld.config.validate import data_parallel_size, validate
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.config_file import read_config
-from megatron_sbld.training.flops import padded_vocab_size
-from megatron_sbld.training.validate import data_parallel_size, validate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_sbld.controller import DropController, _raise_on_disagreement
-from megatron_sbld.plan import draw_plan
-from megatron_sbld.policy import LayerDropPolicy, PLDPolicy
-from megatron_sbld.schedule import Constant, Exponential
+from megatron_sbld.method.decisions import draw_plan
+from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy
+from megatron_sbld.method.schedule import Constant, Exponential
 
 LAYERS = 6
 HALF = LayerDropPolicy(Constant(0.5), LAYERS)

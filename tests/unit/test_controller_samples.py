@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.plan import draw_sample_counts, draw_samples
-from megatron_sbld.policy import LayerDropPolicy, StochasticDepthPolicy
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method.decisions import draw_sample_counts, draw_samples
+from megatron_sbld.method.policy import LayerDropPolicy, StochasticDepthPolicy
+from megatron_sbld.method.schedule import Constant
 
 LAYERS, SAMPLES = 6, 4
 POLICY = StochasticDepthPolicy(Constant(0.1), LAYERS)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sbld import cli, doctor
+from megatron_sbld import doctor
+from megatron_sbld.cli.main import main as cli
 from megatron_sbld.doctor import Finding, Gpu
 from megatron_sbld.residual import native
 

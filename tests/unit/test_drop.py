@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 import pytest
 
-from megatron_sbld.drop import build_policy, build_schedule, validate_drop
-from megatron_sbld.drop_config import DropConfig, drop_field_names
-from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
-from megatron_sbld.schedule import PWEGD, Constant, Exponential, Linear, Polynomial
+from megatron_sbld.method.build import build_policy, build_schedule, validate_drop
+from megatron_sbld.method.config import DropConfig, drop_field_names
+from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
+from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Polynomial
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 NUM_LAYERS = 12

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_sbld.plan import draw_plan
+from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.sensitivity.dynamic import GapEstimator
 
 LAYERS = 12

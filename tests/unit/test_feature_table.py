@@ -77,7 +77,12 @@ def test_messages_of_other_refusals_are_those_of_the_code() -> None:
     """Every refusal that is not in REASONS quotes its message up to the first reference."""
     sources = "".join(
         re.sub(r'"\s*\n\s*f?"', "", (ROOT / "megatron_sbld" / name).read_text())
-        for name in ("mcore/refusals.py", "mcore/switchable.py", "mcore/samples.py", "training/validate.py")
+        for name in (
+            "mcore/skip/refusals.py",
+            "mcore/skip/switchable.py",
+            "mcore/skip/samples.py",
+            "config/validate.py",
+        )
     )
     for switch, status, evidence in rows():
         if status == "refused" and evidence not in refusal_reasons().values() and "FSDP alone" not in evidence:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_sbld.schedule import PWEGD, pwegd_density
-from megatron_sbld.sensitivity.fit import build_trace, fit_trace, is_exponential, schedule_fields
+from megatron_sbld.method.schedule import PWEGD, pwegd_density
+from megatron_sbld.method.schedule_fit import build_trace, fit_trace, is_exponential, schedule_fields
 
 ITERATIONS = 1500
 # k, b, epsilon and height of the gap, and the noise of a single iteration's gap.

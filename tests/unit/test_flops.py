@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sbld.training.config import Config, ModelConfig, ParallelConfig
-from megatron_sbld.training.flops import (
+from megatron_sbld.config.flops import (
     ideal_speedup,
     implied_keep_prob,
     layer_flops_per_token,
@@ -14,6 +13,7 @@ from megatron_sbld.training.flops import (
     padded_vocab_size,
     training_flops,
 )
+from megatron_sbld.config.sections import Config, ModelConfig, ParallelConfig
 
 VOCAB = 51200
 MODEL_1B7 = ModelConfig(num_layers=24, hidden_size=2304, num_attention_heads=24, seq_length=2048)

@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from megatron_sbld.policy import LayerDropPolicy, PLDPolicy, SBLDPolicy, mean_keep_prob
-from megatron_sbld.schedule import PWEGD, Constant, Exponential, Linear
-from megatron_sbld.training.flops import ideal_speedup
-from megatron_sbld.training.forecast import forecast, forecast_text, spread_iterations
+from megatron_sbld.config.flops import ideal_speedup
+from megatron_sbld.forecast.drops import forecast, forecast_text, spread_iterations
+from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy, SBLDPolicy, mean_keep_prob
+from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear
 
 PHI = 0.95
 SENSITIVITY = np.linspace(0.0, 1.0, 24)

@@ -7,9 +7,15 @@ PROGRAM = """
 import sys
 for name in ("torch", "megatron"):
     sys.modules[name] = None  # importing it raises ImportError
-from megatron_sbld import drop, pipeline, placement, plan, policy, schedule
-from megatron_sbld.sensitivity import dynamic, early_stop, file, fit, lists, measurement, mixing, stats
-from megatron_sbld.schedule import Constant
+from megatron_sbld.method import build as drop
+from megatron_sbld.layout import pipeline
+from megatron_sbld.layout import placement
+from megatron_sbld.method import decisions as plan
+from megatron_sbld.method import policy
+from megatron_sbld.method import schedule
+from megatron_sbld.sensitivity import dynamic, early_stop, file, lists, measurement, mixing, stats
+from megatron_sbld.method import schedule_fit as fit
+from megatron_sbld.method.schedule import Constant
 kept = plan.draw_plan(policy.PLDPolicy(Constant(0.5), 4).keep_probs(1), seed=1, iteration=1, num_microbatches=2)
 print(kept.shape)
 """

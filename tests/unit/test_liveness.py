@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.training.liveness import (
+from megatron_sbld.health.liveness import (
     SAVING,
     Heartbeat,
     Limits,
@@ -156,13 +156,13 @@ def test_thousands_of_ranks_make_a_short_message() -> None:
         ("/repository/megatron_sbld/training/step.py", True),
         ("/venv/lib/python3.11/site-packages/torch/utils/data/dataloader.py", False),
         ("/venv/lib/python3.11/site-packages/megatron/core/datasets/indexed_dataset.py", False),
-        ("/repository/megatron_sbld/training/data.py", False),
+        ("/repository/megatron_sbld/data/batches.py", False),
         ("/repository/megatron_sbld/training/metrics.py", False),
         ("/usr/lib/python3.11/threading.py", False),
     ],
 )
 def test_code_that_waits_for_ranks_is_told_from_code_that_reads_or_writes(path: str, waits: bool) -> None:
-    from megatron_sbld.training.watchdog import waits_for_ranks
+    from megatron_sbld.health.watchdog import waits_for_ranks
 
     assert waits_for_ranks(path) is waits
 

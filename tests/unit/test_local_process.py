@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_sbld.training.local_process import end_if_local, own_process
+from megatron_sbld.health.local_process import end_if_local, own_process
 
 SLEEPER = """
 import time
 
-from megatron_sbld.training.local_process import own_process
+from megatron_sbld.health.local_process import own_process
 
 print(own_process(), flush=True)
 time.sleep(600)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbld.outputs import refuse_inputs
+from megatron_sbld.files.outputs import refuse_inputs
 
 
 @pytest.fixture

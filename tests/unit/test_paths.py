@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld import cli
-from megatron_sbld.command_parser import CommandParser
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli.parser import CommandParser
+from megatron_sbld.config.files import read_config
+from megatron_sbld.config.sections import Config
+from megatron_sbld.files.paths import CONFIG_PATHS, OPTION_PATHS, expand
 from megatron_sbld.megatron_lm.arguments import drop_config
-from megatron_sbld.paths import CONFIG_PATHS, OPTION_PATHS, expand
-from megatron_sbld.training.config import Config
-from megatron_sbld.training.config_file import read_config
 
 NO_PATHS = {
     *("attention", "dtype", "max_shard_size", "separator", "document_separator", "text_key", "prompt"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_sbld.pipeline import critical_path, one_f_one_b, schedule_time
+from megatron_sbld.layout.pipeline import critical_path, one_f_one_b, schedule_time
 
 
 def test_one_f_one_b_alternates_after_the_warm_up_and_ends_with_the_backward_passes():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sbld.placement import (
+from megatron_sbld.layout.placement import (
     Placement,
     best_placement,
     even_placement,

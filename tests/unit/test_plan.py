@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
 
-from megatron_sbld import plan
-from megatron_sbld.plan import MAX_SEED, draw_plan, philox4x32
+from megatron_sbld.method import decisions as plan
+from megatron_sbld.method.decisions import MAX_SEED, draw_plan, philox4x32
 
 KEEP_PROBS = np.linspace(1.0, 0.3, 12)
 SAMPLERS = ["bernoulli", "balanced"]

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-import megatron_sbld.policy
-from megatron_sbld.policy import (
+import megatron_sbld.method.policy
+from megatron_sbld.method.policy import (
     FullDepthPolicy,
     LayerDropPolicy,
     PLDPolicy,
@@ -15,13 +15,13 @@ from megatron_sbld.policy import (
     StochasticDepthPolicy,
     mean_keep_prob,
 )
-from megatron_sbld.schedule import PWEGD, Constant, Exponential, Linear
+from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear
 
 BY_DEPTH = [PLDPolicy, LayerDropPolicy, StochasticDepthPolicy]
 
 
 def test_examples_in_the_docstrings_hold():
-    results = doctest.testmod(megatron_sbld.policy)
+    results = doctest.testmod(megatron_sbld.method.policy)
     assert results.attempted >= 4
     assert results.failed == 0
 

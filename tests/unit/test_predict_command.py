@@ -9,7 +9,7 @@ import sys
 import pytest
 from predict_helpers import make_setup
 
-from megatron_sbld.cli import main
+from megatron_sbld.cli.main import main
 from megatron_sbld.predict.command import PredictOptions
 from megatron_sbld.predict.command import predict as predict_config
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
@@ -25,7 +25,7 @@ BLOCKED = """
 import sys
 for name in ("torch", "megatron"):
     sys.modules[name] = None  # importing it raises ImportError
-from megatron_sbld.cli import main
+from megatron_sbld.cli.main import main
 main(["predict", "--config", sys.argv[1], "--gpus", "2", "--out", sys.argv[2]])
 """
 

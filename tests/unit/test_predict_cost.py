@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from predict_helpers import HARDWARE, make_setup
 
-from megatron_sbld.placement import Placement
+from megatron_sbld.config.sections import ModelConfig
+from megatron_sbld.layout.placement import Placement
 from megatron_sbld.predict.cost import pass_costs, step_costs
 from megatron_sbld.predict.iteration import IterationModel
 from megatron_sbld.predict.memory import activation_bytes, rank_memory
@@ -21,7 +22,6 @@ from megatron_sbld.predict.parameters import (
     num_parameters,
     shard_sizes,
 )
-from megatron_sbld.training.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from bucket_model import Speeds, exposed_time, skipped

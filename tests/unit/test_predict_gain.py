@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from predict_helpers import HARDWARE, make_predictor, make_setup
 
-from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.config.flops import model_flops_per_token
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.predict.gain import Predictor, calibrate, compared_sections, find_target, mfu_tokens_per_s
 from megatron_sbld.predict.iteration import IterationModel
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training.flops import model_flops_per_token
 
 LAYERDROP = DropConfig(policy="layerdrop", theta=0.7)
 PIPELINE = {"gpus": 4, "pipeline_model_parallel_size": 4}

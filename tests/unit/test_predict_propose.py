@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from predict_helpers import HARDWARE, make_predictor
 
-from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.config.validate import validate
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.predict.propose import propose_placement, worst_stage
-from megatron_sbld.training.validate import validate
 
 PLD = DropConfig(policy="pld", theta=0.4, sampler="balanced")
 NOTHING = DropConfig()

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_sbld.pipeline import critical_path
+from megatron_sbld.layout.pipeline import critical_path
 from megatron_sbld.predict.simulate import Pass, most_in_flight, pass_order, run_schedule
 
 

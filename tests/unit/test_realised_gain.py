@@ -18,7 +18,7 @@ from _gain import (
     saved_time,
 )
 
-from megatron_sbld.pipeline import schedule_time
+from megatron_sbld.layout.pipeline import schedule_time
 
 ROUNDS, ITERATIONS, LAYERS = 8, 3, 4
 LAYER_FORWARD, LAYER_BACKWARD = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 4.0, 6.0, 8.0])

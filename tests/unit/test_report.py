@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sbld.config.flops import ideal_speedup, layer_share
+from megatron_sbld.config.sections import DataConfig, TrainingConfig
 from megatron_sbld.report.compare import compare
 from megatron_sbld.report.groups import group_runs
 from megatron_sbld.report.runs import read_run, read_runs
 from megatron_sbld.report.summary import choose_baseline, summarise, tokens_per_s
-from megatron_sbld.training.config import DataConfig, TrainingConfig
-from megatron_sbld.training.flops import ideal_speedup, layer_share
 from tests.unit.report_helpers import MODEL, TOKENS, row, steady_run, valid_row, write_run
 
 PHI = layer_share(MODEL, 384)  # 259 byte-level tokens, padded to a multiple of 128

@@ -14,8 +14,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from megatron_sbld import cli
-from megatron_sbld.drop_config import DropConfig
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.sections import DataConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.report.compare import compare
 from megatron_sbld.report.groups import group_runs
 from megatron_sbld.report.plots import group_style
@@ -23,7 +24,6 @@ from megatron_sbld.report.runs import read_runs
 from megatron_sbld.report.seeds import estimate, paired_difference, paired_seeds, time_to_loss, unpaired_difference
 from megatron_sbld.report.summary import choose_baseline, summarise
 from megatron_sbld.report.tradeoff import plot_tradeoff
-from megatron_sbld.training.config import DataConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 from tests.unit.report_helpers import row, valid_row, write_run
 
 ITERATIONS = 20

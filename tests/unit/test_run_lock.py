@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.training import run_lock
-from megatron_sbld.training.run_lock import LOCK_FILE, RunLock
+from megatron_sbld.health import run_lock
+from megatron_sbld.health.run_lock import LOCK_FILE, RunLock
 
 HOLDER = """
 import errno, fcntl, multiprocessing, sys, time
 from pathlib import Path
-from megatron_sbld.training import run_lock
+from megatron_sbld.health import run_lock
 
 def no_locks(*args):
     raise OSError(errno.ENOLCK, "No locks available")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2, chisquare
 
-from megatron_sbld.plan import MAX_SAMPLES, MAX_SEED, draw_plan, draw_sample_counts, draw_samples
+from megatron_sbld.method.decisions import MAX_SAMPLES, MAX_SEED, draw_plan, draw_sample_counts, draw_samples
 
 KEEP_PROBS = np.linspace(1.0, 0.3, 12)
 SAMPLERS = ["bernoulli", "balanced"]

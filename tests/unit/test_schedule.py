@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import megatron_sbld.schedule
-from megatron_sbld.schedule import PWEGD, Constant, Exponential, Linear, Polynomial, pwegd_density
+import megatron_sbld.method.schedule
+from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Polynomial, pwegd_density
 
 
 def test_examples_in_the_docstrings_hold():
-    results = doctest.testmod(megatron_sbld.schedule)
+    results = doctest.testmod(megatron_sbld.method.schedule)
     assert results.attempted > 5
     assert results.failed == 0
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sbld.drop import build_policy
-from megatron_sbld.placement import iteration_times, read_layout
-from megatron_sbld.plan import draw_plan, draw_sample_counts
-from megatron_sbld.policy import Policy, SBLDPolicy
-from megatron_sbld.schedule import Constant
-from megatron_sbld.training.config import Config, ModelConfig
-from megatron_sbld.training.forecast import forecast
-from megatron_sbld.training.stage_forecast import StageForecast, stage_forecast, stage_forecast_text
+from megatron_sbld.config.sections import Config, ModelConfig
+from megatron_sbld.forecast.drops import forecast
+from megatron_sbld.forecast.stages import StageForecast, stage_forecast, stage_forecast_text
+from megatron_sbld.layout.placement import iteration_times, read_layout
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.decisions import draw_plan, draw_sample_counts
+from megatron_sbld.method.policy import Policy, SBLDPolicy
+from megatron_sbld.method.schedule import Constant
 from tests.training.trainer_helpers import change
 
 LAYERS, ITERATIONS = 24, 1000

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sbld import cli
+from megatron_sbld.cli.main import main as cli
+from megatron_sbld.config.files import read_config
+from megatron_sbld.files.strict_json import load_json
+from megatron_sbld.files.strict_yaml import dump_yaml, load_yaml
 from megatron_sbld.predict.hardware import load_hardware
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.strict_json import load_json
-from megatron_sbld.strict_yaml import dump_yaml, load_yaml
-from megatron_sbld.training.config_file import read_config
 
 TEXTS = [
     "1e-3",

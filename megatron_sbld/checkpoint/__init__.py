@@ -1,0 +1,1 @@
+"""Saving a run, finding a checkpoint, and going on from it."""

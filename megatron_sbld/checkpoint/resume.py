@@ -1,0 +1,159 @@
+"""What a changed config means for a run that goes on: refused, in force and told, or without effect and told.
+
+A field takes effect unless it stands in one of the tables below. Only what concerns this process alone is not told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sbld.checkpoint.files import Layout
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config
+
+LENGTH_FIELDS = (
+    "training.train_iters",
+    "training.train_samples",
+    "training.global_batch_size",
+    "training.rampup_batch_size",
+)
+"""How many samples an iteration reads, and how many there are: learning rate, drops and data are planned with them."""
+
+PLANNED_FIELDS = (*LENGTH_FIELDS, "training.seed", "model.seq_length")
+"""Refused unless checkpoint.replan is true."""
+
+FIELDS_WITHOUT_EFFECT = {
+    "model.init_method_std": "the weights are the checkpoint's",
+    "model.make_vocab_size_divisible_by": "the embeddings keep the checkpoint's rows",
+    "training.initial_loss_scale": "the loss scale goes on where it was",
+}
+
+FIELDS_OF_THE_PROCESS = ("checkpoint", "logging", "training.exit_after_iterations")
+"""Sections and fields that say what this process does, not what the run is."""
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field whose value differs from the saved one."""
+
+    field: str
+    saved: Any
+    present: Any
+
+    @property
+    def text(self) -> str:
+        """One line for the user."""
+        line = f"{self.field} is {self.present!r}, the checkpoint was saved with {self.saved!r}"
+        reason = FIELDS_WITHOUT_EFFECT.get(self.field)
+        if self.field == "drop.balance_stages" and self.present is None:
+            reason = "the balanced sampler keeps the checkpoint's stages"
+        return line if reason is None else f"{line}: this has no effect, {reason}"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint says about the run that saved it."""
+
+    iteration: int
+    layout: Layout
+    train_state: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Mapping[str, Any]]:
+        """Its config by section, as `dataclasses.asdict` made it."""
+        return self.train_state.get("config", {})
+
+
+def find_changes(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list[Change]:
+    """The fields that differ and concern the run; what the saved config does not know is not compared.
+
+    The drop section is compared as far as it is looked at: with policy none, before and now, nothing of it is.
+    """
+    if saved.get("drop", {}).get("policy") == config.drop.policy == "none":
+        saved = {**saved, "drop": {}}
+    changes = []
+    for section, name, present in _fields(config):
+        field = f"{section}.{name}"
+        before = saved.get(section, {}).get(name, _MISSING)
+        if before is not _MISSING and before != present and not {section, field} & set(FIELDS_OF_THE_PROCESS):
+            changes.append(Change(field, before, present))
+    return changes
+
+
+def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]]) -> list[Change]:
+    """The changes of a run that goes on, none of which is to be refused.
+
+    Args:
+        saved: the checkpoint.
+        config: the present config.
+        train_data: `data.data_facts` of the present training data.
+
+    Raises:
+        ValueError: naming each field that plans the run and has changed, unless checkpoint.replan is true; or a length
+            that is below what is done.
+    """
+    changes = find_changes(saved.config, config)
+    planned = [change.text for change in changes if change.field in PLANNED_FIELDS]
+    if _other_data(saved, train_data):
+        planned.append("data.train_data_path holds other data than when the checkpoint was saved")
+    if planned and not config.checkpoint.replan:
+        raise ValueError(
+            "; ".join(planned)
+            + ". Learning rate, drops and the order of the data were planned with it. Set it as it was, or set "
+            "checkpoint.replan true to plan the rest of the run anew. (training.exit_after_iterations runs a part.)"
+        )
+    total = run_length(saved, config).train_iters
+    if total < saved.iteration:
+        name = "train_iters" if config.training.train_iters is not None else "train_samples"
+        raise ValueError(
+            f"training.{name} = {getattr(config.training, name)}: makes a run of {total} iterations, but the "
+            f"checkpoint has done {saved.iteration}; must be at least as many"
+        )
+    return changes
+
+
+def run_length(saved: SavedRun, config: Config) -> RunLength:
+    """The length of a run that goes on: batch sizes hold from where they were last planned."""
+    if any(change.field.endswith("batch_size") for change in find_changes(saved.config, config)):
+        planned_from = [saved.iteration, int(saved.train_state["consumed_samples"])]
+    else:
+        planned_from = saved.train_state.get("planned_from", [0, 0])
+    return RunLength(config.training, *planned_from)
+
+
+def warnings_of_decisions(saved: SavedRun, config: Config, replicas: int) -> list[str]:
+    """Why drop decisions meet other samples than they did on the layout that saved the checkpoint."""
+    drop, before = config.drop, saved.config.get("training", {}).get("micro_batch_size")
+    if drop.policy == "none" or before is None:
+        return []
+    unit, saved_unit = config.training.micro_batch_size * replicas, before * saved.layout.data_parallel_size
+    lines = []
+    if unit != saved_unit and (drop.decision_scope == "microbatch" or drop.granularity == "sample"):
+        name = f"decision_scope {drop.decision_scope!r} and granularity {drop.granularity!r}"
+        lines.append(
+            f"drop: with {name} decisions are drawn for each microbatch, and one holds {unit} samples of all replicas "
+            f"together now, {saved_unit} when saved: from here on the run differs from one on the former layout"
+        )
+    if replicas != saved.layout.data_parallel_size and drop.replicas == "distinct":
+        lines.append(
+            f"drop: with replicas 'distinct' each of the {replicas} replicas has its own decisions; there were "
+            f"{saved.layout.data_parallel_size} when saved: from here on the run differs from one on the former layout"
+        )
+    return lines
+
+
+def _other_data(saved: SavedRun, train_data: list[list[float]]) -> bool:
+    before = saved.train_state.get("train_data")
+    return before is not None and before != train_data
+
+
+def _fields(config: Config) -> Iterator[tuple[str, str, Any]]:
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for field in dataclasses.fields(values):
+            yield section.name, field.name, getattr(values, field.name)

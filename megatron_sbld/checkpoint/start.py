@@ -1,0 +1,125 @@
+"""What a run starts from: nothing, its own newest checkpoint, or another run's; decided before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+from megatron_sbld.checkpoint.files import (
+    MANIFEST,
+    CheckpointInfo,
+    find_checkpoint,
+    latest_complete,
+    verify,
+    verify_weights,
+)
+from megatron_sbld.checkpoint.manager import check_compatible
+from megatron_sbld.checkpoint.resume import Change, SavedRun, check_resume, find_changes, run_length
+from megatron_sbld.checkpoint.state import failures_name
+from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.batches import data_facts
+from megatron_sbld.data.tokenizer import Tokenizer
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from: another run's weights alone, or all of the state of this run or another."""
+
+    checkpoint: CheckpointInfo
+    whole_state: bool
+    vocab_size: int
+    """Rows of its word embeddings. The model keeps them, because a layout that pads the vocabulary to another size
+    would add rows that take part in every softmax, and with them to every loss."""
+    saved: SavedRun | None = None
+    """What is to be continued, where all of the state is taken over."""
+    changes: list[Change] = field(default_factory=list)
+    """What the present config has otherwise than the saved one; of a run that goes on."""
+
+    def length(self, config: Config) -> RunLength:
+        """The run's length, as planned when it began or when checkpoint.replan planned it anew."""
+        return RunLength(config.training) if self.saved is None else run_length(self.saved, config)
+
+
+def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
+    """Apply checkpoint.resume and checkpoint.load. Reads files only; every rank finds the same.
+
+    Raises:
+        ValueError: the checkpoint that the config asks for is not there, is damaged, is of another model, or plans the
+            run otherwise than the config does.
+    """
+    folder = Path(config.logging.run_dir) / "checkpoints"
+    own = latest_complete(folder)
+    if config.checkpoint.resume == "never" and own is not None:
+        raise ValueError(
+            f"checkpoint.resume = 'never': {folder} holds a checkpoint of iteration {own.iteration}; "
+            "name another logging.run_dir, or use 'auto' to continue"
+        )
+    if config.checkpoint.resume == "always" and own is None:
+        raise ValueError(f"checkpoint.resume = 'always': {folder} holds no complete checkpoint")
+    if own is not None:
+        start: Start | None = _checked_start(config, tokenizer, own, whole_state=True)
+    else:
+        start = find_load(config, tokenizer)
+    if start is not None and start.saved is not None:
+        try:
+            check_resume(start.saved, config, data_facts(config))
+        except ValueError as error:
+            raise ValueError(f"checkpoint {start.checkpoint.path}: {error}") from error
+    return start
+
+
+def find_load(config: Config, tokenizer: Tokenizer) -> Start | None:
+    """Apply checkpoint.load alone, however the saved run was planned. Raises ValueError as `find_start` does."""
+    if config.checkpoint.load is None:
+        return None
+    path, whole_state = Path(config.checkpoint.load), config.checkpoint.load_optimizer
+    is_megatron_lm = (path / "metadata.json").exists() and not (path / MANIFEST).exists()
+    found = CheckpointInfo(path, iteration=0) if is_megatron_lm and not whole_state else find_checkpoint(path)
+    return _checked_start(config, tokenizer, found, whole_state)
+
+
+def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, whole_state: bool) -> Start:
+    """Refuse a checkpoint of another model, as far as it tells: Megatron-LM's own have no manifest to compare with."""
+    saved = None
+    if (found.path / MANIFEST).exists():
+        manifest = verify(found.path)
+        saved = SavedRun(manifest.iteration, manifest.layout, manifest.train_state)
+        check_compatible(
+            saved.config,
+            config,
+            saved_vocab_size=saved.train_state.get("vocab_size"),
+            vocab_size=tokenizer.vocab_size,
+        )
+        if saved.train_state.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
+            raise ValueError(
+                f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text otherwise than the "
+                "tokenizer that it was trained with"
+            )
+    rows = embedding_rows(found.path)
+    tensor = config.parallel.tensor_model_parallel_size
+    if rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"checkpoint {found.path}: its word embeddings have {rows} rows, but data.tokenizer = {tokenizer.name!r} "
+            f"has {tokenizer.vocab_size} tokens"
+        )
+    if rows % tensor:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size = {tensor}: must divide the {rows} rows of the word embeddings in "
+            f"checkpoint {found.path}"
+        )
+    if not whole_state:
+        saved = None
+    return Start(found, whole_state, rows, saved, find_changes(saved.config, config) if saved else [])
+
+
+def embedding_rows(path: Path) -> int:
+    """Rows of the word embeddings in a torch_dist checkpoint. Raises ValueError if it is damaged."""
+    verify_weights(path)
+    with failures_name(path):
+        rows: int = dist_checkpointing.load_tensors_metadata(str(path))[_EMBEDDING].global_shape[0]
+    return rows

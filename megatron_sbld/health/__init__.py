@@ -1,0 +1,1 @@
+"""Lost, stalled and doubled processes."""

@@ -1,0 +1,1 @@
+"""megatron-core on machines without a GPU; never loaded where CUDA is available."""

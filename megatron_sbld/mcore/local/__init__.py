@@ -1,0 +1,1 @@
+"""Megatron's layers without Transformer Engine."""

@@ -1,0 +1,288 @@
+"""The switchable layer: a built Megatron layer that can be skipped in training.
+
+A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so
+parameter names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one
+hands its input on; one that only some samples of a microbatch run is samples.py's. Evaluation never asks and never
+drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.skip.branches import are_fused, fuse_branches, scale_branches
+from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, make_skippable
+from megatron_sbld.mcore.skip.layer_buckets import LayerBuckets, note_wrappers, refuse_wrappers_around
+from megatron_sbld.mcore.skip.moe import announce_moe_losses
+from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, running_checkpoint
+from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
+from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples, weigh_router_losses
+from megatron_sbld.mcore.versions import check_megatron_core
+
+
+class _SkippedLayer(torch.autograd.Function):
+    """Identity that neither copies nor aliases in autograd's sense, and that reports the layer's gradients in backward.
+
+    Returning the input itself would make the output of an all-dropped pipeline stage its input, which
+    `deallocate_pipeline_outputs` frees; a view is refused there. A new tensor on the same storage is neither: freeing
+    it swaps its own `data` only (as in megatron.core.utils.MakeViewlessTensor).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_states: torch.Tensor, report_gradients: Callable[[], None] | None
+    ) -> torch.Tensor:
+        ctx.report_gradients = report_gradients
+        output = torch.empty((1,), dtype=hidden_states.dtype, device=hidden_states.device)
+        output.data = hidden_states.data
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        if ctx.report_gradients is not None:
+            ctx.report_gradients()
+        return grad_output, None
+
+
+class SwitchableLayer(TransformerLayer):
+    """Goes in front of a built layer's own class; `make_switchable` puts it there."""
+
+    _drop_controller: DropController
+    _drop_buckets: LayerBuckets | None
+    _drop_record: LayerRecord
+    _drop_samples: SampleIndices | None  # None: granularity layer
+    _branch_scale: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock layer's forward, or its identity: (hidden_states [s, b, h], context)."""
+        if not self.training:
+            if is_checkpointing():
+                self._refuse_recomputation_in_evaluation()
+            return super().forward(*args, **kwargs)
+        controller = self._drop_controller
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        microbatch = self._microbatch()
+        if not controller.kept(self.layer_number, microbatch):
+            return self._skip(hidden_states), kwargs.get("context")
+        self._drop_record.ran = True
+        run = super().forward
+        if self._drop_samples is not None:
+            samples = self._drop_samples.of(self.layer_number, microbatch, hidden_states)
+            if samples is not None:
+                run = partial(run_on_samples, run, samples)
+        if not controller.scales_residual:
+            return run(*args, **kwargs)
+        self._branch_scale = controller.branch_scale(self.layer_number)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self._branch_scale = 1.0
+
+    def _skip(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
+        if self._drop_buckets is None:
+            # Looked up here, once: a layer may have been made switchable before its model was wrapped.
+            self._drop_buckets = LayerBuckets(self)
+            _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
+            _let_buckets_be_skipped(self._drop_buckets.wrapper)
+        buckets = self._drop_buckets
+        self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
+        buckets.wait_for_params()
+        return _SkippedLayer.apply(hidden_states, buckets.report_gradients if buckets.reports_gradients else None)
+
+    def _microbatch(self) -> int:
+        """The microbatch that this pass belongs to, also when it recomputes an earlier microbatch's activations.
+
+        Raises:
+            RuntimeError: it recomputes a pass whose decisions the controller no longer has.
+        """
+        controller = self._drop_controller
+        # Set by Megatron's schedules; a loop without them has to have one microbatch an iteration.
+        microbatch = 0
+        if controller.scope != "iteration":
+            microbatch = getattr(self, "current_microbatch", 0 if controller.num_microbatches == 1 else -1)
+        checkpoint = running_checkpoint() if is_checkpointing() else None
+        if checkpoint is None:
+            return microbatch
+        if checkpoint.recomputes:
+            return self._recomputed_microbatch(checkpoint)
+        checkpoint.remember(self, ForwardPass(controller, controller.begun, microbatch))
+        return microbatch
+
+    def _refuse_recomputation_in_evaluation(self) -> None:
+        checkpoint = running_checkpoint()
+        if checkpoint is not None and checkpoint.recomputes and checkpoint.recall(self) is not None:
+            raise RuntimeError(
+                f"layer {self.layer_number} recomputes a forward pass of training in evaluation mode, in which nothing "
+                "is dropped: call model.train() before backward"
+            )
+
+    def _recomputed_microbatch(self, checkpoint: Checkpoint) -> int:
+        """The microbatch of the forward pass that the checkpoint recomputes."""
+        controller, forward_pass = self._drop_controller, checkpoint.recall(self)
+        if forward_pass is None or forward_pass.controller is not controller:
+            raise RuntimeError(
+                f"layer {self.layer_number} recomputes a forward pass that ran before make_switchable gave it this "
+                "controller: call make_switchable before the forward pass"
+            )
+        if forward_pass.begun != controller.begun:
+            raise RuntimeError(
+                f"layer {self.layer_number} recomputes a forward pass whose decisions are gone: begin_iteration("
+                f"{controller.iteration}, {controller.num_microbatches}) was called between that forward pass and its "
+                "backward pass. Call begin_iteration once an iteration, before its first forward pass; to give an "
+                "iteration up, drop its losses, zero the gradients and call begin_iteration again"
+            )
+        return forward_pass.microbatch
+
+
+_classes: dict[type, type] = {}
+
+
+def _switchable_class(cls: type) -> type:
+    if cls not in _classes:
+        _classes[cls] = type(f"Switchable{cls.__name__}", (SwitchableLayer, cls), {"__module__": cls.__module__})
+    return _classes[cls]
+
+
+def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controller: DropController) -> list[int]:
+    """Let `controller` decide which transformer layers of a built model run in training.
+
+    Call it on every rank, before or after DistributedDataParallel wraps the model. Multi-token prediction layers are
+    never dropped. Calling it again gives the layers to another controller.
+
+    Args:
+        model: a model, or the list of its chunks on this rank, wrapped or not.
+        controller: decides; its policy must be of the whole model's number of layers.
+
+    Returns:
+        The 1-based numbers of the layers on this rank.
+
+    Raises:
+        ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
+            layers than the policy's, a switch of the model's config or a wrapper under which a drop would be wrong or
+            ignored, or compiled layers with fused branches that the controller scales. A wrapper that comes later is
+            refused when it is put around the model, at the next begin_iteration, or before the first skip.
+    """
+    check_megatron_core()
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    for chunk in chunks:
+        note_wrappers(chunk.modules())
+    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    _refuse_wrapped(chunks, layers)
+    for layer in layers:
+        _check_layer(layer, controller)
+    samples = SampleIndices(controller) if controller.granularity == "sample" else None
+    for layer in layers:
+        _attach(layer, controller, samples)
+    announce_moe_losses(layers)
+    controller.check_once(
+        partial(_refuse_wrapped, chunks, layers)
+    )  # fully_shard() and compile() change a model in place
+    return [layer.layer_number for layer in layers]
+
+
+def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
+    """Let the decoder layers of a built model add to the residual stream by `residual_skip_add` in training.
+
+    Before or after `make_switchable`, or without it. Calling it again changes nothing.
+
+    Args:
+        model: a model, or the list of its chunks on this rank, wrapped or not.
+
+    Raises:
+        ValueError: no decoder layers, one that is no TransformerLayer, or compiled ones whose branches are scaled.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    for layer in layers:
+        check_kind(layer)
+        if isinstance(layer, SwitchableLayer) and layer._drop_controller.scales_residual:
+            _refuse_compiled_scales(layer)
+    for layer in layers:
+        fuse_branches(layer)
+
+
+def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
+    """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere."""
+    for module in chunk.modules():
+        decoder: Any = getattr(module, "decoder", None)
+        if hasattr(decoder, "layers"):
+            yield from decoder.layers
+            return
+    raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
+
+
+def check_kind(layer: torch.nn.Module, allowed: str = "only TransformerLayer can be made switchable") -> None:
+    """Raise ValueError, which ends with `allowed`, for a decoder layer that is no TransformerLayer."""
+    if not isinstance(layer, TransformerLayer):
+        raise ValueError(f"a decoder layer is a {type(layer).__name__}; {allowed}")
+
+
+def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
+    check_kind(layer)
+    if layer.config.num_layers != controller.num_layers:
+        raise ValueError(
+            f"the policy is for {controller.num_layers} layers, the model has num_layers = {layer.config.num_layers}"
+        )
+    if not isinstance(layer.cross_attention, IdentityOp):
+        raise ValueError(
+            f"layer {layer.layer_number} has cross-attention, and only decoder-only models can be made switchable"
+        )
+    refuse_unsupported_switches(
+        layer.config,
+        microbatch_scope=controller.scope == "microbatch",
+        sample_granularity=controller.granularity == "sample",
+        distinct_replicas=not controller.replicas_run_alike,
+    )
+    if controller.scales_residual and are_fused(layer):
+        _refuse_compiled_scales(layer)
+
+
+def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[TransformerLayer]) -> None:
+    for chunk in chunks:
+        refuse_wrapped_layers(chunk, layers)
+    refuse_wrappers_around(layers)
+
+
+def _refuse_compiled_scales(layer: TransformerLayer) -> None:
+    if hasattr(layer, "_compiled_forward"):
+        raise ValueError(
+            f"layer {layer.layer_number} is compiled, and its branches are fused and scaled: each scale would be "
+            "compiled anew; leave out fuse_residual, or use residual_scale 'none'"
+        )
+
+
+def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:
+    if buckets.reports_gradients and not controller.replicas_run_alike:
+        raise ValueError(
+            "replicas 'distinct' does not work with overlap_grad_reduce: a replica that skips a layer would start its "
+            "reductions in another order than one that runs it; use replicas 'shared' or switch the overlap off"
+        )
+
+
+def _let_buckets_be_skipped(wrapper: DistributedDataParallel | None) -> None:
+    if wrapper is not None:
+        layers = [layer for layer in decoder_layers(wrapper) if isinstance(layer, SwitchableLayer)]
+        make_skippable(wrapper, {param: layer._drop_record for layer in layers for param in layer.parameters()})
+
+
+def _attach(layer: TransformerLayer, controller: DropController, samples: SampleIndices | None) -> None:
+    if not isinstance(layer, SwitchableLayer):
+        layer.__class__ = _switchable_class(type(layer))
+    if "_drop_record" not in layer.__dict__:  # bucket groups hold it
+        layer._drop_record = LayerRecord()
+    layer._drop_controller = controller
+    layer._drop_samples = samples
+    weigh_router_losses(layer, controller.num_samples)
+    layer._drop_buckets = None
+    layer._branch_scale = 1.0
+    scale_branches(layer, controller.scales_residual)

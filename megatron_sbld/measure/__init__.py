@@ -1,0 +1,1 @@
+"""Measuring the sensitivity of each layer."""
