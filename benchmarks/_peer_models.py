@@ -26,8 +26,9 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
 from megatron_sbld.mcore.skip.switchable import decoder_layers, fuse_residual
+from megatron_sbld.ranks import this_device
 from megatron_sbld.training.model import build_model, build_optimizer
-from megatron_sbld.training.step import this_device, train_step
+from megatron_sbld.training.step import train_step
 
 AFTER_ALL = 1 << 30  # an iteration that drops nothing
 COMPILED = ", compiled layers"  # of a peer's name

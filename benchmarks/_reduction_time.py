@@ -36,9 +36,10 @@ from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.skip.bucket_groups import SkippableBucketGroup, bucket_groups
 from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.method.schedule import Constant
+from megatron_sbld.ranks import this_device
 from megatron_sbld.training.model import build_model, build_optimizer
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.step import this_device, train_step
+from megatron_sbld.training.step import train_step
 
 PROCESSES = 2
 NUM_LAYERS, ROUNDS, WARMUP = 12, 10, 2

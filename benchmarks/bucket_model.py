@@ -5,8 +5,8 @@
     python benchmarks/bucket_model.py --measure --out benchmarks/results/bucket_model.md
 
 A layer that is dropped for a whole iteration has a zero gradient on every replica, so a bucket that holds dropped
-layers alone need not be reduced, and is not (megatron_sbld/mcore/skip/bucket_groups.py, built because of this model). How
-often that happens depends on Megatron's buckets: with overlap_grad_reduce it closes a bucket at max(40M, 1M x
+layers alone need not be reduced, and is not (mcore/skip/bucket_groups.py, built because of this model). How often that
+happens depends on Megatron's buckets: with overlap_grad_reduce it closes a bucket at max(40M, 1M x
 data-parallel size) parameters, counted from the last layer to the first, without overlap it has one bucket
 (megatron-core 0.16.1, distributed_data_parallel.py:65, param_and_grad_buffer.py:705), which can never be skipped.
 

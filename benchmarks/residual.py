@@ -42,8 +42,8 @@ from rich.progress import track
 
 from megatron_sbld.config.validate import validate
 from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.ranks import this_device
 from megatron_sbld.residual import describe_choice
-from megatron_sbld.training.step import this_device
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("add", "step")

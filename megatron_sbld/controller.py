@@ -1,24 +1,22 @@
-"""The drop controller: draws the decisions of an iteration, proves that all ranks drew the same, answers "kept?".
+"""The drop controller: draws the decisions of an iteration, and answers "kept?".
 
 A decision is about a layer in a microbatch, or with granularity `sample` about each of the microbatch's samples.
 
-Every rank draws from (seed, iteration, keep probabilities) alone (plan.py), so a decision needs no communication. What
-can go wrong is that ranks were given different settings; then tensor-parallel collectives would pair wrongly and others
-hang. So the ranks exchange one small record for each window of iterations, and a rank that differs from rank 0 is named
-in an error on every rank. Knows nothing about models (see mcore) and nothing about the formulas (see policy.py).
+Every rank draws from (seed, iteration, keep probabilities) alone (method/decisions.py), so a decision needs no
+communication; once a window of iterations the ranks compare what they drew (agreement.py). Knows nothing about models
+(mcore/) and nothing about the formulas (method/policy.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_sbld.agreement import Settings, check_agreement, record_of_window
 from megatron_sbld.checks import check_choice, check_integer
 from megatron_sbld.method.decisions import (
     MAX_REPLICA,
@@ -34,15 +32,8 @@ from megatron_sbld.method.decisions import (
 )
 from megatron_sbld.method.policy import Policy, ResidualScale
 
-_RECORD_INTEGERS = ("iteration", "num_microbatches", "num_samples", "num_layers", "seed")
-_DIGEST_BYTES = 16
-
 CHECKPOINT_KEY = "sbld"
 """Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
-
-
-class DropDisagreementError(RuntimeError):
-    """Ranks drew different decisions; the message names them. Raised on every rank."""
 
 
 class DropController:
@@ -309,40 +300,19 @@ class DropController:
     def _verify_window(self, iteration: int, num_microbatches: int) -> None:
         """Compare this rank's decisions for the coming window with every other rank's."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            records = self._exchange(self._record(iteration, num_microbatches))
-            _raise_on_disagreement(records)
+            check_agreement(self._record(iteration, num_microbatches), self.group)
         self._verified = (iteration, iteration + self.window, num_microbatches)
 
     def _record(self, iteration: int, num_microbatches: int) -> np.ndarray:
-        """This rank's view of the window as bytes: _RECORD_INTEGERS, mean keep probability, digest of all decisions.
-
-        The digest is of the decisions themselves, so it covers every setting without a list of them; for `distinct`
-        replicas it is of replica 0's. Which samples run a layer follows from how many do and the integers. Keep
-        probabilities stay out of it, because their last bit may differ between machines: their mean is compared with a
-        tolerance.
-        """
-        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        digest.update(repr((self.scope, self.sampler, self.granularity, self.replicas, self.scales_residual)).encode())
-        mean_keep_prob = 0.0
-        for t in range(iteration, iteration + self.window):
-            keep_probs = self.policy.keep_probs(t)
-            mean_keep_prob += float(keep_probs.mean()) / self.window
-            counts = self._draw(t, num_microbatches, keep_probs, replica=0)
-            digest.update((np.packbits(counts > 0) if self.num_samples is None else counts.astype("<u4")).tobytes())
-        integers = np.array(
-            [iteration, num_microbatches, self.num_samples or 0, self.num_layers, self.seed], dtype="<i8"
+        """This rank's view of the window (agreement.py); for `distinct` replicas it is of replica 0's decisions."""
+        window = range(iteration, iteration + self.window)
+        keep_probs = [self.policy.keep_probs(t) for t in window]
+        return record_of_window(
+            Settings(iteration, num_microbatches, self.num_samples or 0, self.num_layers, self.seed),
+            repr((self.scope, self.sampler, self.granularity, self.replicas, self.scales_residual)),
+            keep_probs,
+            (self._draw(t, num_microbatches, probs, replica=0) for t, probs in zip(window, keep_probs, strict=True)),
         )
-        mean = np.array([mean_keep_prob], dtype="<f8")
-        return np.frombuffer(integers.tobytes() + mean.tobytes() + digest.digest(), dtype=np.uint8)
-
-    def _exchange(self, record: np.ndarray) -> np.ndarray:
-        """All ranks' records, [ranks, bytes]."""
-        backend = dist.get_backend(self.group)
-        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
-        mine = torch.from_numpy(record.copy()).to(device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(everyone, mine, group=self.group)
-        return torch.stack(everyone).cpu().numpy()
 
 
 def _check_choices(**given: Any) -> None:
@@ -369,30 +339,4 @@ def _check_granularity(granularity: str, num_samples: int | None, replicas: str)
         raise ValueError(
             "replicas 'distinct' with granularity 'sample' needs num_samples of 2 at least: with one sample (the "
             "micro_batch_size) there is nothing that replicas could choose differently"
-        )
-
-
-def _raise_on_disagreement(records: np.ndarray) -> None:
-    """Raise on every rank, naming each rank whose record [ranks, bytes] differs from rank 0's and in what."""
-    split = 8 * len(_RECORD_INTEGERS)
-    integers = np.ascontiguousarray(records[:, :split]).view("<i8")
-    means = np.ascontiguousarray(records[:, split : split + 8]).view("<f8")[:, 0]
-    digests = records[:, split + 8 :]
-    findings = []
-    for rank in range(1, len(records)):
-        differing = [
-            f"{name} {found} instead of {expected}"
-            for name, found, expected in zip(_RECORD_INTEGERS, integers[rank], integers[0], strict=True)
-            if found != expected
-        ]
-        if not np.isclose(means[rank], means[0], rtol=1e-9):
-            differing.append(f"mean keep probability {means[rank]:.6f} instead of {means[0]:.6f}")
-        elif not differing and not np.array_equal(digests[rank], digests[0]):
-            differing.append("other decisions from the same mean keep probability (sampler, scope, stages or lists)")
-        if differing:
-            findings.append(f"rank {rank}: " + ", ".join(differing))
-    if findings:
-        raise DropDisagreementError(
-            "these ranks would drop other layers than rank 0, because they were given another configuration:\n  "
-            + "\n  ".join(findings)
         )

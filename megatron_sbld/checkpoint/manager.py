@@ -30,6 +30,7 @@ from megatron_sbld.config.sections import Config, ModelConfig
 from megatron_sbld.controller import CHECKPOINT_KEY
 from megatron_sbld.mcore.optimizer.state import load_state, sharded_state
 from megatron_sbld.mcore.rng_state import reseed, restore_rng_state, sharded_rng_state
+from megatron_sbld.ranks import on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -274,20 +275,6 @@ def load_weights(
         content.load_model(model_chunks, loaded)
     if optimizer is not None:
         optimizer.reload_model_params()
-
-
-def on_rank_0(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every rank; a ValueError or OSError of rank 0 likewise. Collective."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = function()
-        except (ValueError, OSError) as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def check_compatible(

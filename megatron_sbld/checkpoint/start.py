@@ -20,7 +20,7 @@ from megatron_sbld.checkpoint.resume import Change, SavedRun, check_resume, find
 from megatron_sbld.checkpoint.state import failures_name
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.batches import data_facts
+from megatron_sbld.data.blend import data_facts
 from megatron_sbld.data.tokenizer import Tokenizer
 
 _EMBEDDING = "embedding.word_embeddings.weight"

@@ -128,9 +128,10 @@ def _prepare(args: list[str]) -> int:
 def _pretrain(args: list[str]) -> int:
     config, _ = _parse_config(_pretrain_parser(), args)
 
+    from megatron_sbld.evaluation.in_training import TasksInTraining
     from megatron_sbld.training.loop import pretrain
 
-    return pretrain(config)
+    return pretrain(config, TasksInTraining)
 
 
 def _pretrain_parser() -> CommandParser:
@@ -320,13 +321,13 @@ def _schedule_fit(args: list[str]) -> int:
 
 
 def _evaluate(args: list[str]) -> int:
-    from megatron_sbld.cli.main import evaluation as commands
+    from megatron_sbld.cli import evaluation as commands
 
     return commands.evaluate(args)
 
 
 def _generate(args: list[str]) -> int:
-    from megatron_sbld.cli.main import evaluation as commands
+    from megatron_sbld.cli import evaluation as commands
 
     return commands.generate(args)
 
@@ -393,13 +394,13 @@ def _with_underscores(args: list[str], names: Sequence[str]) -> list[str]:
 
 
 def _export(args: list[str]) -> int:
-    from megatron_sbld.cli.main import evaluation as commands
+    from megatron_sbld.cli import evaluation as commands
 
     return commands.export(args)
 
 
 def _import(args: list[str]) -> int:
-    from megatron_sbld.cli.main import evaluation as commands
+    from megatron_sbld.cli import evaluation as commands
 
     return commands.import_(args)
 

@@ -31,8 +31,8 @@ from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks
 from megatron_sbld.health.watchdog import POSITION
+from megatron_sbld.ranks import this_device
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-from megatron_sbld.training.step import this_device
 
 EndedBy = Literal["end_of_document", "max_new_tokens", "context"]
 

@@ -26,7 +26,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.health.watchdog import POSITION
-from megatron_sbld.training.step import this_device
+from megatron_sbld.ranks import this_device
 
 _LENGTH_UNIT = 16
 """Inputs are padded to multiples of it: few lengths, so few pipelines to fill, and little padding."""

@@ -21,9 +21,10 @@ from megatron_sbld.data.batches import Batch
 from megatron_sbld.mcore.skip.probes import BlockInfluence, layer_left_out
 from megatron_sbld.measure.plan import FORWARD_COST
 from megatron_sbld.measure.runs import Measurement, run_name
+from megatron_sbld.ranks import any_rank
 from megatron_sbld.sensitivity.measurement import LayerRun
-from megatron_sbld.training.loop import Run
-from megatron_sbld.training.step import StopRequestedError, any_rank, validation_loss
+from megatron_sbld.training.run import Run
+from megatron_sbld.training.step import StopRequestedError, validation_loss
 
 
 class EvaluatedRuns(Measurement):

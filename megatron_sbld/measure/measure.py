@@ -15,15 +15,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sbld.checkpoint.manager import on_rank_0
 from megatron_sbld.config.sections import Config
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.measure.evaluation import EvaluatedRuns
 from megatron_sbld.measure.plan import ProfileOptions, build_request, plan_profile
 from megatron_sbld.measure.runs import Measurement, TrainedRuns
+from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.sensitivity.measurement import ProfileFolder, Request, sensitivity_of
-from megatron_sbld.training.loop import microbatch_calculator, run_folder_lock, stop_flag
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
+from megatron_sbld.training.run import microbatch_calculator, run_folder_lock
+from megatron_sbld.training.stop import stop_flag
 
 SENSITIVITY = "sensitivity.json"
 

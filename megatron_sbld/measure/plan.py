@@ -22,7 +22,7 @@ from megatron_sbld.checkpoint.start import Start, find_load
 from megatron_sbld.checks import check_integer, check_number
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import train_iterations, validate
-from megatron_sbld.data.batches import check_data, parse_blend
+from megatron_sbld.data.blend import check_data, parse_blend
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.sensitivity.lists import choose_lists

@@ -14,7 +14,6 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_sbld.checkpoint.manager import on_rank_0
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.rng_state import reseed
@@ -23,12 +22,14 @@ from megatron_sbld.measure.progress import ProfileProgress
 from megatron_sbld.measure.state import RunSnapshot
 from megatron_sbld.method.policy import FullDepthPolicy, Policy, ResidualScale
 from megatron_sbld.method.schedule import Constant
+from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.sensitivity.early_stop import Neighbours, is_look, settled_neighbours, spread_order
 from megatron_sbld.sensitivity.measurement import LayerRun, ProfileFolder
 from megatron_sbld.sensitivity.stats import Estimate
-from megatron_sbld.training.loop import Run, StopFlag, build_controller
 from megatron_sbld.training.model import loss_weights_text
 from megatron_sbld.training.processes import seed_everything
+from megatron_sbld.training.run import Run, build_controller
+from megatron_sbld.training.stop import StopFlag
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.ranks import this_device
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
-from megatron_sbld.training.step import StepResult, this_device
 
 _LOSS = "lm loss"
 
@@ -41,7 +41,7 @@ class LossObserver:
             found = f"; it has {', '.join(losses)}" if losses else ""
             raise ValueError(f"forward_step's loss function reports no {_LOSS!r}, of which sensitivity is made{found}")
         if dist.get_rank() == 0 and math.isfinite(value):
-            self._update.observe(StepResult(value, None, None, True, False, []))
+            self._update.observe(value)
         self._update.update_if_due()
 
     def state_dict(self) -> dict[str, Any]:

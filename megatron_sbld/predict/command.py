@@ -23,14 +23,14 @@ from megatron_sbld.predict.gain import (
     ASSUMED_MFU,
     Prediction,
     Predictor,
-    Target,
     compared_sections,
     find_target,
     mfu_tokens_per_s,
 )
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
 from megatron_sbld.predict.iteration import Setup
-from megatron_sbld.predict.memory import RankMemory, rank_memory
+from megatron_sbld.predict.memory import rank_memory
+from megatron_sbld.predict.outcome import Outcome
 from megatron_sbld.predict.propose import Proposal, propose_placement
 from megatron_sbld.predict.report import print_report
 
@@ -69,33 +69,6 @@ class PredictOptions:
     """Also predict every policy at theta 0.9, 0.7 and 0.5."""
     out: str | None = None
     """Folder for predict.json, timeline.png and gain.png."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Everything that the command found out."""
-
-    setup: Setup
-    assumed_mfu: float | None
-    """None where a throughput was measured."""
-    efficiency: float
-    baseline_s: float
-    baseline_imbalance: float
-    tokens_per_s: float
-    hours: float
-    parts: dict[str, float]
-    """Seconds of an undropped iteration on the busiest rank."""
-    train_iters: int
-    predictions: list[Prediction]
-    """Of the config's drop section, with each sampler that there is a choice of, and on the placements proposed for
-    them; policy none is the undropped model there."""
-    proposals: list[Proposal]
-    """Placements on which they gain more, also those that do not fit."""
-    undropped_proposal: Proposal | None
-    """A placement on which the undropped model gains."""
-    compared: list[Prediction]
-    memory: list[RankMemory]
-    target: Target | None
 
 
 def predict(config: Config, options: PredictOptions, config_files: Sequence[str] = ()) -> Outcome:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from megatron_sbld.config.flops import model_flops_per_token
 from megatron_sbld.predict.gain import Prediction, Target
 from megatron_sbld.predict.memory import MARGIN, RankMemory
+from megatron_sbld.predict.outcome import Outcome
 from megatron_sbld.predict.parameters import num_parameters
 from megatron_sbld.predict.propose import Proposal
-
-if TYPE_CHECKING:
-    from megatron_sbld.predict.command import Outcome
 
 _WORTH_SAYING = 0.002  # of an iteration: parts below it are summed up as others
 _ROUNDING = 1e-9

@@ -9,26 +9,66 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_sbld.checkpoint.manager import on_rank_0
+import torch
+
+from megatron_sbld.config.sections import Config
+from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.health.watchdog import POSITION
-from megatron_sbld.training.step import StopRequestedError, any_rank, evaluating, validation_loss
+from megatron_sbld.ranks import any_rank, on_rank_0
+from megatron_sbld.training.step import StopRequestedError, evaluating, validation_loss
 
 if TYPE_CHECKING:
-    from megatron_sbld.evaluation.in_training import TasksInTraining
-    from megatron_sbld.training.loop import Run, StopFlag
+    from megatron_sbld.training.run import Run
+    from megatron_sbld.training.stop import StopFlag
 
 _ROW_FIELDS = {"validation": "valid_loss", "tasks": "tasks_time_s"}
 """What there is, and a field that its row in metrics.jsonl has."""
 
 
+class Tasks(Protocol):
+    """What is evaluated while a run trains; false where nothing is asked for."""
+
+    def __bool__(self) -> bool: ...
+
+    def evaluate(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        iteration: int,
+        consumed_tokens: int,
+        train_time_s: float,
+        interrupt: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Metrics of the model as it is; `interrupt` is called between parts and may raise. Collective."""
+
+
+class NoTasks:
+    """Nothing is asked for."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def evaluate(self, *args: Any) -> dict[str, Any]:
+        """Never called."""
+        raise AssertionError("nothing is asked for")
+
+
+def no_tasks(config: Config, tokenizer: Tokenizer) -> Tasks:
+    """The tasks of a caller that evaluates none. Raises ValueError where the config asks for some, by name."""
+    for name in ("lambada_path", "perplexity_path"):
+        if getattr(config.data, name) is not None:
+            raise ValueError(f"data.{name} = {getattr(config.data, name)!r}: who called pretrain evaluates no tasks")
+    return NoTasks()
+
+
 class BetweenIterations:
     """Does what is due; the same on all ranks."""
 
-    def __init__(self, run: Run, tasks: TasksInTraining, stop: StopFlag) -> None:
+    def __init__(self, run: Run, tasks: Tasks, stop: StopFlag) -> None:
         self._run, self._tasks, self._stop = run, tasks, stop
 
     def due(self, done: bool) -> list[str]:

@@ -29,8 +29,8 @@ from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl, gpt_b
 from megatron_sbld.mcore.optimizer.copies import copy_in_groups
 from megatron_sbld.mcore.optimizer.grad_norm import clip_in_groups
 from megatron_sbld.mcore.optimizer.state import fuse_adam
+from megatron_sbld.ranks import this_device
 from megatron_sbld.residual.choice import library_for
-from megatron_sbld.training.step import this_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

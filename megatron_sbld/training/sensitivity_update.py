@@ -7,7 +7,7 @@ bit, whatever their machines' arithmetic. The estimate is sensitivity/dynamic.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 from megatron_sbld.controller import DropController
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.policy import SBLDPolicy
+from megatron_sbld.ranks import this_device
 from megatron_sbld.sensitivity.dynamic import GapEstimator
 from megatron_sbld.sensitivity.mixing import mixed_sensitivity, released_layers
-from megatron_sbld.training.step import StepResult, this_device
 
 
 class SensitivityUpdate:
@@ -39,15 +39,20 @@ class SensitivityUpdate:
         """Whether microbatches are observed one by one, because each has its own decisions."""
         return self._controller.scope == "microbatch"
 
-    def observe(self, result: StepResult) -> None:
-        """Take in the iteration that the controller is at; in the recovery nothing is dropped and nothing observed."""
+    def observe(self, loss: float, microbatch_losses: Sequence[float] = ()) -> None:
+        """Take in the iteration that the controller is at; in the recovery nothing is dropped and nothing observed.
+
+        Args:
+            loss: of the iteration.
+            microbatch_losses: of each microbatch, where they are needed.
+        """
         controller = self._controller
         if dist.get_rank() != 0 or controller.iteration >= self._base.first_recovery_iteration:
             return
         if self.needs_microbatch_losses:
-            self._estimator.observe(result.microbatch_losses, controller.plan, controller.keep_probs)
+            self._estimator.observe(microbatch_losses, controller.plan, controller.keep_probs)
         else:
-            self._estimator.observe([result.loss], controller.plan[:1], controller.keep_probs)
+            self._estimator.observe([loss], controller.plan[:1], controller.keep_probs)
 
     def update_if_due(self) -> dict[str, Any] | None:
         """After every update_interval iterations, renew the policy; returns a row of metrics then, on rank 0.

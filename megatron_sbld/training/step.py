@@ -21,6 +21,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_sbld.config.sections import Config
 from megatron_sbld.data.batches import Batch
 from megatron_sbld.health.watchdog import POSITION
+from megatron_sbld.ranks import this_device
 
 
 class StepResult(NamedTuple):
@@ -33,11 +34,6 @@ class StepResult(NamedTuple):
     stop_requested: bool
     microbatch_losses: list[float]
     """Mean loss per token of each microbatch over all replicas, NaN where no token counts; empty unless asked for."""
-
-
-def this_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _forward_step(batches: Iterator[Batch], model: GPTModel) -> tuple[torch.Tensor, Any]:
@@ -105,13 +101,6 @@ def train_step(
 
 class StopRequestedError(Exception):
     """A rank was asked to stop during a validation or task; raised on all of them."""
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. Collective."""
-    flags = torch.tensor([int(flag)], device=this_device())
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
 
 
 def validation_loss(

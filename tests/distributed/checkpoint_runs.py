@@ -129,7 +129,8 @@ def run(config: Config, seed: int = 1234, vocab_size: int = VOCAB) -> Iterator[R
 def stop_and_resume(directory: Path, config: Config, **manager_options: Any) -> tuple[list[float], list[float]]:
     """Losses of iterations 3 and 4 of an uninterrupted run, and of one resumed at 2 into a model of other weights."""
     from megatron_sbld.checkpoint.files import latest_complete
-    from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint, on_rank_0
+    from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint
+    from megatron_sbld.ranks import on_rank_0
 
     with run(config) as first:
         manager = CheckpointManager(directory, **manager_options)

@@ -21,8 +21,8 @@ from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, Paral
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import Batch
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.training.loop import microbatch_calculator
 from megatron_sbld.training.model import build_model, build_optimizer
+from megatron_sbld.training.run import microbatch_calculator
 from megatron_sbld.training.step import StepResult, train_step, validation_loss
 from tests.distributed.harness import model_parallel, single_process
 from tests.distributed.runs import BOTH_OVERLAPS, gradient_projections

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_sbld.controller import DropController, DropDisagreementError
+from megatron_sbld.agreement import DropDisagreementError
+from megatron_sbld.controller import DropController
 from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.method.schedule import Constant
 from tests.distributed.harness import run_distributed

@@ -11,7 +11,6 @@ from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.policy import SBLDPolicy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
-from megatron_sbld.training.step import StepResult
 from tests.distributed.harness import run_distributed
 
 LAYERS, ITERATIONS, INTERVAL = 6, 90, 30
@@ -28,7 +27,7 @@ def observe_with_losses_of_ones_own() -> tuple[list[list[float]], list[list[bool
     for iteration in range(1, ITERATIONS + 1):
         controller.begin_iteration(iteration, 2)
         loss = 4.0 + float(~controller.plan[0] @ GAP) + 0.01 * rng.normal()
-        update.observe(StepResult(loss, None, None, True, False, []))
+        update.observe(loss)
         row = update.update_if_due()
         if row is not None:
             iterations.append(row["iteration"])

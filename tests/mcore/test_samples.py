@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
-from megatron_sbld.mcore.skip.samples import SampledRouter
+from megatron_sbld.mcore.skip.moe import SampledRouter
 from megatron_sbld.method.policy import Policy
 from tests.distributed.harness import model_parallel, single_process
 from tests.helpers import (

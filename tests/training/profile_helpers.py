@@ -19,8 +19,9 @@ from megatron_sbld.measure.plan import ProfileOptions
 from megatron_sbld.measure.state import RunSnapshot
 from megatron_sbld.method.policy import FullDepthPolicy
 from megatron_sbld.sensitivity.measurement import ProfileFolder
-from megatron_sbld.training.loop import Run, microbatch_calculator, stop_flag
 from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.run import Run, microbatch_calculator
+from megatron_sbld.training.stop import stop_flag
 
 
 def measure(config: Config, out: Path | str, load: Path | str | None = None, **options: Any) -> int | str:

@@ -57,7 +57,7 @@ def sections(shared: Path, tmp_path: Path) -> Sections:
 def received(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configs that reach the trainer, which does not run."""
     configs: list[Config] = []
-    monkeypatch.setattr(loop, "pretrain", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr(loop, "pretrain", lambda config, tasks_of: configs.append(config) or 0)
     return configs
 
 
@@ -355,7 +355,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
 def test_a_mutated_config_file_is_valid_or_refused_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "pretrain", lambda config: validate(config, world_size=1) or 0)
+    monkeypatch.setattr(loop, "pretrain", lambda config, tasks_of: validate(config, world_size=1) or 0)
     monkeypatch.setattr(cli, "_pretrain_parser", functools.cache(cli._pretrain_parser))  # slow to build
     outcomes: Counter[int | str | None] = Counter()
 

@@ -8,7 +8,8 @@ import torch
 
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, TrainingConfig
-from megatron_sbld.data.batches import PretrainingSampler, TrainingData, build_datasets, check_data, parse_blend
+from megatron_sbld.data.batches import PretrainingSampler, TrainingData, build_datasets
+from megatron_sbld.data.blend import check_data, parse_blend
 from megatron_sbld.data.dataset_files import DatasetWriter
 from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.data.tokenizer import ByteTokenizer

@@ -18,7 +18,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.decisions import draw_sample_counts
-from megatron_sbld.training import loop
+from megatron_sbld.training import run as run_module
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     HALF,
@@ -399,7 +399,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
         optimizer={"clip_grad": clip_grad},
         checkpoint={"save_interval": 2, "keep_last": 1},
     )
-    build_model, backward_passes = loop.build_model, itertools.count(1)
+    build_model, backward_passes = run_module.build_model, itertools.count(1)
 
     def build(*args: Any) -> Any:
         chunks = build_model(*args)
@@ -409,7 +409,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
         return chunks
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "build_model", build)
+        patched.setattr(run_module, "build_model", build)
         outcome = str(run_here(config))
     assert outcome.startswith("FloatingPointError: the norm of the gradients is inf at iteration 4")
     checkpoint = files.latest_complete(Path(config.logging.run_dir) / "checkpoints")

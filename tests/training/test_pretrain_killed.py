@@ -16,7 +16,7 @@ import pytest
 
 from megatron_sbld.checkpoint.files import latest_complete
 from megatron_sbld.exit_status import EXIT_RANK_LOST, EXIT_TO_BE_CONTINUED
-from megatron_sbld.training.loop import STOP_SIGNALS, stop_flag
+from megatron_sbld.training.stop import STOP_SIGNALS, stop_flag
 from tests.training.process_helpers import (
     TORCHRUN,
     ended_with_the_test,

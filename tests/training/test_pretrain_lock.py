@@ -10,7 +10,7 @@ import pytest
 from megatron_sbld.health.run_lock import LOCK_FILE, RunLock
 from megatron_sbld.measure.measure import profile
 from megatron_sbld.measure.plan import ProfileOptions
-from megatron_sbld.training import loop
+from megatron_sbld.training import run
 from tests.training.trainer_helpers import change, losses, prepare_corpus, run_here, tiny_run
 from tests.unit.test_run_lock import Holder
 
@@ -18,7 +18,7 @@ from tests.unit.test_run_lock import Holder
 def test_pretrain_and_profile_take_the_lock_before_they_write_and_give_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "RunLock", partial(RunLock, wait_s=0.1))
+    monkeypatch.setattr(run, "RunLock", partial(RunLock, wait_s=0.1))
     config = tiny_run(tmp_path / "run", prepare_corpus(tmp_path), training={"train_iters": 4})
     assert run_here(change(config, training={"exit_after_iterations": 2})) == 75
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*") if path.is_file())

@@ -28,8 +28,8 @@ from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.method.policy import FullDepthPolicy
-from megatron_sbld.training.loop import Run, microbatch_calculator
 from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.run import Run, microbatch_calculator
 from tests.training.trainer_helpers import (
     HALF,
     NO_DROPOUT,

@@ -200,10 +200,11 @@ def _run_on_rank(config: Config | list[Config]) -> int | str:
 
 def run_here(config: Config) -> int | str:
     """Call `pretrain` in this process."""
+    from megatron_sbld.evaluation.in_training import TasksInTraining
     from megatron_sbld.training.loop import pretrain
 
     try:
-        return pretrain(config)
+        return pretrain(config, TasksInTraining)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_sbld.controller import DropController, _raise_on_disagreement
+from megatron_sbld.agreement import _raise_on_disagreement
+from megatron_sbld.controller import DropController
 from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy
 from megatron_sbld.method.schedule import Constant, Exponential
@@ -193,7 +194,7 @@ def record(**changes: object) -> np.ndarray:
     ],
 )
 def test_a_rank_with_another_configuration_is_named_with_what_differs(changes: dict, message: str) -> None:
-    from megatron_sbld.controller import DropDisagreementError
+    from megatron_sbld.agreement import DropDisagreementError
 
     _raise_on_disagreement(np.stack([record(), record(), record()]))
     with pytest.raises(DropDisagreementError, match=message) as error:

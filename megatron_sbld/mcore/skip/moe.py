@@ -8,12 +8,15 @@ sum, so that mean is too small by the share of dropped layers. Here it is divide
 
 The gradients need no correction: a kept layer's router gets those of its own auxiliary loss, as at full depth, and a
 dropped one gets none, so a layer sees its auxiliary loss as often as its part of the language-model loss. With
-granularity `sample` their weights are corrected in samples.py; here a layer that ran some samples of a microbatch ran.
+granularity `sample` SampledRouter corrects their weights; in the logged means a layer that ran some samples of a
+microbatch ran.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,3 +87,64 @@ def announce_moe_losses(layers: Iterable[torch.nn.Module]) -> None:
                 save_to_aux_losses_tracker(
                     name, zero, router.layer_number, num_layers, reduce_group=group, reduce_group_has_dp=has_dp
                 )
+
+
+class SampledRouter(TopKRouter):
+    """Goes in front of a built router's own class: auxiliary losses of n of b samples count n / b.
+
+    Megatron takes them as means over what a router sees, however much that is. Full weight for a part of the samples
+    would set them b / n too high against the language-model loss.
+    """
+
+    config: TransformerConfig
+    _drop_num_samples: int | None
+
+    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """logits [s, n, experts] -> the stock routing."""
+        if self._drop_num_samples in (None, logits.size(1)) or not self.training:
+            return super().routing(logits, *args, **kwargs)
+        stock = self.config
+        self.config = _with_scaled_losses(stock, logits.size(1) / self._drop_num_samples)
+        try:
+            return super().routing(logits, *args, **kwargs)
+        finally:
+            self.config = stock
+
+
+def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerConfig:
+    """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
+
+    With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
+    of sequences (seq_aux_loss) by the tokens of one sequence.
+    """
+    by_tokens = config.calculate_per_token_loss
+    scaled = copy.copy(config)
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, list) and isinstance(coefficients, list):
+        scaled.moe_aux_loss_coeff = [
+            coefficient * (1.0 if by_tokens and kind != "seq_aux_loss" else share)
+            for kind, coefficient in zip(kinds, coefficients, strict=True)
+        ]
+    elif isinstance(coefficients, float | int):
+        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_tokens and kinds != "seq_aux_loss" else share)
+    if config.moe_z_loss_coeff is not None and not by_tokens:
+        scaled.moe_z_loss_coeff = config.moe_z_loss_coeff * share
+    return scaled
+
+
+_classes: dict[type, type] = {}
+
+
+def weigh_router_losses(layer: torch.nn.Module, num_samples: int | None) -> None:
+    """Let a layer's routers weigh their auxiliary losses by the share of num_samples samples that they see.
+
+    None, of granularity `layer`, leaves them stock.
+    """
+    for router in [module for module in layer.modules() if isinstance(module, TopKRouter)]:
+        if num_samples is not None and not isinstance(router, SampledRouter):
+            cls = type(router)
+            if cls not in _classes:
+                _classes[cls] = type(f"Sampled{cls.__name__}", (SampledRouter, cls), {"__module__": cls.__module__})
+            router.__class__ = _classes[cls]
+        if isinstance(router, SampledRouter):
+            router._drop_num_samples = num_samples

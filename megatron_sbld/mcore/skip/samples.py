@@ -8,14 +8,11 @@ device in one copy an iteration that the host does not wait for.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sbld.controller import DropController
 
@@ -115,64 +112,3 @@ def _selected(name: str, value: Any, index: torch.Tensor, num_samples: int) -> A
             f"or the {num_samples} samples of a microbatch; use granularity 'layer'"
         )
     return value.index_select(dim, index)
-
-
-class SampledRouter(TopKRouter):
-    """Goes in front of a built router's own class: auxiliary losses of n of b samples count n / b.
-
-    Megatron takes them as means over what a router sees, however much that is. Full weight for a part of the samples
-    would set them b / n too high against the language-model loss.
-    """
-
-    config: TransformerConfig
-    _drop_num_samples: int | None
-
-    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """logits [s, n, experts] -> the stock routing."""
-        if self._drop_num_samples in (None, logits.size(1)) or not self.training:
-            return super().routing(logits, *args, **kwargs)
-        stock = self.config
-        self.config = _with_scaled_losses(stock, logits.size(1) / self._drop_num_samples)
-        try:
-            return super().routing(logits, *args, **kwargs)
-        finally:
-            self.config = stock
-
-
-def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerConfig:
-    """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
-
-    With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
-    of sequences (seq_aux_loss) by the tokens of one sequence.
-    """
-    by_tokens = config.calculate_per_token_loss
-    scaled = copy.copy(config)
-    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    if isinstance(kinds, list) and isinstance(coefficients, list):
-        scaled.moe_aux_loss_coeff = [
-            coefficient * (1.0 if by_tokens and kind != "seq_aux_loss" else share)
-            for kind, coefficient in zip(kinds, coefficients, strict=True)
-        ]
-    elif isinstance(coefficients, float | int):
-        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_tokens and kinds != "seq_aux_loss" else share)
-    if config.moe_z_loss_coeff is not None and not by_tokens:
-        scaled.moe_z_loss_coeff = config.moe_z_loss_coeff * share
-    return scaled
-
-
-_classes: dict[type, type] = {}
-
-
-def weigh_router_losses(layer: torch.nn.Module, num_samples: int | None) -> None:
-    """Let a layer's routers weigh their auxiliary losses by the share of num_samples samples that they see.
-
-    None, of granularity `layer`, leaves them stock.
-    """
-    for router in [module for module in layer.modules() if isinstance(module, TopKRouter)]:
-        if num_samples is not None and not isinstance(router, SampledRouter):
-            cls = type(router)
-            if cls not in _classes:
-                _classes[cls] = type(f"Sampled{cls.__name__}", (SampledRouter, cls), {"__module__": cls.__module__})
-            router.__class__ = _classes[cls]
-        if isinstance(router, SampledRouter):
-            router._drop_num_samples = num_samples

@@ -22,10 +22,10 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.mcore.skip.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.skip.layer_buckets import LayerBuckets, note_wrappers, refuse_wrappers_around
-from megatron_sbld.mcore.skip.moe import announce_moe_losses
+from megatron_sbld.mcore.skip.moe import announce_moe_losses, weigh_router_losses
 from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, running_checkpoint
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
-from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples, weigh_router_losses
+from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
 from megatron_sbld.mcore.versions import check_megatron_core
 
 

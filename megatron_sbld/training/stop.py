@@ -1,0 +1,33 @@
+"""Requests to stop: signals set a flag that is read between iterations and between the parts of a validation."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm sends before it takes nodes away: the one by itself, the other where sbatch's --signal asks for it."""
+
+
+@dataclass
+class StopFlag:
+    """Set by STOP_SIGNALS; read at the end of each iteration, and between the parts of validation and tasks."""
+
+    requested: bool = False
+
+    def request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    flag = StopFlag()
+    previous = {number: signal.signal(number, flag.request) for number in STOP_SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
