@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.evaluation.results import read_evaluations
 from tests.training.trainer_helpers import prepare_corpus, run_here, tiny_run
 

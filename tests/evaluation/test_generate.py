@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.data.tokenizer import load_tokenizer

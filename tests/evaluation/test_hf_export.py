@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from megatron_sbld.checkpoint.files import checkpoint_path
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import ModelConfig
 from megatron_sbld.hf.export_model import export_hf, written_at_once
 from megatron_sbld.hf.format import Heads

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from megatron_sbld.checkpoint.files import checkpoint_path, find_checkpoint
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.files import read_config
 from megatron_sbld.config.sections import Config
 from megatron_sbld.hf.export_model import export_hf

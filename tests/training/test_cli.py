@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron_sbld.checkpoint.start import find_start
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.dataset_files import verify_dataset

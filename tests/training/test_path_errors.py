@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.cli.path_errors import describe
 from megatron_sbld.exit_status import EXIT_BROKEN_PIPE, EXIT_MISTAKE
 from tests.training.test_cli import Sections, command, sections, shared, write  # noqa: F401  (fixtures)
@@ -111,7 +111,7 @@ def test_a_package_that_is_missing_is_named(
 
 OUTPUT = """
 import sys
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 cli._doctor = lambda args: print("\\n" * 100_000) or 0
 cli.main(["doctor"])
 """

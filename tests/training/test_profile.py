@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config
 from megatron_sbld.measure.plan import has_optimizer_state, parse_layers, parse_numbers
 from megatron_sbld.measure.runs import OneLayerPolicy

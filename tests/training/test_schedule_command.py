@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from megatron_sbld.method.build import build_policy, build_schedule
 from megatron_sbld.method.config import DropConfig
@@ -125,7 +125,7 @@ def test_show_is_for_any_number_of_processes_and_needs_no_torch(folder: Path) ->
     program = f"""
 import sys
 sys.modules["torch"] = sys.modules["megatron"] = None  # importing them raises ImportError
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 cli.main(["schedule", "show", "--config", "config.yaml", *{parallel}])
 """
     root = Path(cli.__file__).resolve().parents[1]

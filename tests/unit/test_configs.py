@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.files import read_config
 from megatron_sbld.config.flops import padded_vocab_size
 from megatron_sbld.config.sections import Config

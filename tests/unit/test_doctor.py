@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_sbld import doctor
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.doctor import Finding, Gpu
 from megatron_sbld.residual import native
 

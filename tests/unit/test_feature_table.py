@@ -39,7 +39,7 @@ def names_in(path: Path) -> frozenset[str]:
 
 def refusal_reasons() -> dict[str, str]:
     """REASONS of refusals.py, read without importing Megatron."""
-    module = ast.parse((ROOT / "megatron_sbld" / "mcore" / "refusals.py").read_text())
+    module = ast.parse((ROOT / "megatron_sbld" / "mcore" / "skip" / "refusals.py").read_text())
     for statement in module.body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "REASONS":
             return ast.literal_eval(statement.value)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.report import sensitivity as report
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.measurement import LayerRun, ProfileFolder, Request, sensitivity_of

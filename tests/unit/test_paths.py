@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.cli.parser import CommandParser
 from megatron_sbld.config.files import read_config
 from megatron_sbld.config.sections import Config

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import DataConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.report.compare import compare

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sbld.cli.main import main as cli
+from megatron_sbld.cli import main as cli
 from megatron_sbld.config.files import read_config
 from megatron_sbld.files.strict_json import load_json
 from megatron_sbld.files.strict_yaml import dump_yaml, load_yaml
