@@ -1,18 +1,71 @@
-"""Sensitivity-based layer dropping (SBLD) for GPT pretraining on Megatron.
+"""Layer dropping for GPT pretraining on Megatron: SBLD and the methods that it is judged against.
 
-The method (schedule, policy, plan) is pure NumPy and importable without torch or Megatron; `DropController` is loaded
-on first use because it needs torch.
+The public names are loaded when they are first asked for: the method needs NumPy and SciPy alone, `DropController`
+torch, `make_switchable` megatron-core.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sbld.controller import DropController
+    from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
+    from megatron_sbld.method.decisions import draw_plan
+    from megatron_sbld.method.policy import (
+        FullDepthPolicy,
+        LayerDropPolicy,
+        PLDPolicy,
+        Policy,
+        SBLDPolicy,
+        StochasticDepthPolicy,
+    )
+    from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Polynomial, Schedule
 
 __version__ = "0.1.0"
-__all__ = ["DropController", "__version__"]
+
+_HOMES = {
+    "controller": ("DropController",),
+    "mcore": ("freeze_dropped_layers", "fuse_residual", "make_switchable"),
+    "method.decisions": ("draw_plan",),
+    "method.policy": (
+        "FullDepthPolicy",
+        "LayerDropPolicy",
+        "PLDPolicy",
+        "Policy",
+        "SBLDPolicy",
+        "StochasticDepthPolicy",
+    ),
+    "method.schedule": ("PWEGD", "Constant", "Exponential", "Linear", "Polynomial", "Schedule"),
+}
+
+__all__ = [
+    "PWEGD",
+    "Constant",
+    "DropController",
+    "Exponential",
+    "FullDepthPolicy",
+    "LayerDropPolicy",
+    "Linear",
+    "PLDPolicy",
+    "Policy",
+    "Polynomial",
+    "SBLDPolicy",
+    "Schedule",
+    "StochasticDepthPolicy",
+    "__version__",
+    "draw_plan",
+    "freeze_dropped_layers",
+    "fuse_residual",
+    "make_switchable",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DropController":
-        from megatron_sbld.controller import DropController
-
-        return DropController
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"megatron_sbld.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
