@@ -1,6 +1,6 @@
 """Realised over ideal gain, from block times and layer times: arithmetic alone, without torch or Megatron.
 
-Ideal gain = T / (T - time of the dropped layers) (equations.md section 7 states it by FLOPs; here it is by measured
+Ideal gain = T / (T - time of the dropped layers) (docs/method.md section 7 states it by FLOPs; here it is by measured
 times, both of the same iterations: a machine that was slower while layers were timed than while blocks ran changes
 neither side's share). What a dropped layer saves is counted on the critical path: the time of the forward and backward
 passes is that of the 1F1B schedule with every stage's measured durations, and a drop saves the difference that it makes

@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "undropped": {"policy": "none"},
     "pld": {"policy": "pld"},
     "layerdrop": {"policy": "layerdrop"},
-    # equations.md section 4: fewer and fewer drops, full depth at the end, branches scaled by 1 / keep_prob.
+    # docs/method.md section 4: fewer and fewer drops, full depth at the end, branches scaled by 1 / keep_prob.
     "decreasing-recovery": {
         "policy": "layerdrop",
         "schedule": "linear",

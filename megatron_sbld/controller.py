@@ -43,7 +43,7 @@ class DropController:
         policy: gives the keep probability of each layer at each iteration.
         seed: seed of the decisions (not of the weights or the data).
         scope: one draw an `iteration`, or one for each `microbatch`.
-        sampler: `bernoulli` or `balanced` (equations.md, section 6).
+        sampler: `bernoulli` or `balanced` (docs/method.md, section 6).
         stages: what the balanced sampler balances: a number of equal stages, or lists of 1-based layer numbers.
         granularity: `layer`: a layer runs a microbatch or not; `sample`: it runs some of the microbatch's samples, as
             many on every rank.
@@ -237,7 +237,7 @@ class DropController:
         return len(self.plan) > 0 and not bool(self.plan[:, layer_number - 1].any())
 
     def branch_scale(self, layer_number: int) -> float:
-        """Factor of a kept layer's attention and MLP branches: 1, or 1 / keep_prob (equations.md, section 4)."""
+        """Factor of a kept layer's attention and MLP branches: 1, or 1 / keep_prob (docs/method.md, section 4)."""
         return self._scales[layer_number - 1]
 
     def state_dict(self) -> dict[str, Any]:

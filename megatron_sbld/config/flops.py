@@ -1,7 +1,7 @@
 """Floating-point operations of a GPT by Megatron's formula, and what they say about the gain of dropping layers.
 
 Two counts are in use, and they differ in one place. Megatron-LM (`num_floating_point_operations`, core 0.16.1) counts
-the half of the attention matrix that a causal mask leaves; its 2021 paper (arXiv 2104.04473), and with it equations.md
+the half of the attention matrix that a causal mask leaves; its 2021 paper (arXiv 2104.04473), with it docs/method.md
 section 7, counts all of it. The model FLOPs here follow the former, the layers' share the latter. Norms, activations,
 embedding look-ups, the optimizer and communication are counted by neither.
 """
@@ -96,7 +96,7 @@ def training_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size
 
 
 def layer_share(model: ModelConfig, padded_vocab_size: int, recompute: bool = False) -> float:
-    """phi: the transformer layers' share of an iteration's FLOPs, in (0, 1] (equations.md section 7).
+    """phi: the transformer layers' share of an iteration's FLOPs, in (0, 1] (docs/method.md section 7).
 
     Counted as in Megatron's 2021 paper, with the whole attention matrix. recompute: the layers' forward pass is done
     twice (full activation recomputation of every layer), the logits' once.
@@ -107,7 +107,7 @@ def layer_share(model: ModelConfig, padded_vocab_size: int, recompute: bool = Fa
 
 
 def ideal_speedup(phi: float, mean_keep_prob: float) -> float:
-    """Throughput over the undropped model's if a dropped layer cost nothing (equations.md section 7).
+    """Throughput over the undropped model's if a dropped layer cost nothing (docs/method.md section 7).
 
     phi: the layers' share of an iteration, in [0, 1]; mean_keep_prob: over layers and iterations, in [0, 1]. Raises
     ValueError outside of these, and where nothing of the iteration would be left (phi = 1, mean_keep_prob = 0).

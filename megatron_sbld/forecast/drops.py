@@ -1,7 +1,7 @@
 """What a run's layer dropping will amount to, before it trains: theta, mean keep_prob and ideal gain, phase by phase.
 
-theta is not the mean keep probability: sensitivities, lists and depth come between (equations.md sections 2 and 4).
-Gains are equations.md section 7's: what a dropped layer would save if it cost nothing. What is realised is less.
+theta is not the mean keep probability: sensitivities, lists and depth come between (docs/method.md sections 2 and 4).
+Gains are docs/method.md section 7's: what a dropped layer would save if it cost nothing. What is realised is less.
 
 Phases are equal fifths of the iterations before the recovery, and the recovery. A phase of up to 1,000 iterations is
 computed in full, a longer one from 1,000 of its iterations at equal distances. Every iteration counts alike: with

@@ -1,7 +1,7 @@
 """What layer dropping will leave each pipeline stage to do, and a placement of the layers that evens it.
 
 Times are counted in layers' worth: a kept layer is 1, a dropped one 0, one that some samples of a microbatch run their
-share, and the output layer with its loss, on the last stage, as many as its FLOPs are (equations.md section 7). What a
+share, and the output layer with its loss, on the last stage, as many as its FLOPs are (docs/method.md 7). What a
 placement is worth is not read off expectations: the decisions that the run will take are drawn for some of its
 iterations, and each of these takes as long as the 1F1B schedule does with them (pipeline.py), the bubble included. With
 independent draws (sampler bernoulli) some stage is late in most iterations on any placement, so that even expectations
@@ -97,7 +97,7 @@ def stage_forecast(
         train_iters=outlook.total.last,
         num_microbatches=max(1, training.global_batch_size // (training.micro_batch_size * replicas)),
         num_samples=training.micro_batch_size if config.drop.granularity == "sample" else 1,
-        # As many as have the output layer's FLOPs (equations.md section 7).
+        # As many as have the output layer's FLOPs (docs/method.md section 7).
         output_layers=None if phi is None else policy.num_layers * (1.0 - phi) / phi,
         balanced=_fixed_stages(config.drop, placement, balanced),
     )

@@ -1,4 +1,4 @@
-"""`megatron-sbld profile`: base sensitivity (equations.md 3; paper 000 "Layer-Wise Sensitivity") and cheaper estimates.
+"""`megatron-sbld profile`: base sensitivity (docs/method.md 3; SBLD, "Layer-Wise Sensitivity") and cheaper estimates.
 
 A baseline of N iterations, then for every layer N iterations from the same weights on the same data in the same order,
 in which that layer alone is dropped with probability 0.9. All runs follow each other in one process group on one model,

@@ -31,7 +31,7 @@ from megatron_sbld.sensitivity.stats import window_length
 from megatron_sbld.training.model import check_model
 
 AFFORDABLE_FRACTION = 0.05
-"""Of the training run: what a measurement should cost at most (paper 000, "Layer-Wise Sensitivity")."""
+"""Of the training run: what a measurement should cost at most (SBLD, "Layer-Wise Sensitivity")."""
 FORWARD_COST = 1.0 / 3.0
 """Of a training iteration: a forward pass alone; backward takes twice as long."""
 _MAX_SEED = 2**31 - 1

@@ -1,4 +1,4 @@
-"""The runs of a sensitivity measurement: what all methods share, and training without each layer (equations.md 3)."""
+"""The runs of a sensitivity measurement: what all methods share, and training without each layer (docs/method.md 3)."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def updates_sensitivity(config: DropConfig) -> bool:
 
 
 def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
-    """theta(t) of the section for a run of T iterations; what is None takes the defaults of equations.md 1 and 4.
+    """theta(t) of the section for a run of T iterations; what is None takes the defaults of docs/method.md 1 and 4.
 
     Raises ValueError naming the field.
     """

@@ -27,7 +27,7 @@ class DropConfig:
     schedule: ScheduleName | None = None
     """theta over training; None takes the policy's own: sbld pwegd, pld exponential, the others constant."""
     theta: float = 0.9
-    """The schedule's limit: the keep probability it starts or ends at, in (0, 1]; below 0.4 warns (paper 000)."""
+    """The schedule's limit: the keep probability it starts or ends at, in (0, 1]; below 0.4 warns (SBLD)."""
     a: float = 2.0
     """PWEGD: shape."""
     b: float | None = None

@@ -1,4 +1,4 @@
-"""Decisions: which layers run in which microbatch, drawn from keep probabilities without any state (equations.md 6).
+"""Decisions: which layers run in which microbatch, drawn from keep probabilities without any state (docs/method.md 6).
 
 Random numbers come from Philox4x32-10, a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as
 1, 2, 3", 2011): its output is a fixed function of a key and a counter, written out here in integer arithmetic, so a

@@ -1,6 +1,6 @@
 """keep_probs(t): the probability with which each layer runs at iteration t = 1..T, by policy.
 
-equations.md section 2 (SBLD; paper 000 Algorithms 1 and 2) and section 4 (PLD; paper 002; LayerDrop, stochastic depth).
+docs/method.md section 2 (SBLD; SBLD, Algorithms 1 and 2) and section 4 (PLD, LayerDrop, stochastic depth).
 A policy turns theta(t) of a schedule into one keep probability for each of the L layers. It draws nothing (plan.py) and
 knows nothing of models. Policies are immutable.
 """
@@ -74,7 +74,7 @@ class Policy(ABC):
 
 
 class SBLDPolicy(Policy):
-    """clamp(alpha theta(t) + beta S[l], theta_min, theta_max), but for the lists (equations.md 2; paper 000 Alg. 1, 2).
+    """clamp(alpha theta(t) + beta S[l], theta_min, theta_max), but for the lists (docs/method.md 2; SBLD, Alg. 1, 2).
 
     schedule: theta(t), usually a PWEGD.
     sensitivity: S, [L], in [0, 1]; 1 is the layer that hurts most when it is left out.
@@ -162,7 +162,7 @@ class SBLDPolicy(Policy):
 
 
 class PLDPolicy(Policy):
-    """Progressive layer dropping: 1 - ((l - 1) / L) (1 - theta(t)) (equations.md 4; paper 002).
+    """Progressive layer dropping: 1 - ((l - 1) / L) (1 - theta(t)) (docs/method.md 4; PLD).
 
     The first layer is never dropped. Kept branches are scaled by 1 / keep_prob unless residual_scale says otherwise.
 
@@ -177,7 +177,7 @@ class PLDPolicy(Policy):
 
 
 class LayerDropPolicy(Policy):
-    """Uniform LayerDrop: theta(t) for every layer (equations.md 4).
+    """Uniform LayerDrop: theta(t) for every layer (docs/method.md 4).
 
     >>> LayerDropPolicy(Constant(0.5), num_layers=4).keep_probs(1).tolist()
     [0.5, 0.5, 0.5, 0.5]
@@ -188,7 +188,7 @@ class LayerDropPolicy(Policy):
 
 
 class StochasticDepthPolicy(Policy):
-    """Stochastic depth: 1 - (l / L) (1 - theta(t)); the last layer is kept with theta(t) (equations.md 4; Huang 2016).
+    """Stochastic depth: 1 - (l / L) (1 - theta(t)); the last layer is kept with theta(t) (docs/method.md 4; Huang).
 
     >>> StochasticDepthPolicy(Constant(0.5), num_layers=4).keep_probs(1).tolist()
     [0.875, 0.75, 0.625, 0.5]

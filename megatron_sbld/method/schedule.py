@@ -1,6 +1,6 @@
 """theta(t), the limit of the keep probability over training: PWEGD, Exponential, Linear, Polynomial, Constant.
 
-equations.md sections 1 and 4; paper 000 (SBLD) Eq. 1-3, paper 002 (PLD). Iterations are counted t = 1..T; t = 0 is the
+docs/method.md sections 1 and 4; SBLD, Eq. 1-3; PLD. Iterations are counted t = 1..T; t = 0 is the
 state before the first one. A schedule maps a number to a float and an array to a float64 array of the same shape.
 
 Values are not clamped: a large eta takes PWEGD's theta(t) above 1. What a theta(t) means for a layer, and the clamping
@@ -23,7 +23,7 @@ from scipy.special import gammaln, xlogy
 from megatron_sbld.checks import check_number
 
 RECOMMENDED_THETA_MIN = 0.4
-"""Below this theta the paper finds models hard to train (paper 000, "Overall Workflow")."""
+"""Below this theta the paper finds models hard to train (SBLD, "Overall Workflow")."""
 
 # Far beyond any run, and such that no quotient of two of them overflows.
 _ITERATIONS = "[-1e18, 1e18]"
@@ -52,7 +52,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PWEGD(Schedule):
-    """SBLD's schedule: theta(t) = eta / theta^2 * sch(t) + theta, sch a gamma density (equations.md 1; paper 000 Eq 3).
+    """SBLD's schedule: theta(t) = eta / theta^2 * sch(t) + theta, sch a gamma density (docs/method.md 1; SBLD, Eq 3).
 
     theta: the value before epsilon and in the limit, in (0, 1]; below 0.4 warns.
     a, c: shape and polynomial of the weighting function; only their sum k = a + c in [1, 1e6] enters.
@@ -116,7 +116,7 @@ class PWEGD(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """PLD's schedule: theta(t) = (1 - theta) exp(-gamma t) + theta (equations.md 4; paper 002).
+    """PLD's schedule: theta(t) = (1 - theta) exp(-gamma t) + theta (docs/method.md 4; PLD).
 
     theta: the limit, in [0, 1]; below 0.4 warns. 0, which the other schedules refuse, is there because PLD's public
     implementation has it and the formula does not divide by theta.
@@ -139,7 +139,7 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """theta(t) = start + (end - start) min(t / duration, 1)^power (equations.md 4).
+    """theta(t) = start + (end - start) min(t / duration, 1)^power (docs/method.md 4).
 
     start: theta(0), in (0, 1].  end: theta from t = duration on, in (0, 1].  Either below 0.4 warns.
     duration: iterations, > 0.  power: exponent, > 0.
@@ -167,7 +167,7 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """theta(t) = start + (end - start) min(t / duration, 1): Polynomial with power 1 (equations.md 4).
+    """theta(t) = start + (end - start) min(t / duration, 1): Polynomial with power 1 (docs/method.md 4).
 
     >>> Linear(start=1.0, end=0.5, duration=1000)([0, 500, 1000, 2000]).tolist()
     [1.0, 0.75, 0.5, 0.5]
@@ -205,7 +205,7 @@ class Constant(Schedule):
 
 
 def pwegd_density(t: ArrayLike, shape: float, b: float, epsilon: float = 0.0) -> NDArray[np.float64]:
-    """sch(t) of equations.md 1 (paper 000 Eq. 1-2), in 1/iteration: the gamma density of shape k at 2 (t - eps) / b.
+    """sch(t) of docs/method.md 1 (SBLD, Eq. 1-2), in 1/iteration: the gamma density of shape k at 2 (t - eps) / b.
 
     0 before epsilon; at epsilon 2 / b for k = 1, else 0, as in scipy.stats.gamma. In log space, because the terms of
     the direct form overflow for the b of real runs.

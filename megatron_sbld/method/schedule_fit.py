@@ -1,6 +1,6 @@
 """Fits PWEGD's shape, and alternatives, to the loss gap between a run with layers dropped and its baseline.
 
-equations.md section 3; paper 000, "Variance-Based Scheduler", Figures 4 and 5. Knows nothing of runs and files.
+docs/method.md section 3; SBLD, "Variance-Based Scheduler", Figures 4 and 5. Knows nothing of runs and files.
 
 Parameters are least squares on the smoothed trace, floored at 0, of the shape smoothed alike, because a running mean
 flattens a fast rise. RMSE and R^2 are errors of that. AIC is computed from the gap of every single iteration instead:
@@ -122,7 +122,7 @@ def require_peak(trace: Trace) -> None:
 def fit_trace(trace: Trace) -> list[Fit]:
     """PWEGD and the alternatives, each at its least squares; PWEGD comes first.
 
-    pwegd: height sch(t) / sch(peak), with k in [1, 30], b and epsilon of equations.md 1.
+    pwegd: height sch(t) / sch(peak), with k in [1, 30], b and epsilon of docs/method.md 1.
     exponential: height exp(-gamma t), the shape of schedule.Exponential.
     weibull and lognormal: those densities from epsilon on, scaled to a height at their peak.
     Raises ValueError for a trace without a peak (require_peak).
@@ -201,7 +201,7 @@ def _in_blocks(trace: Trace) -> tuple[FloatArray, FloatArray, int]:
 
 
 def _pwegd(t: FloatArray, height: float, k: float, b: float, epsilon: float) -> FloatArray:
-    """sch(t) of equations.md 1, scaled to `height` at its peak."""
+    """sch(t) of docs/method.md 1, scaled to `height` at its peak."""
     return height * pwegd_density(t, k, b, epsilon) / pwegd_density((k - 1.0) * b / 2.0, k, b)
 
 

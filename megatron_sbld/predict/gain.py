@@ -33,7 +33,7 @@ ASSUMED_MFU = 0.4
 """Where no throughput is given; what well-tuned Megatron runs of these sizes report (arXiv 2104.04473, 2205.05198)."""
 
 LOWEST_THETA = 0.4
-"""The paper's recommended range of theta is [0.4, 1] (equations.md section 1)."""
+"""The paper's recommended range of theta is [0.4, 1] (docs/method.md section 1)."""
 
 _SAMPLED = 500  # iterations of a run that are simulated
 _SAMPLED_ROWS = 2**16  # microbatches whose decisions are drawn, where each has its own
@@ -56,7 +56,7 @@ class Prediction:
     kept_fraction: float
     """Of the sampled iterations' layers."""
     ideal_gain: float
-    """If a dropped layer cost nothing and the rest stayed as it is by FLOPs (equations.md section 7)."""
+    """If a dropped layer cost nothing and the rest stayed as it is by FLOPs (docs/method.md section 7)."""
     gain: float
     gain_stderr: float
     """Of sampling iterations; says nothing about the model's own error."""

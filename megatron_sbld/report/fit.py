@@ -1,4 +1,4 @@
-"""What `megatron-sbld schedule fit` does: PWEGD's parameters from the loss gap of two runs (equations.md 3)."""
+"""What `megatron-sbld schedule fit` does: PWEGD's parameters from the loss gap of two runs (docs/method.md 3)."""
 
 from __future__ import annotations
 

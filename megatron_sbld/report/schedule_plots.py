@@ -1,4 +1,4 @@
-"""Plots of schedules as PNG files: keep probabilities over a run, and fits to a trace (paper 000, Figures 6 and 5)."""
+"""Plots of schedules as PNG files: keep probabilities over a run, and fits to a trace (SBLD, Figures 6 and 5)."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def print_gaps(measured: SensitivityFile, console: Console) -> None:
 
 
 def plot_gaps(measured: SensitivityFile, file: Path) -> None:
-    """Draw the unnormalised gaps with their standard errors, Block and Allow coloured (paper 000, Figure 3)."""
+    """Draw the unnormalised gaps with their standard errors, Block and Allow coloured (SBLD, Figure 3)."""
     figure = Figure(figsize=(max(6.0, 0.32 * measured.num_layers + 2), 4.2), layout="constrained")
     axes = figure.subplots()
     layers = range(1, measured.num_layers + 1)

@@ -2,7 +2,7 @@
 
 A row is a group of runs that differ in their seeds alone, and gives means over them; a group may be one run.
 
-The ideal gain is that of equations.md section 7: FLOPs alone decide how much time a dropped layer saves. Kernels that
+The ideal gain is that of docs/method.md section 7: FLOPs alone decide how much time a dropped layer saves. Kernels that
 do not scale with their FLOPs, communication and pipeline bubbles are not in it; they are what the ratio shows.
 """
 
@@ -281,7 +281,7 @@ def _time_change(
 
 
 def layers_share(config: Config) -> float | None:
-    """phi of equations.md section 7; None where the runs' tokenizer, which gives the vocabulary, is not found."""
+    """phi of docs/method.md section 7; None where the runs' tokenizer, which gives the vocabulary, is not found."""
     try:
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
     except ValueError:

@@ -1,4 +1,4 @@
-"""What leaving out a layer costs at the present weights, estimated from the losses of training itself (equations.md 3).
+"""What leaving out a layer costs at the present weights, estimated from training's own losses (docs/method.md 3).
 
 Training draws which layers run, so its losses carry every layer's effect at no extra cost. The estimator regresses them
 on the decisions, with forgetting. With d_l = 1 where layer l was dropped and q_l its drop probability, both known,

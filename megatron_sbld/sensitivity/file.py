@@ -1,4 +1,4 @@
-"""The sensitivity file: measured gaps of every layer and what follows from them, as JSON (equations.md 2 and 3).
+"""The sensitivity file: measured gaps of every layer and what follows from them, as JSON (docs/method.md 2 and 3).
 
 Keys: format, num_layers, gap (loss without the layer minus the baseline's), gap_stderr, sensitivity (the gaps scaled to
 [0, 1]), block and allow (the lists that the rule picked), measured_with (free: command, commit, model, data, ...).
@@ -64,7 +64,7 @@ class SensitivityFile:
         block_fraction: float = 0.15,
         allow_fraction: float = 0.15,
     ) -> SensitivityFile:
-        """The file of measured gaps, [L] each, with sensitivity and lists by the rules of equations.md 2."""
+        """The file of measured gaps, [L] each, with sensitivity and lists by the rules of docs/method.md 2."""
         block, allow = choose_lists(gap, gap_stderr, block_fraction, allow_fraction)
         return cls(
             num_layers=len(gap),
@@ -93,7 +93,7 @@ class SensitivityFile:
         """An estimate for a model of another depth; the file itself for its own.
 
         Gaps and standard errors are linear in the relative depth (l - 0.5) / L of the measured layers, and those of the
-        first and the last one hold beyond them. Sensitivity and lists follow from the gaps (equations.md 2).
+        first and the last one hold beyond them. Sensitivity and lists follow from the gaps (docs/method.md 2).
         measured_with says from how many layers. Raises ValueError where the gaps become equal, as for one layer.
         """
         if num_layers == self.num_layers:
@@ -141,7 +141,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def normalise(gap: ArrayLike) -> NDArray[np.float64]:
-    """S of equations.md 2: (gap - min gap) / (max gap - min gap), float64 [L]; refuses gaps that are all equal.
+    """S of docs/method.md 2: (gap - min gap) / (max gap - min gap), float64 [L]; refuses gaps that are all equal.
 
     >>> normalise([0.5, -0.5, 0.0]).tolist()
     [1.0, 0.0, 0.5]

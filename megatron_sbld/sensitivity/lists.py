@@ -1,4 +1,4 @@
-"""The rule that picks the Block and Allow lists from measured gaps (equations.md 2; paper 000 "Block/Allow Lists")."""
+"""The rule that picks the Block and Allow lists from measured gaps (docs/method.md 2; SBLD, "Block/Allow Lists")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `megatron-sbld profile` has measured, as files, and the sensitivity that follows (equations.md 3).
+"""What `megatron-sbld profile` has measured, as files, and the sensitivity that follows (docs/method.md 3).
 
     DIR/profile.json              what was asked for: settings, and what the figures are measured with
     DIR/seed-1234/baseline.json   the values of a finished run: losses by iteration (or by batch), or influences
@@ -26,7 +26,7 @@ from megatron_sbld.sensitivity.stats import Estimate, combine_seeds, mean_of_bat
 FORMAT = "megatron-sbld-profile-1"
 Method = Literal["train", "leave_one_out", "block_influence"]
 NOTES: dict[str, str] = {
-    "train": "gap: loss of training without the layer minus the baseline's (equations.md 3)",
+    "train": "gap: loss of training without the layer minus the baseline's (docs/method.md 3)",
     "leave_one_out": (
         "gap: loss at evaluation without the layer minus with it. A model that was trained with a layer nearly always "
         "misses it, so few layers or none reach the Allow list"

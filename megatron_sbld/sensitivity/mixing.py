@@ -1,4 +1,4 @@
-"""How estimated gaps (dynamic.py) change the base sensitivity, which stays their prior (equations.md 3).
+"""How estimated gaps (dynamic.py) change the base sensitivity, which stays their prior (docs/method.md 3).
 
 The base gap is what training without the layer costs, the estimated gap what leaving it out costs now: two quantities,
 of which only the order and the proportions can be compared. So estimates are shifted and scaled to the base list's mean

@@ -172,7 +172,7 @@ def test_generation_with_a_cache_never_drops() -> None:
 
 @pytest.mark.parametrize("bias_is_apart", [False, True])
 def test_kept_branches_are_scaled_by_one_over_their_own_keep_prob(bias_is_apart: bool) -> None:
-    """PLD: x + Attn / p, then + MLP / p, with that layer's p (equations.md, section 4)."""
+    """PLD: x + Attn / p, then + MLP / p, with that layer's p (docs/method.md, section 4)."""
     keep_probs = (1.0, 0.5, 0.25, 0.8)
     with model_parallel():
         chunk, controller = switchable_gpt(Listed(*keep_probs, residual_scale="inverse_keep_prob"))

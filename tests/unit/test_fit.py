@@ -1,4 +1,4 @@
-"""Fits to the loss gap of two runs (equations.md 3): known shapes come back, and what has no peak is refused."""
+"""Fits to the loss gap of two runs (docs/method.md 3): known shapes come back, and what has no peak is refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The FLOP counts equal Megatron-LM's own function and the figures of equations.md section 7."""
+"""The FLOP counts equal Megatron-LM's own function and the figures of docs/method.md section 7."""
 
 from __future__ import annotations
 

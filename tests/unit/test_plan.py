@@ -1,4 +1,4 @@
-"""Decisions: pinned values, the properties of equations.md 6, and rates that pass statistical tests (fixed seeds)."""
+"""Decisions: pinned values, the properties of docs/method.md 6, and rates that pass statistical tests (fixed seeds)."""
 
 from fractions import Fraction
 

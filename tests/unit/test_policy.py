@@ -1,4 +1,4 @@
-"""Keep probabilities of every policy against equations.md 2 and 4, and what the paper's tables imply (7)."""
+"""Keep probabilities of every policy against docs/method.md 2 and 4, and what the paper's tables imply (7)."""
 
 import doctest
 import math

@@ -1,4 +1,4 @@
-"""theta(t) against its formulas, other implementations, and its limits (equations.md 1 and 4)."""
+"""theta(t) against its formulas, other implementations, and its limits (docs/method.md 1 and 4)."""
 
 import doctest
 import math

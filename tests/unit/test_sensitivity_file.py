@@ -1,4 +1,4 @@
-"""The sensitivity file and the rule of the Block and Allow lists (equations.md 2)."""
+"""The sensitivity file and the rule of the Block and Allow lists (docs/method.md 2)."""
 
 import doctest
 import json
