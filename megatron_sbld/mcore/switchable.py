@@ -8,7 +8,7 @@ drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -30,26 +30,25 @@ from megatron_sbld.mcore.versions import check_megatron_core
 
 
 class _SkippedLayer(torch.autograd.Function):
-    """Identity that neither copies nor aliases in autograd's sense, and that reports the layer's gradients in backward.
+    """Identity that neither copies nor aliases in autograd's sense.
 
     Returning the input itself would make the output of an all-dropped pipeline stage its input, which
     `deallocate_pipeline_outputs` frees; a view is refused there. A new tensor on the same storage is neither: freeing
     it swaps its own `data` only (as in megatron.core.utils.MakeViewlessTensor).
+
+    `stand_in` is a leaf in the place of the layer's parameters (`LayerBuckets.stand_in`), and gets no gradient either.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_states: torch.Tensor, report_gradients: Callable[[], None] | None
+        ctx: Any, hidden_states: torch.Tensor, stand_in: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.report_gradients = report_gradients
         output = torch.empty((1,), dtype=hidden_states.dtype, device=hidden_states.device)
         output.data = hidden_states.data
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        if ctx.report_gradients is not None:
-            ctx.report_gradients()
         return grad_output, None
 
 
@@ -97,7 +96,7 @@ class SwitchableLayer(TransformerLayer):
         buckets = self._drop_buckets
         self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
         buckets.wait_for_params()
-        return _SkippedLayer.apply(hidden_states, buckets.report_gradients if buckets.reports_gradients else None)
+        return _SkippedLayer.apply(hidden_states, buckets.stand_in(hidden_states))
 
     def _microbatch(self) -> int:
         """The microbatch that this pass belongs to, also when it recomputes an earlier microbatch's activations.
