@@ -205,7 +205,8 @@ class TrainingConfig:
     recompute_modules: list[str] | None = None
     """selective: what is recomputed; None is core_attn."""
     exit_after_iterations: int | None = None
-    """Save and stop after this many iterations of this process's life (for job time limits)."""
+    """Save and stop after this many iterations of this process's life (for job time limits). Not with torchrun's
+    --max-restarts, which starts the run again at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
