@@ -390,6 +390,9 @@ class Run:
         if dist.get_rank() == 0:
             for line in lines:
                 logger.warning("%s", line)
+            load, path = self.config.checkpoint.load, start.checkpoint.path
+            if load is not None and path.parent == self.run_dir / "checkpoints":
+                logger.info("checkpoint.load = %r is not loaded: the run goes on from its own newest, %s", load, path)
 
     def _open_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)

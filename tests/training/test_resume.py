@@ -311,13 +311,18 @@ def test_loading_the_whole_state_of_another_run_is_no_other(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run_here(stop_and_resume(config, 3)[0]) == 75
-    load = {"load": config.logging.run_dir, "load_optimizer": True}
+    load = {"load": config.logging.run_dir, "load_optimizer": True, "save_at_end": True}
     other = change(in_folder(config, tmp_path / "other"), checkpoint=load, optimizer={"lr": 2e-2})
     assert "training.seed is 5, the checkpoint was saved with 1234" in str(
         run_here(change(other, training={"seed": 5}))
     )
     assert run_here(other) == 0
     assert "optimizer.lr is 0.02" in caplog.text
+    assert "is not loaded" not in caplog.text
+    caplog.set_level(logging.INFO)
+    assert run_here(change(other, checkpoint={"load_optimizer": False})) == 0, "it is complete"
+    own = tmp_path / "other" / "checkpoints"
+    assert f"{config.logging.run_dir!r} is not loaded: the run goes on from its own newest, {own}" in caplog.text
     weights = change(other, checkpoint={"load_optimizer": False}, training={"seed": 5, "train_iters": 3})
     assert run_here(in_folder(weights, tmp_path / "weights")) == 0, "a run of its own"
 
