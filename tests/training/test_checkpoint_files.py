@@ -282,6 +282,6 @@ def test_a_train_state_that_json_cannot_hold_is_refused() -> None:
 def test_finding_checkpoints_needs_neither_torch_nor_megatron() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['megatron'] = None\n"
-        "from megatron_sbld.training import checkpoint_files\n"
+        "from megatron_sbld.checkpoint import files\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
