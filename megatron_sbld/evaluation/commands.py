@@ -109,7 +109,9 @@ def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
         "--limit", type=int | None, help="passages or documents that are scored, from the first; default: all"
     )
     parser.add_argument(
-        "--out", type=str | None, help="folder for the results; default: the run folder of each checkpoint"
+        "--out",
+        type=str | None,
+        help="folder for the results, whose rows then name their checkpoint; default: the run folder of each",
     )
     parser.add_class_arguments(ModelOptions)
     return parser
