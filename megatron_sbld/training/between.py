@@ -35,6 +35,9 @@ class Tasks(Protocol):
 
     def __bool__(self) -> bool: ...
 
+    def open_file(self, iteration: int, *, goes_on: bool) -> None:
+        """Make sure that results can be kept, and drop those of a path that the run has left. Collective."""
+
     def evaluate(
         self,
         chunks: Sequence[torch.nn.Module],
@@ -51,6 +54,9 @@ class NoTasks:
 
     def __bool__(self) -> bool:
         return False
+
+    def open_file(self, iteration: int, *, goes_on: bool) -> None:
+        """There are no results."""
 
     def evaluate(self, *args: Any) -> dict[str, Any]:
         """Never called."""
