@@ -12,7 +12,9 @@ from megatron_sbld.config.validate import validate
 from megatron_sbld.data.blend import check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
-from megatron_sbld.training.between import BetweenIterations, is_due
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.training.announce import announce
+from megatron_sbld.training.between import BetweenIterations, Tasks, is_due, no_tasks
 from megatron_sbld.training.metrics import check_logging
 from megatron_sbld.training.model import (
     check_model,
