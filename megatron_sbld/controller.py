@@ -30,6 +30,7 @@ from megatron_sbld.plan import (
     Scope,
     draw_sample_counts,
     draw_samples,
+    plain_stages,
     replicas_run_alike,
 )
 from megatron_sbld.policy import Policy, ResidualScale
@@ -86,7 +87,10 @@ class DropController:
         window: int = 64,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check_choices(scope=scope, sampler=sampler, replicas=replicas, residual_scale=residual_scale)
+        check_choice("scope", scope, get_args(Scope))
+        check_choice("sampler", sampler, get_args(Sampler))
+        check_choice("replicas", replicas, get_args(Replicas))
+        check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
         _check_granularity(granularity, num_samples, replicas)
         self._replicas_run_alike = replicas_run_alike(replicas, granularity)
         if not self._replicas_run_alike and sampler != "balanced":
@@ -99,7 +103,7 @@ class DropController:
         self.sampler: Sampler = sampler
         self.stages = stages
         self.granularity: Granularity = granularity
-        self.num_samples = num_samples
+        self.num_samples = None if num_samples is None else int(num_samples)
         self.replicas = replicas
         self.replica = check_integer("replica", replica, 0, MAX_REPLICA)
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
@@ -255,7 +259,7 @@ class DropController:
             "seed": self.seed,
             "scope": self.scope,
             "sampler": self.sampler,
-            "stages": self.stages,
+            "stages": plain_stages(self.stages),
             "granularity": self.granularity,
             "num_samples": self.num_samples,
             "replicas": self.replicas,
@@ -269,8 +273,9 @@ class DropController:
         Settings that a user changed on purpose (another seed, sampler or scope) stay as configured now.
 
         Raises:
-            ValueError: the state is of a model with another number of layers.
+            ValueError: the state is of a model with another number of layers, or not what state_dict made.
         """
+        _check_state(state)
         if state["num_layers"] != self.num_layers:
             raise ValueError(
                 f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"
@@ -345,15 +350,11 @@ class DropController:
         return torch.stack(everyone).cpu().numpy()
 
 
-def _check_choices(**given: Any) -> None:
-    allowed: dict[str, tuple[Any, ...]] = {
-        "scope": get_args(Scope),
-        "sampler": get_args(Sampler),
-        "replicas": get_args(Replicas),
-        "residual_scale": (*get_args(ResidualScale), None),
-    }
-    for name, value in given.items():
-        check_choice(name, value, allowed[name])
+def _check_state(state: Any) -> None:
+    needed = ("seed", "scope", "sampler", "stages", "replicas", "num_layers")
+    missing = [name for name in needed if name not in state] if isinstance(state, dict) else needed
+    if missing:
+        raise ValueError(f"the drop state has no {', '.join(missing)}: it must be what DropController.state_dict made")
 
 
 def _check_granularity(granularity: str, num_samples: int | None, replicas: str) -> None:

@@ -76,10 +76,10 @@ def draw_plan(
     Raises ValueError for an argument out of range, or one that the sampler would ignore.
     """
     probs = _checked_keep_probs(keep_probs)
-    check_integer("seed", seed, 0, MAX_SEED)
-    check_integer("iteration", iteration, 0, 2**32 - 1)
-    check_integer("num_microbatches", num_microbatches, 1, 2**32 - 1)
-    check_integer("replica", replica, 0, MAX_REPLICA)
+    seed = check_integer("seed", seed, 0, MAX_SEED)  # as Python's int: NumPy's of 8 or 32 bits overflow below
+    iteration = check_integer("iteration", iteration, 0, 2**32 - 1)
+    num_microbatches = check_integer("num_microbatches", num_microbatches, 1, 2**32 - 1)
+    replica = check_integer("replica", replica, 0, MAX_REPLICA)
     check_choice("scope", scope, get_args(Scope))
     check_choice("sampler", sampler, get_args(Sampler))
 
@@ -117,7 +117,7 @@ def draw_sample_counts(
     Raises ValueError for an argument out of range, or one that the sampler would ignore.
     """
     probs = _checked_keep_probs(keep_probs)
-    _check_samples(num_samples, len(probs))
+    num_samples = _checked_samples(num_samples, len(probs))
     expected = probs * num_samples
     whole = np.floor(expected)  # keep_prob 1 leaves no rest: all samples, always
     one_more = draw_plan(expected - whole, seed, iteration, num_microbatches, scope, sampler, stages, replica)
@@ -137,10 +137,10 @@ def draw_samples(
     The others: as in `draw_sample_counts`. Raises ValueError for an argument out of range.
     """
     num_microbatches, num_layers = counts.shape
-    _check_samples(num_samples, num_layers)
-    check_integer("replica", replica, 0, MAX_REPLICA)
-    check_integer("seed", seed, 0, MAX_SEED)
-    check_integer("iteration", iteration, 0, 2**32 - 1)
+    num_samples = _checked_samples(num_samples, num_layers)
+    replica = check_integer("replica", replica, 0, MAX_REPLICA)
+    seed = check_integer("seed", seed, 0, MAX_SEED)
+    iteration = check_integer("iteration", iteration, 0, 2**32 - 1)
     check_choice("scope", scope, get_args(Scope))
     microbatches = np.arange(num_microbatches if scope == "microbatch" else 1)
     layers, samples = np.arange(1, num_layers + 1), np.arange(num_samples)
@@ -243,6 +243,13 @@ def _stage_of_layer(stages: int | Sequence[Sequence[int]] | None, num_layers: in
     return stage_of_layer
 
 
+def plain_stages(stages: int | Sequence[Sequence[int]] | None) -> int | list[list[int]] | None:
+    """Stages without NumPy's numbers, which torch.load does not take by default."""
+    if stages is None or not isinstance(stages, Sequence):
+        return None if stages is None else int(stages)
+    return [[int(layer) for layer in stage] for stage in stages]
+
+
 def _checked_keep_probs(keep_probs: ArrayLike) -> NDArray[np.float64]:
     probs = np.asarray(keep_probs, dtype=np.float64)
     if probs.ndim != 1 or probs.size == 0:
@@ -254,9 +261,10 @@ def _checked_keep_probs(keep_probs: ArrayLike) -> NDArray[np.float64]:
     return probs
 
 
-def _check_samples(num_samples: int, num_layers: int) -> None:
-    check_integer("num_samples", num_samples, 1, MAX_SAMPLES)
+def _checked_samples(num_samples: int, num_layers: int) -> int:
+    num_samples = check_integer("num_samples", num_samples, 1, MAX_SAMPLES)
     if num_layers >= 2**_SAMPLE_SHIFT:
         raise ValueError(
             f"{num_layers} layers are not allowed with decisions about samples: at most {2**_SAMPLE_SHIFT - 1}"
         )
+    return num_samples

@@ -66,7 +66,13 @@ class Policy(ABC):
         theta = self.theta(iteration)
         if iteration >= self.first_recovery_iteration:
             return np.ones(self.num_layers)
-        return self._keep_probs(theta)
+        keep_probs = np.asarray(self._keep_probs(theta), dtype=np.float64)
+        if keep_probs.shape != (self.num_layers,):
+            raise ValueError(
+                f"{type(self).__name__} gives keep probabilities of shape {keep_probs.shape}: it must give one for "
+                f"each of num_layers = {self.num_layers} layers"
+            )
+        return keep_probs
 
     @abstractmethod
     def _keep_probs(self, theta: float) -> NDArray[np.float64]:

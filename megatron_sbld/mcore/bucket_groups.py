@@ -23,11 +23,12 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 class LayerRecord:
     """What one layer has done since its gradients were last zeroed."""
 
-    __slots__ = ("ran", "skipped")
+    __slots__ = ("is_cleared", "ran", "skipped")
 
     def __init__(self) -> None:
-        self.ran = True  # not known before gradients are zeroed for the first time
+        self.ran: bool | None = None  # not known before it runs or gradients are zeroed for the first time
         self.skipped = False
+        self.is_cleared = False  # whether a wrapper's groups do so when they zero gradients
 
     def clear(self) -> None:
         """Gradients are zero now."""
@@ -36,7 +37,7 @@ class LayerRecord:
     @property
     def has_zero_gradient(self) -> bool:
         """Whether the layer was skipped whenever its turn came; False if it did not come."""
-        return self.skipped and not self.ran
+        return self.skipped and self.ran is False
 
 
 class _Finished:
@@ -46,19 +47,24 @@ class _Finished:
         """Return at once."""
 
 
-class SkippableBucketGroup(_ParamAndGradBucketGroup):
-    """A bucket group whose parameters all belong to switchable layers; a built group gets this class."""
+class RecordedBucketGroup(_ParamAndGradBucketGroup):
+    """A bucket group that tells switchable layers when their gradients are zeroed; a built group gets this class."""
 
     _drop_records: list[LayerRecord]
-    _drop_stale: bool | None
-    """Whether a step may have changed parameters since they were gathered; None where no step tells."""
-    param_gather_handle: Any
 
     def reset(self) -> None:
         """Called when the buffer is zeroed, before each iteration."""
         super().reset()
         for record in self._drop_records:
             record.clear()
+
+
+class SkippableBucketGroup(RecordedBucketGroup):
+    """A bucket group whose parameters all belong to switchable layers."""
+
+    _drop_stale: bool | None
+    """Whether a step may have changed parameters since they were gathered; None where no step tells."""
+    param_gather_handle: Any
 
     def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Reduce the group's gradients unless they are zero on every rank."""
@@ -95,10 +101,22 @@ def make_skippable(wrapper: DistributedDataParallel, records: Mapping[torch.nn.P
     if wrapper.ddp_config.reuse_grad_buf_for_mxfp8_param_ag:
         return  # gradients share their storage with gathered parameters, so that a buffer that was zeroed may not be
     for group in bucket_groups(wrapper):
-        if type(group) is _ParamAndGradBucketGroup and all(param in records for param in group.params):
+        built = type(group) in (_ParamAndGradBucketGroup, RecordedBucketGroup)
+        if built and all(param in records for param in group.params):
             group.__class__ = SkippableBucketGroup
             group._drop_records = list(dict.fromkeys(records[param] for param in group.params))
             group._drop_stale = None
+
+
+def make_recorded(wrapper: DistributedDataParallel, records: Mapping[torch.nn.Parameter, LayerRecord]) -> None:
+    """Let all groups of a wrapper that hold parameters with a record tell it when gradients are zeroed."""
+    for group in bucket_groups(wrapper):
+        held = [records[param] for param in group.params if param in records]
+        if type(group) is _ParamAndGradBucketGroup and held:
+            group.__class__ = RecordedBucketGroup
+            group._drop_records = list(dict.fromkeys(held))
+            for record in held:
+                record.is_cleared = True
 
 
 def bucket_groups(wrapper: DistributedDataParallel) -> Iterable[_ParamAndGradBucketGroup]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,16 +67,19 @@ def refuse_wrappers_around(layers: Iterable[torch.nn.Module]) -> None:
 class LayerBuckets:
     """The gradient buckets of one layer's parameters, in the order of registration, in which Megatron gathers them.
 
-    `wrapper` is None for a model that is not wrapped: there is then nothing to wait for or to report.
+    `wrapper` is None for a model that is not wrapped: there is then nothing to wait for or to report. Parameters that
+    the wrapper does not know (frozen when it was built, or added since) are nothing to it, as in Megatron's own hooks.
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
         refuse_active_wrapper()
-        self._params = [param for param in layer.parameters() if param.requires_grad]
-        self.wrapper = self._find_wrapper()
-        groups = [self.wrapper.param_to_bucket_group[param] for param in self._params] if self.wrapper else []
-        self._groups = groups
-        self._distinct_groups = list(dict.fromkeys(groups))
+        self._params = list(layer.parameters())
+        self.wrapper = wrapper_of(self._params)
+        known = {} if self.wrapper is None else self.wrapper.param_to_bucket_group
+        self._groups = {param: known[param] for param in self._params if param in known}
+        self._distinct_groups = list(dict.fromkeys(self._groups.values()))
+        self._stand_in: torch.Tensor | None = None
+        self._accumulator: Any = None
 
     def wait_for_params(self) -> None:
         """Finish the gathers that a kept layer would have waited for, so that no later iteration starts them twice.
@@ -96,20 +99,53 @@ class LayerBuckets:
         """Whether reductions overlap with backward, so that each gradient must be reported."""
         return self.wrapper is not None and self.wrapper.ddp_config.overlap_grad_reduce
 
+    def stand_in(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What autograd takes for the layer's parameters when the layer is skipped; None where it need not know any.
+
+        A leaf without elements. The layer's output has a gradient if it would have one with the parameters, and
+        autograd comes to the leaf as it comes to a parameter: once in a backward pass, after all forward passes that
+        lead to it, and not at all while the layer is frozen. That is when gradients are reported.
+        """
+        if not torch.is_grad_enabled() or (hidden_states.requires_grad and not self.reports_gradients):
+            return None
+        if not any(param.requires_grad for param in self._params):
+            return None
+        if self._stand_in is None or self._stand_in.device != hidden_states.device:
+            self._stand_in = torch.empty(0, device=hidden_states.device, requires_grad=True)
+            # As Megatron finds it for a parameter; the tensor itself does not keep it.
+            view: Any = self._stand_in.expand_as(self._stand_in)
+            self._accumulator = view.grad_fn.next_functions[0][0]
+            self._accumulator.register_hook(_reporting(weakref.ref(self)))
+        return self._stand_in
+
     def report_gradients(self) -> None:
         """Report every gradient ready, as the backward hooks would; nothing is added to main_grad.
 
         `register_grad_ready` itself counts in the last microbatch alone. Reversed, because backward reaches the last
         module first.
         """
-        assert self.wrapper is not None, "report_gradients needs a wrapper"
-        for param, group in zip(reversed(self._params), reversed(self._groups), strict=True):
-            group.register_grad_ready(param, self.wrapper.force_all_reduce)
+        if self.wrapper is None or not self.reports_gradients:
+            return
+        for param, group in reversed(self._groups.items()):
+            if param.requires_grad:
+                group.register_grad_ready(param, self.wrapper.force_all_reduce)
 
-    def _find_wrapper(self) -> DistributedDataParallel | None:
-        if not self._params:
-            return None
-        for wrapper in reversed(list(_wrappers)):
-            if self._params[0] in wrapper.param_to_bucket_group:
-                return wrapper
-        return None
+
+def _reporting(buckets: weakref.ref[LayerBuckets]) -> Callable[..., None]:
+    """A hook of autograd's that keeps nothing alive."""
+
+    def report(*_: Any) -> None:
+        found = buckets()
+        if found is not None:
+            found.report_gradients()
+
+    return report
+
+
+def wrapper_of(params: Iterable[torch.nn.Parameter]) -> DistributedDataParallel | None:
+    """The newest wrapper that has one of a layer's parameters in its buckets."""
+    params = list(params)
+    for wrapper in reversed(list(_wrappers)):
+        if any(param in wrapper.param_to_bucket_group for param in params):
+            return wrapper
+    return None

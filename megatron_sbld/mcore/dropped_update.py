@@ -22,7 +22,8 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Mega
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from megatron_sbld.mcore.bucket_groups import SkippableBucketGroup, bucket_groups
+from megatron_sbld.mcore.bucket_groups import LayerRecord, SkippableBucketGroup, bucket_groups, make_recorded
+from megatron_sbld.mcore.ddp import note_wrappers, wrapper_of
 from megatron_sbld.mcore.optimizer_state import initialise, is_torch_adam
 from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
 
@@ -37,8 +38,10 @@ _handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]
 def freeze_dropped_layers(model: torch.nn.Module | Iterable[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Let a layer that no microbatch of an iteration ran keep its weights and its optimizer moments, bit for bit.
 
-    Call it on every rank once the optimizer is built, after `make_switchable`. The layers' controllers are asked at
-    each step, so a later `make_switchable` needs no other call. Calling it again changes nothing.
+    The iteration is all that was added to the gradients since the wrapper's zero_grad_buffer, also where a loop begins
+    several iterations before a step. Call it on every rank once the optimizer is built, after `make_switchable`. The
+    layers' controllers are asked at each step, so a later `make_switchable` needs no other call. Calling it again
+    changes nothing.
 
     Args:
         model: the model, or the list of its chunks on this rank, wrapped or not.
@@ -49,6 +52,8 @@ def freeze_dropped_layers(model: torch.nn.Module | Iterable[torch.nn.Module], op
             cannot be frozen, or data-parallel replicas drop distinct layers.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    for chunk in chunks:
+        note_wrappers(chunk.modules())
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
     parts = [part for part in _parts(optimizer) if not part.is_stub_optimizer]
     for part in parts:
@@ -62,6 +67,7 @@ def freeze_dropped_layers(model: torch.nn.Module | Iterable[torch.nn.Module], op
             (layer, [inner_params[param] for param in layer.parameters() if param in inner_params]) for layer in layers
         ]
         _attach(_Freezer(part, layer_params))
+    _record_zeroing(layers)
 
 
 class _Freezer:
@@ -110,8 +116,23 @@ class _Freezer:
 
 
 def _is_dropped(layer: SwitchableLayer) -> bool:
+    """Whether the layer has run in none of the iterations whose gradients this step is made of.
+
+    Those are several where a loop calls begin_iteration more than once before a step.
+    """
     # In evaluation mode no layer is skipped, whatever was drawn.
-    return layer.training and layer._drop_controller.dropped_throughout(layer.layer_number)
+    dropped = layer.training and layer._drop_controller.dropped_throughout(layer.layer_number)
+    record = layer._drop_record
+    return dropped and not (record.is_cleared and record.ran)
+
+
+def _record_zeroing(layers: Iterable[SwitchableLayer]) -> None:
+    records: dict[torch.nn.Parameter, LayerRecord] = {}
+    for layer in layers:
+        records |= dict.fromkeys(layer.parameters(), layer._drop_record)
+    wrappers = {wrapper_of(layer.parameters()) for layer in layers}
+    for wrapper in wrappers - {None}:
+        make_recorded(wrapper, records)
 
 
 def _attach(freezer: _Freezer) -> None:

@@ -4,6 +4,9 @@ Full recomputation runs a layer twice: in forward, and again in backward. Betwee
 other microbatches (pipeline stages), and a loop may give microbatches up. So neither the present microbatch nor the
 order of the passes tells which one comes back. The first pass is therefore noted in the autograd context that the
 checkpoint has in both. A forward pass without a backward pass takes its note along when its graph is freed.
+
+Others recompute as well (torch.utils.checkpoint, Transformer Engine's), and say nothing of what: there it is known
+only that a layer runs in a backward pass.
 """
 
 from __future__ import annotations
@@ -57,3 +60,8 @@ def running_checkpoint() -> Checkpoint | None:
             return Checkpoint(frame.f_locals["ctx"], recomputes=code is _BACKWARD)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd runs the caller, so that a forward pass is a recomputation, whoever wants it."""
+    return bool(torch._C._current_graph_task_id() != -1)  # as torch.utils.checkpoint asks

@@ -8,7 +8,7 @@ drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,33 +23,32 @@ from megatron_sbld.mcore.branches import are_fused, fuse_branches, scale_branche
 from megatron_sbld.mcore.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.ddp import LayerBuckets, note_wrappers, refuse_wrappers_around
 from megatron_sbld.mcore.moe_metrics import announce_moe_losses
-from megatron_sbld.mcore.recompute import Checkpoint, ForwardPass, running_checkpoint
+from megatron_sbld.mcore.recompute import Checkpoint, ForwardPass, in_backward_pass, running_checkpoint
 from megatron_sbld.mcore.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.samples import SampleIndices, run_on_samples, weigh_router_losses
 from megatron_sbld.mcore.versions import check_megatron_core
 
 
 class _SkippedLayer(torch.autograd.Function):
-    """Identity that neither copies nor aliases in autograd's sense, and that reports the layer's gradients in backward.
+    """Identity that neither copies nor aliases in autograd's sense.
 
     Returning the input itself would make the output of an all-dropped pipeline stage its input, which
     `deallocate_pipeline_outputs` frees; a view is refused there. A new tensor on the same storage is neither: freeing
     it swaps its own `data` only (as in megatron.core.utils.MakeViewlessTensor).
+
+    `stand_in` is a leaf in the place of the layer's parameters (`LayerBuckets.stand_in`), and gets no gradient either.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_states: torch.Tensor, report_gradients: Callable[[], None] | None
+        ctx: Any, hidden_states: torch.Tensor, stand_in: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.report_gradients = report_gradients
         output = torch.empty((1,), dtype=hidden_states.dtype, device=hidden_states.device)
         output.data = hidden_states.data
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        if ctx.report_gradients is not None:
-            ctx.report_gradients()
         return grad_output, None
 
 
@@ -60,6 +59,7 @@ class SwitchableLayer(TransformerLayer):
     _drop_buckets: LayerBuckets | None
     _drop_record: LayerRecord
     _drop_samples: SampleIndices | None  # None: granularity layer
+    _drop_last_begun: int  # the controller's at the last pass that was no recomputation; 0: there was none
     _branch_scale: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ class SwitchableLayer(TransformerLayer):
         buckets = self._drop_buckets
         self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
         buckets.wait_for_params()
-        return _SkippedLayer.apply(hidden_states, buckets.report_gradients if buckets.reports_gradients else None)
+        return _SkippedLayer.apply(hidden_states, buckets.stand_in(hidden_states))
 
     def _microbatch(self) -> int:
         """The microbatch that this pass belongs to, also when it recomputes an earlier microbatch's activations.
@@ -111,11 +111,15 @@ class SwitchableLayer(TransformerLayer):
         if controller.scope != "iteration":
             microbatch = getattr(self, "current_microbatch", 0 if controller.num_microbatches == 1 else -1)
         checkpoint = running_checkpoint() if is_checkpointing() else None
-        if checkpoint is None:
-            return microbatch
-        if checkpoint.recomputes:
+        if checkpoint is not None and checkpoint.recomputes:
             return self._recomputed_microbatch(checkpoint)
-        checkpoint.remember(self, ForwardPass(controller, controller.begun, microbatch))
+        if in_backward_pass():
+            self._check_unknown_recomputation()
+            return microbatch
+        if self._drop_last_begun != controller.begun:  # setting a module's attribute takes longer than asking
+            self._drop_last_begun = controller.begun
+        if checkpoint is not None:
+            checkpoint.remember(self, ForwardPass(controller, controller.begun, microbatch))
         return microbatch
 
     def _refuse_recomputation_in_evaluation(self) -> None:
@@ -126,9 +130,24 @@ class SwitchableLayer(TransformerLayer):
                 "is dropped: call model.train() before backward"
             )
 
+    def _check_unknown_recomputation(self) -> None:
+        """Refuse a recomputation that is not Megatron's where the present decision may not be the forward pass's."""
+        controller, begun = self._drop_controller, self._drop_last_begun
+        self._check_pass(ForwardPass(controller, begun, 0) if begun else None)
+        if controller.scope == "microbatch" and controller.num_microbatches > 1:
+            raise RuntimeError(
+                f"layer {self.layer_number} is recomputed by something else than Megatron's recompute_granularity, "
+                "which does not tell of which microbatch (torch.utils.checkpoint, for one): use recompute_granularity, "
+                "or scope 'iteration'"
+            )
+
     def _recomputed_microbatch(self, checkpoint: Checkpoint) -> int:
         """The microbatch of the forward pass that the checkpoint recomputes."""
-        controller, forward_pass = self._drop_controller, checkpoint.recall(self)
+        return self._check_pass(checkpoint.recall(self)).microbatch
+
+    def _check_pass(self, forward_pass: ForwardPass | None) -> ForwardPass:
+        """Refuse to recompute a forward pass that the controller did not decide, or whose decisions it has no more."""
+        controller = self._drop_controller
         if forward_pass is None or forward_pass.controller is not controller:
             raise RuntimeError(
                 f"layer {self.layer_number} recomputes a forward pass that ran before make_switchable gave it this "
@@ -141,7 +160,7 @@ class SwitchableLayer(TransformerLayer):
                 "backward pass. Call begin_iteration once an iteration, before its first forward pass; to give an "
                 "iteration up, drop its losses, zero the gradients and call begin_iteration again"
             )
-        return forward_pass.microbatch
+        return forward_pass
 
 
 _classes: dict[type, type] = {}
@@ -212,13 +231,25 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
 
 
 def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
-    """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere."""
-    for module in chunk.modules():
+    """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere.
+
+    Raises:
+        ValueError: the module has no decoder, or several, as that of a student and its teacher.
+    """
+    found: dict[Any, str] = {}
+    for name, module in chunk.named_modules():
         decoder: Any = getattr(module, "decoder", None)
         if hasattr(decoder, "layers"):
-            yield from decoder.layers
-            return
-    raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
+            found.setdefault(decoder, f"{name}.decoder".removeprefix("."))
+    if not found:
+        raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(chunk).__name__} has {len(found)} decoders ({', '.join(found.values())}): give the model that is "
+            "meant, or one after the other, each with a controller of its own number of layers"
+        )
+    (decoder,) = found
+    yield from decoder.layers
 
 
 def check_kind(layer: torch.nn.Module, allowed: str = "only TransformerLayer can be made switchable") -> None:
@@ -284,5 +315,6 @@ def _attach(layer: TransformerLayer, controller: DropController, samples: Sample
     layer._drop_samples = samples
     weigh_router_losses(layer, controller.num_samples)
     layer._drop_buckets = None
+    layer._drop_last_begun = 0
     layer._branch_scale = 1.0
     scale_branches(layer, controller.scales_residual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from megatron_sbld.policy import Policy
 from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
 from tests.dropped_update_helpers import Patterns
-from tests.helpers import forward_backward, tiny_config, tiny_gpt, wrap_ddp
+from tests.helpers import SEQUENCE, VOCAB, forward_backward, tiny_config, tiny_gpt, wrap_ddp
 
 LAYERS, MICROBATCHES = 4, 2
 
@@ -143,3 +143,99 @@ def test_distinct_replicas_reduce_all_because_another_may_have_run_the_layer() -
         controller.begin_iteration(iteration, MICROBATCHES)
         forward_backward(models, iteration, MICROBATCHES)
         assert not any(layer._drop_record.has_zero_gradient for layer in models[0].module.decoder.layers)
+
+
+def two_losses(models: list[DistributedDataParallel]) -> torch.Tensor:
+    """Of two forward passes, as of a discriminator on real and made data."""
+    return sum(loss_of(models[0], seed) for seed in (1, 2))
+
+
+def loss_of(model: torch.nn.Module, seed: int = 1) -> torch.Tensor:
+    text = torch.randint(VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(seed))
+    return model(text, torch.arange(SEQUENCE).expand(2, -1), None, labels=text.roll(-1, dims=1)).mean()
+
+
+def gradients_by_iteration(
+    patterns: tuple[str, ...],
+    loss: Callable[[list[DistributedDataParallel]], torch.Tensor],
+    frozen: tuple[str, ...] = (),
+    **ddp: Any,
+) -> list[dict[str, torch.Tensor]]:
+    """What a loop of its own has in main_grad after each iteration, with the parameters of these names frozen."""
+    chunks = tiny_gpt(tiny_config(), tied=False)
+    for name, param in chunks[0].named_parameters():
+        param.requires_grad_(not name.startswith(frozen or "none"))
+    models = wrap_ddp(chunks, bucket_size=2000, **ddp)
+    controller = DropController(Patterns(*patterns))
+    make_switchable(models, controller)
+    found = []
+    for iteration in range(1, len(patterns) + 1):
+        models[0].train().zero_grad_buffer()
+        controller.begin_iteration(iteration, 1)
+        loss(models).backward()
+        models[0].finish_grad_sync()
+        trained = {name: param for name, param in chunks[0].named_parameters() if param.requires_grad}
+        found.append({name: param.main_grad.clone() for name, param in trained.items()})
+    return found
+
+
+@pytest.mark.parametrize("frozen", [(), ("embedding",)], ids=["all trained", "frozen embedding"])
+@pytest.mark.parametrize("patterns", [("1111", "0011", "0000", "0111"), ("0101", "1111", "0101")])
+def test_overlapped_reductions_are_those_of_stock_hooks_in_any_loop(
+    patterns: tuple[str, ...], frozen: tuple[str, ...]
+) -> None:
+    """Two forward passes before one backward pass, and layers that nothing before them trains: Megatron counts the
+    reports of its first batch and reduces a bucket when they have come again."""
+    expected = gradients_by_iteration(patterns, two_losses, frozen)
+    found = gradients_by_iteration(patterns, two_losses, frozen, overlap_grad_reduce=True)
+    for iteration, gradients in enumerate(found):
+        assert gradients.keys() == expected[iteration].keys()
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, expected[iteration][name]), (iteration, name)
+
+
+def test_a_loss_has_a_gradient_when_all_layers_that_are_trained_were_dropped() -> None:
+    (chunk,) = tiny_gpt(tiny_config())
+    chunk.requires_grad_(False)
+    chunk.decoder.layers[2].requires_grad_(True)
+    controller = DropController(Kept(1, 2, 4))
+    make_switchable(chunk, controller)
+    controller.begin_iteration(1, 1)
+    loss_of(chunk.train()).backward()
+    assert all(param.grad is None for param in chunk.parameters())
+    chunk.requires_grad_(False)
+    assert not loss_of(chunk).requires_grad  # as the stock model's
+
+
+def test_a_model_that_is_frozen_for_a_while_reports_nothing_meanwhile() -> None:
+    """As a discriminator in the generator's step: its layers pass a gradient on and get none."""
+    models = wrapped_gpt(1, 3)
+    layers, group_of = models[0].module.decoder.layers, models[0].param_to_bucket_group
+    embedded = torch.randn(SEQUENCE, 2, 32, requires_grad=True)
+    for trained in (False, True, False, True):
+        models[0].requires_grad_(trained)
+        for group in models[0].bucket_groups:
+            group.per_param_grad_ready_counts = {}
+        models[0].module.decoder(embedded, None).sum().backward()
+        reported = {param in group_of[param].per_param_grad_ready_counts for param in layers.parameters()}
+        assert reported == {trained}
+    assert embedded.grad is not None
+
+
+@pytest.mark.parametrize("kept", [(1, 2, 3, 4), (1, 3, 4)])
+def test_parameters_that_the_wrapper_does_not_know_are_nothing_to_it(kept: tuple[int, ...]) -> None:
+    """An adapter that was added, or a norm that was trainable again, after the model was wrapped."""
+    (chunk,) = tiny_gpt(tiny_config())
+    layer = chunk.decoder.layers[1]
+    layer.input_layernorm.requires_grad_(False)
+    models = wrap_ddp([chunk], overlap_grad_reduce=True)
+    layer.input_layernorm.requires_grad_(True)
+    layer.register_module("adapter", torch.nn.Linear(2, 2))
+    controller = DropController(Kept(*kept))
+    make_switchable(models, controller)
+    for iteration in (1, 2):
+        models[0].train().zero_grad_buffer()
+        controller.begin_iteration(iteration, 1)
+        loss_of(models[0]).backward()
+        models[0].finish_grad_sync()
+    assert 2 in kept or layer._drop_buckets.wrapper is models[0]

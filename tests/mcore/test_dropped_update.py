@@ -17,7 +17,7 @@ from megatron_sbld.policy import FullDepthPolicy, LayerDropPolicy, Policy
 from megatron_sbld.schedule import Constant
 from tests.distributed.harness import model_parallel, single_process
 from tests.dropped_update_helpers import Patterns, State, assert_frozen, layer_of, states, step, steps
-from tests.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
+from tests.helpers import GLOBAL_MICROBATCHES, build_optimizer, forward_backward, tiny_config, tiny_gpt, wrap_ddp
 
 LAYERS = 4
 PATTERNS = Patterns("1011", "1101", "0000", "0110", "1111", "1011")
@@ -288,3 +288,39 @@ def test_the_hooks_cost_little_beside_a_step() -> None:
             before(inner, (), {})
             after(inner, (), {})
         assert (time.perf_counter() - began) / 100 < 1e-3
+
+
+@pytest.mark.parametrize("bucket_size", [2000, None], ids=["small buckets", "one bucket"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_layer_is_frozen_when_none_of_the_iterations_before_the_step_ran_it(
+    kind: str, bucket_size: int | None
+) -> None:
+    """A loop of its own that begins an iteration for each part of a batch, and then makes one step."""
+    ddp = {**OPTIMIZERS[kind], "bucket_size": bucket_size}
+    with model_parallel():
+        frozen, applied = (Training(Patterns("1101", "1011", "0001", "0101"), freeze=f, ddp=ddp) for f in (True, False))
+        for training in (frozen, applied):
+            step_of_two_iterations(training, 1)
+        assert_equal_states(frozen.states(), applied.states())  # each layer ran in one of the two
+        before = frozen.states()
+        step_of_two_iterations(frozen, 3)
+        assert_frozen(before, frozen.states(), {1, 3})
+
+
+def step_of_two_iterations(training: Training, first: int) -> None:
+    training.models[0].zero_grad_buffer()
+    training.optimizer.zero_grad()
+    for iteration in (first, first + 1):
+        training.controller.begin_iteration(iteration, GLOBAL_MICROBATCHES)
+        forward_backward(training.models, iteration, GLOBAL_MICROBATCHES)
+    training.optimizer.step()
+
+
+def test_an_iteration_that_was_given_up_does_not_keep_a_layer_from_being_frozen() -> None:
+    with model_parallel():
+        training = Training(Patterns("1111", "1011"), freeze=True, ddp={"bucket_size": None})
+        training.controller.begin_iteration(1, GLOBAL_MICROBATCHES)
+        forward_backward(training.models, 1, GLOBAL_MICROBATCHES)  # its loss was not finite, say
+        before = training.states()
+        training.step(2)
+        assert_frozen(before, training.states(), {2})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from torch.utils.checkpoint import checkpoint
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
@@ -220,6 +221,43 @@ def test_recomputing_a_pass_that_another_controller_decided_is_refused() -> None
     make_switchable(loop.model, DropController(Listed(1, 1, 1, 1)))
     with pytest.raises(RuntimeError, match="ran before make_switchable gave it this controller"):
         loss.backward()
+
+
+def recompute_with_torch(loop: Loop, reentrant: bool) -> None:
+    """Let torch.utils.checkpoint recompute each layer, which Megatron knows nothing of."""
+    for layer in loop.model.decoder.layers:
+        stock = layer.forward
+
+        def forward(*, hidden_states: torch.Tensor, stock: Any = stock, **inputs: Any) -> Any:
+            return checkpoint(lambda hidden: stock(hidden, **inputs), hidden_states, use_reentrant=reentrant)
+
+        layer.forward = forward
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("granularity", ["layer", "sample"])
+def test_torchs_recomputation_takes_the_iterations_decisions_and_none_of_a_microbatchs(
+    granularity: str, reentrant: bool
+) -> None:
+    """It says nothing of which pass comes back, so that another microbatch's decisions would be taken in silence."""
+    expected = Loop(scope="iteration", granularity=granularity).run([0, 1])
+    loop = Loop(scope="iteration", granularity=granularity)
+    recompute_with_torch(loop, reentrant)
+    first, second = loop.loss(0), loop.loss(1)
+    first.backward()
+    second.backward()
+    assert_equal(loop.run([]), expected)
+    loss = loop.loss(0)
+    loop.begin(2)
+    with pytest.raises(RuntimeError, match=r"whose decisions are gone: begin_iteration\(2, 4\)"):
+        loss.backward()
+    loop = Loop(scope="microbatch", granularity=granularity)
+    recompute_with_torch(loop, reentrant)
+    loss = loop.loss(0)
+    with pytest.raises(RuntimeError, match="recomputed by something else than Megatron's recompute_granularity"):
+        loss.backward()
+    loop.begin(2, 1)
+    loop.loss(0).backward()
 
 
 class FailsAtThree(Listed):

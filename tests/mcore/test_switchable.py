@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import ddp, make_switchable
+from megatron_sbld.mcore import ddp, fuse_residual, make_switchable
 from megatron_sbld.mcore.switchable import decoder_layers
 from megatron_sbld.policy import (
     FullDepthPolicy,
@@ -265,6 +265,20 @@ def test_a_policy_for_another_depth_is_refused() -> None:
 def test_a_model_without_decoder_layers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Linear has no `decoder.layers`"):
         make_switchable(torch.nn.Linear(2, 2), DropController(Listed(1)))
+
+
+def test_a_model_of_several_decoders_is_refused_instead_of_one_being_chosen() -> None:
+    with model_parallel():
+        (teacher,), (student,) = (tiny_gpt(tiny_config(num_layers=2)) for _ in range(2))
+        pair = torch.nn.ModuleDict({"teacher": teacher, "student": student})
+        for attach in (lambda model: make_switchable(model, DropController(Listed(1, 0))), fuse_residual):
+            with pytest.raises(
+                ValueError, match=r"has 2 decoders \(teacher.decoder, student.decoder\): give the model"
+            ):
+                attach(pair)
+        make_switchable(student, DropController(Listed(1, 0)))
+        assert {type(layer) for layer in decoder_layers(teacher)} == {TransformerLayer}
+        make_switchable(torch.nn.ModuleDict({"model": student, "again": student}), DropController(Listed(1, 0)))
 
 
 def test_distinct_replicas_refuse_overlapped_reduction_by_name() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from megatron_sbld.controller import DropController, _raise_on_disagreement
 from megatron_sbld.plan import draw_plan
@@ -158,6 +162,24 @@ def test_the_state_of_another_depth_is_refused() -> None:
     state = DropController(HALF).state_dict()
     with pytest.raises(ValueError, match="6 layers, this one has 4"):
         DropController(LayerDropPolicy(Constant(0.5), 4)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"num_layers": 6}, {"drop": {"num_layers": 6}}])
+def test_what_is_no_state_of_a_controller_is_refused_by_what_it_lacks(state: Any) -> None:
+    with pytest.raises(ValueError, match=r"the drop state has no .*replicas.*DropController.state_dict"):
+        DropController(HALF).load_state_dict(state)
+
+
+def test_torch_loads_a_state_whose_settings_were_numpys(tmp_path: Path) -> None:
+    settings = {"seed": np.int64(3), "sampler": "balanced", "granularity": "sample", "num_samples": np.int32(2)}
+    for stages in (np.int64(2), [list(np.arange(1, 4)), (4, 5, 6)]):
+        controller = DropController(HALF, stages=stages, **settings)
+        controller.begin_iteration(np.int64(3), np.int32(1))
+        torch.save(controller.state_dict(), tmp_path / "state")
+        restored = DropController(HALF, stages=3, **settings)
+        assert restored.load_state_dict(torch.load(tmp_path / "state", weights_only=True)) == []
+        restored.begin_iteration(3, 1)
+        assert np.array_equal(restored.plan, controller.plan)
 
 
 def test_distinct_replicas_keep_as_many_layers_on_each_stage() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
 
 from megatron_sbld import plan
-from megatron_sbld.plan import MAX_SEED, draw_plan, philox4x32
+from megatron_sbld.plan import MAX_SEED, draw_plan, draw_sample_counts, draw_samples, philox4x32
 
 KEEP_PROBS = np.linspace(1.0, 0.3, 12)
 SAMPLERS = ["bernoulli", "balanced"]
@@ -242,6 +242,19 @@ def test_the_order_of_layers_within_a_stage_list_does_not_matter():
     forward = draw_plan(KEEP_PROBS[:4], 1, 1, 50, "microbatch", "balanced", stages=[[1, 2], [3, 4]])
     backward = draw_plan(KEEP_PROBS[:4], 1, 1, 50, "microbatch", "balanced", stages=[[2, 1], [4, 3]])
     np.testing.assert_array_equal(forward, backward)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
+def test_numpys_integers_are_the_same_numbers(kind):
+    """Of a loop's own: small ones overflow where Python's do not."""
+    seed, iteration, replica = kind(5), kind(3), kind(1)
+    balanced = {"sampler": "balanced", "stages": 2}
+    plan = draw_plan([0.5] * 4, seed, iteration, kind(2), replica=replica, **balanced)
+    np.testing.assert_array_equal(plan, draw_plan([0.5] * 4, 5, 3, 2, replica=1, **balanced))
+    counts = draw_sample_counts([0.5] * 4, kind(3), seed, iteration, kind(2))
+    np.testing.assert_array_equal(counts, draw_sample_counts([0.5] * 4, 3, 5, 3, 2))
+    samples = draw_samples(counts, kind(3), seed, iteration, replica=replica)
+    np.testing.assert_array_equal(samples, draw_samples(counts, 3, 5, 3, replica=1))
 
 
 def test_a_model_of_one_layer_is_drawn():

@@ -250,3 +250,21 @@ def test_another_sensitivity_makes_another_policy_and_leaves_the_first_as_it_was
             first.with_sensitivity(sensitivity, block)
     with pytest.raises(ValueError, match=r"sensitivity of layer 3 = .*1\.5"):
         first.with_sensitivity([0.0, 0.2, 1.5], (3,))
+
+
+@pytest.mark.parametrize("found", [[0.5] * 3, [0.5] * 5, 0.5, [[0.5] * 4]])
+def test_a_policy_of_a_users_own_gives_one_value_for_each_layer(found):
+    class Own(LayerDropPolicy):
+        def _keep_probs(self, theta):
+            return found
+
+    with pytest.raises(ValueError, match=r"Own gives keep probabilities of shape \(.*each of num_layers = 4 layers"):
+        Own(Constant(0.5), 4).keep_probs(1)
+
+
+def test_a_policy_of_a_users_own_may_give_a_list():
+    class Own(LayerDropPolicy):
+        def _keep_probs(self, theta):
+            return [theta, 1]
+
+    assert Own(Constant(0.5), 2).keep_probs(1).mean() == 0.75
