@@ -11,13 +11,14 @@ exit status says how the workers ended. A hang-up asks them to save as SIGTERM d
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -41,14 +42,15 @@ _PASSED_ON = {
 def main(args: Sequence[str]) -> int:
     """Run torchrun with these arguments; see `combined_status` for the status."""
     wanted: set[signal.Signals] = set()
-    asked: set[signal.Signals] = set()  # what the workers were sent, once each: Slurm signals them as well
+    # What each worker was sent, once: Slurm signals them as well. Those that --max-restarts starts are sent it anew.
+    asked: set[tuple[int, signal.Signals]] = set()
     inherited = _children()  # of the shell that became this process: what writes its log
 
     def pass_on() -> None:
         workers = _children() - inherited
-        for number in wanted - asked if workers else ():
-            asked.add(number)
-            for child in workers:
+        for child, number in itertools.product(workers, tuple(wanted)):
+            if (child, number) not in asked:
+                asked.add((child, number))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, number)
 
@@ -97,7 +99,7 @@ def combined_status(exit_codes: Iterable[int], asked: bool) -> int:
     return EXIT_TO_BE_CONTINUED if asked or EXIT_TO_BE_CONTINUED in codes else EXIT_RANK_LOST
 
 
-def _torchrun(args: Sequence[str], asked: set[signal.Signals]) -> int:
+def _torchrun(args: Sequence[str], asked: Collection[object]) -> int:
     try:
         torchrun.main(list(args))
     except ChildFailedError as error:

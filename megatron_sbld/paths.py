@@ -52,8 +52,10 @@ def expand(name: str, path: str) -> str:
     """The path with variables and the home folder put in; a path that has neither as it is.
 
     Raises:
-        ValueError: a variable is not set or empty, or a user is not known; naming the field or option.
+        ValueError: there is none, a variable is not set or empty, or a user is not known; naming the field or option.
     """
+    if not path:  # pathlib would take it for the present folder
+        raise ValueError(f"{name} = '': is empty; give a path (. is the present folder), or leave it out")
     names = [match[1] or match[2] or "" for match in _DOLLAR.finditer(path)]
     if names and os.path.lexists(path) and not any(map(os.environ.get, names)):
         return path  # a file that has a dollar sign in its name

@@ -39,6 +39,25 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012  # PyYAML's own way
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put merged keys in: a mapping's own win, then those of the mapping that is named first, as YAML 1.1 has it.
+
+        PyYAML 6.0.4 compares keys by the identity of their text, and lets the last one win where that is not shared.
+        """
+        sources = [value for key, value in node.value if key.tag == _MERGE]
+        own = node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        merged: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for source in sources:
+            for mapping in source.value if isinstance(source, yaml.SequenceNode) else [source]:
+                if not isinstance(mapping, yaml.MappingNode):
+                    what = f"what is merged in line {_line(mapping)} must be a mapping or a list of mappings"
+                    raise yaml.constructor.ConstructorError(None, None, what, mapping.start_mark)
+                self.flatten_mapping(mapping)
+                for pair in mapping.value:
+                    merged.setdefault(_name(pair[0]), pair)
+        names = {_name(key) for key, _ in own}
+        node.value = [*(pair for name, pair in merged.items() if name not in names), *own]
+
 
 _Loader.add_implicit_resolver(f"{_TAG}null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -102,11 +121,16 @@ def _check(node: yaml.Node, name: str, seen: set[int]) -> None:
         for key, value in node.value:
             key_name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
             full = f"{name}.{key_name}" if name else key_name
-            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            if isinstance(key, yaml.ScalarNode):
                 other = first.setdefault((key.tag, key.value), key)
                 if other is not key:
-                    raise ValueError(f"{full} is given twice, in lines {_line(other)} and {_line(key)}: leave one out")
+                    advice = "write <<: [first, second]" if key.tag == _MERGE else "leave one out"
+                    raise ValueError(f"{full} is given twice, in lines {_line(other)} and {_line(key)}: {advice}")
             _check(value, name if key.tag == _MERGE else full, seen)
+
+
+def _name(key: yaml.Node) -> object:
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def _line(node: yaml.Node) -> int:

@@ -142,7 +142,7 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
         tokenizer=loaded,
         rows=_checked_rows(found.path, loaded),
         precision=saved.get("training", {}).get("precision", "fp32"),
-        consumed_tokens=None if samples is None else samples * model.seq_length,
+        consumed_tokens=state.get("consumed_tokens", None if samples is None else samples * model.seq_length),
         train_time_s=state.get("train_time_s"),
         seed=saved.get("training", {}).get("seed"),
     )

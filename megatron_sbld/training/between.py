@@ -84,17 +84,16 @@ class BetweenIterations:
                     "iteration": run.iteration,
                     "valid_loss": loss,
                     "train_time_s": run.train_time_s,
-                    "consumed_tokens": run.consumed_samples * run.config.model.seq_length,
+                    "consumed_tokens": run.consumed_tokens,
                 }
             )
 
     def _evaluate_tasks(self) -> None:
         run = self._run
         POSITION.enter("evaluating tasks")
-        consumed_tokens = run.consumed_samples * run.config.model.seq_length
         with evaluating(run.config, run.chunks):
             metrics = self._tasks.evaluate(
-                run.chunks, run.iteration, consumed_tokens, run.train_time_s, self._interrupt
+                run.chunks, run.iteration, run.consumed_tokens, run.train_time_s, self._interrupt
             )
         if run.writer is not None:
             run.writer.tasks_row({"iteration": run.iteration, **metrics})

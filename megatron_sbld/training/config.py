@@ -120,7 +120,7 @@ class DataConfig:
     """Leave out of the loss what is predicted from an end-of-document token, as Megatron does. How microbatches with
     unlike numbers of tokens are then weighed: training.calculate_per_token_loss."""
     reset_position_ids: bool = False
-    """Restart positions after an end-of-document token."""
+    """Restart learned positions after an end-of-document token."""
     reset_attention_mask: bool = False
     """Keep attention within documents."""
     lambada_path: str | None = None
@@ -205,7 +205,8 @@ class TrainingConfig:
     recompute_modules: list[str] | None = None
     """selective: what is recomputed; None is core_attn."""
     exit_after_iterations: int | None = None
-    """Save and stop after this many iterations of this process's life (for job time limits)."""
+    """Save and stop after this many iterations of this process's life (for job time limits). Not with torchrun's
+    --max-restarts, which starts the run again at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,8 @@ class CheckpointConfig:
     """auto continues from the run folder's newest complete checkpoint if there is one; always requires one; never
     refuses a run folder that has one."""
     load: str | None = None
-    """Checkpoint of another run to start from: its weights, or with load_optimizer all of its state."""
+    """Checkpoint of another run to start from: its weights, or with load_optimizer all of its state. Once the run
+    folder has a checkpoint of its own, the run goes on from that."""
     load_optimizer: bool = False
     replan: bool = False
     """Let a run go on with another length, batch size, training.seed, seq_length or other training data: the learning

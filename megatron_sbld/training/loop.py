@@ -179,6 +179,7 @@ class Run:
         self.train_iters = self.length.train_iters
         self.iteration = 0
         self.consumed_samples = 0
+        self._extra_tokens = 0  # of samples of another seq_length, beyond those of the present one
         self.train_time_s = 0.0
         self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config) if start is None else start.vocab_size
         self.replicas = data_parallel_size(config, dist.get_world_size())
@@ -202,6 +203,11 @@ class Run:
         if start is not None:
             self._restore(start)
         self.data = TrainingData(config, tokenizer, self.length, self.consumed_samples)
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens trained on, also by samples of another seq_length before checkpoint.replan."""
+        return self.consumed_samples * self.config.model.seq_length + self._extra_tokens
 
     def open_run_folder(self) -> None:
         """Let the run save checkpoints and write its metrics. Collective."""
@@ -313,7 +319,7 @@ class Run:
             "theta": controller.theta,
             "mean_keep_prob": float(controller.keep_probs.mean()),
             "kept_fraction": controller.kept_fraction,
-            "consumed_tokens": self.consumed_samples * seq_length,
+            "consumed_tokens": self.consumed_tokens,
             "consumed_samples": self.consumed_samples,
             "global_batch_size": batch_size,
             "keep_probs": [round(keep_prob, 6) for keep_prob in controller.keep_probs.tolist()],
@@ -339,6 +345,7 @@ class Run:
         POSITION.enter(SAVING)
         train_state = {
             "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
             "train_time_s": self.train_time_s,
             "interrupted": self.interrupted,
             "drop": self.controller.state_dict(),
@@ -359,9 +366,11 @@ class Run:
         state = load_checkpoint(
             start.checkpoint.path, self.chunks, self.optimizer, self.scheduler, seed=self.config.training.seed
         )
+        assert start.saved is not None, "a checkpoint whose whole state is loaded is one of ours"
         self.iteration = start.checkpoint.iteration
         with failures_name(start.checkpoint.path):
             self.consumed_samples = int(state["consumed_samples"])
+            self._extra_tokens = start.saved.consumed_tokens - self.consumed_tokens
             self.train_time_s = float(state["train_time_s"])
             self.interrupted = list(state.get("interrupted", []))
             self.controller.load_state_dict(state["drop"])  # what it finds changed is among start.changes
@@ -377,11 +386,13 @@ class Run:
             self.controller.stages = self.config.drop.balance_stages
         if any(change.field == "training.seed" for change in start.changes):
             reseed(self.config.training.seed, self.iteration)
-        assert start.saved is not None, "a checkpoint whose whole state is loaded is one of ours"
         lines += warnings_of_decisions(start.saved, self.config, self.replicas)
         if dist.get_rank() == 0:
             for line in lines:
                 logger.warning("%s", line)
+            load, path = self.config.checkpoint.load, start.checkpoint.path
+            if load is not None and path.parent == self.run_dir / "checkpoints":
+                logger.info("checkpoint.load = %r is not loaded: the run goes on from its own newest, %s", load, path)
 
     def _open_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)

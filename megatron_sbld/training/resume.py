@@ -14,12 +14,10 @@ from megatron_sbld.training.checkpoint_files import Layout
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.run_length import RunLength
 
-LENGTH_FIELDS = (
-    "training.train_iters",
-    "training.train_samples",
-    "training.global_batch_size",
-    "training.rampup_batch_size",
-)
+BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
+"""How many samples each iteration reads."""
+
+LENGTH_FIELDS = ("training.train_iters", "training.train_samples", *BATCH_FIELDS)
 """How many samples an iteration reads, and how many there are: learning rate, drops and data are planned with them."""
 
 PLANNED_FIELDS = (*LENGTH_FIELDS, "training.seed", "model.seq_length")
@@ -67,6 +65,12 @@ class SavedRun:
     def config(self) -> Mapping[str, Mapping[str, Any]]:
         """Its config by section, as `dataclasses.asdict` made it."""
         return self.train_state.get("config", {})
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens that it was trained on; where it does not say, as many for each sample."""
+        samples = int(self.train_state["consumed_samples"])
+        return int(self.train_state.get("consumed_tokens", samples * self.config["model"]["seq_length"]))
 
 
 def find_changes(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list[Change]:
@@ -119,7 +123,7 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
 
 def run_length(saved: SavedRun, config: Config) -> RunLength:
     """The length of a run that goes on: batch sizes hold from where they were last planned."""
-    if any(change.field.endswith("batch_size") for change in find_changes(saved.config, config)):
+    if any(change.field in BATCH_FIELDS for change in find_changes(saved.config, config)):
         planned_from = [saved.iteration, int(saved.train_state["consumed_samples"])]
     else:
         planned_from = saved.train_state.get("planned_from", [0, 0])

@@ -424,6 +424,11 @@ def _data(config: Config) -> list[str]:
         problems.append(
             f"training.task_interval = {config.training.task_interval}: needs data.lambada_path or data.perplexity_path"
         )
+    if data.reset_position_ids and config.model.position_embedding_type == "rope":
+        problems.append(
+            "data.reset_position_ids = true: has no effect with model.position_embedding_type = 'rope', which turns by "
+            "the distance of two tokens alone; leave it out"
+        )
     if config.parallel.context_parallel_size > 1 and data.reset_attention_mask:
         problems.append("data.reset_attention_mask = true: does not work with parallel.context_parallel_size > 1")
     return problems

@@ -231,15 +231,16 @@ def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
 
 
 def start_launcher(
-    folder: Path, script: str, processes: int = 2, hang_up: Any = signal.SIG_DFL
+    folder: Path, script: str, processes: int = 2, hang_up: Any = signal.SIG_DFL, restarts: int = 0
 ) -> subprocess.Popen[bytes]:
     """`megatron_sbld.launch` with bash as its workers, and a torchrun that would kill them a second after SIGTERM.
 
     hang_up: what it inherits for SIGHUP.
+    restarts: how often torchrun starts workers again that ended with another status than 0.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_sbld.launch", "--standalone", "--nproc-per-node", str(processes),
-         "--no-python", "bash", "-c", script],
+         "--max-restarts", str(restarts), "--no-python", "bash", "-c", script],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
              "SBLD_STATUS_FILE": str(folder / "status")},
@@ -293,6 +294,15 @@ def test_a_request_that_comes_before_the_workers_reaches_them(tmp_path: Path) ->
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(60) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_holds_for_workers_that_are_started_again(number: signal.Signals, tmp_path: Path) -> None:
+    script = "trap 'exit 75' TERM USR1; touch ready_$RANK; for i in $(seq 600); do sleep 0.1; done"
+    launcher = start_launcher(tmp_path, script, restarts=2)
+    wait_until_ready(tmp_path)
+    launcher.send_signal(number)
+    assert launcher.wait(50) == 75
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

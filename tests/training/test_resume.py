@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from megatron_sbld.evaluation.model import read_trained_model
 from megatron_sbld.policy import FullDepthPolicy
 from megatron_sbld.training import checkpoint_files as files
 from megatron_sbld.training.checkpoint import check_compatible
@@ -191,6 +192,13 @@ def test_another_batch_size_holds_from_where_it_was_planned() -> None:
     assert run_length(saved_run(by_samples), half).train_iters == 4 + 48 // 4
 
 
+@pytest.mark.parametrize("training", [{"micro_batch_size": 2}, {"train_iters": 12}, {"seed": 5}], ids=str)
+def test_a_ramp_stays_counted_as_it_was_read_unless_the_batch_size_is_planned_anew(training: dict[str, Any]) -> None:
+    ramped = change(SAVED, training={"global_batch_size": 24, "rampup_batch_size": [8, 8, 64]})
+    length = run_length(saved_run(ramped, 7, consumed_samples=88), change(ramped, training=training))
+    assert [length.samples_after(done) for done in range(8)] == [0, 8, 16, 24, 32, 48, 64, 88]
+
+
 def test_decisions_that_meet_other_samples_are_told() -> None:
     by_microbatch = change(SAVED, drop={"decision_scope": "microbatch"})
     (line,) = warnings_of_decisions(saved_run(by_microbatch), by_microbatch, 2)
@@ -303,13 +311,18 @@ def test_loading_the_whole_state_of_another_run_is_no_other(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run_here(stop_and_resume(config, 3)[0]) == 75
-    load = {"load": config.logging.run_dir, "load_optimizer": True}
+    load = {"load": config.logging.run_dir, "load_optimizer": True, "save_at_end": True}
     other = change(in_folder(config, tmp_path / "other"), checkpoint=load, optimizer={"lr": 2e-2})
     assert "training.seed is 5, the checkpoint was saved with 1234" in str(
         run_here(change(other, training={"seed": 5}))
     )
     assert run_here(other) == 0
     assert "optimizer.lr is 0.02" in caplog.text
+    assert "is not loaded" not in caplog.text
+    caplog.set_level(logging.INFO)
+    assert run_here(change(other, checkpoint={"load_optimizer": False})) == 0, "it is complete"
+    own = tmp_path / "other" / "checkpoints"
+    assert f"{config.logging.run_dir!r} is not loaded: the run goes on from its own newest, {own}" in caplog.text
     weights = change(other, checkpoint={"load_optimizer": False}, training={"seed": 5, "train_iters": 3})
     assert run_here(in_folder(weights, tmp_path / "weights")) == 0, "a run of its own"
 
@@ -334,6 +347,18 @@ def test_what_plans_the_run_is_refused_on_resume_until_replan_is_asked_for(
     rows = train_rows(config.logging.run_dir)
     assert len(rows) == changed.training.train_iters
     assert rows[-1]["lr"] == pytest.approx(config.optimizer.min_lr), "the decay ends with the run"
+
+
+def test_tokens_of_another_length_count_as_they_were_read(config: Config) -> None:
+    first, second = stop_and_resume(change(config, model={"max_position_embeddings": 64}), 3)
+    assert run_here(first) == 75
+    longer = change(second, model={"seq_length": 64}, checkpoint={"replan": True})
+    longer = change(longer, training={"exit_after_iterations": 2})
+    assert run_here(longer) == 75
+    assert run_here(longer) == 75
+    tokens = [row["consumed_tokens"] for row in train_rows(config.logging.run_dir)]
+    assert tokens == [256, 512, 768, 1280, 1792, 2304, 2816]
+    assert read_trained_model(Path(config.logging.run_dir)).consumed_tokens == 2816
 
 
 def test_a_replanned_run_draws_its_drops_for_the_new_length(config: Config) -> None:

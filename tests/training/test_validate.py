@@ -106,6 +106,10 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     ({"model": {"num_query_groups": 5}}, r"model.num_query_groups = 5: must divide model.num_attention_heads = 16"),
     (
+        {"model": {"position_embedding_type": "rope"}, "data": {"reset_position_ids": True}},
+        r"data.reset_position_ids = true: has no effect with model.position_embedding_type = 'rope'",
+    ),
+    (
         {"model": {"num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}},
         r"model.num_query_groups = 2: must be divisible by parallel.tensor_model_parallel_size = 4",
     ),

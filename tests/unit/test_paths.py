@@ -50,7 +50,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("$SCRATCH/a", "{scratch}/a"),
         ("${SCRATCH}_2/$SCRATCH", "{scratch}_2/{scratch}"),
         ("runs/a~b", "runs/a~b"),
-        ("", ""),
         ("byte", "byte"),
         ("costs 5$", "costs 5$"),
     ],
@@ -67,6 +66,7 @@ def test_a_path_is_what_a_shell_would_make_of_it(home: Path, written: str, meant
         ("~nobody-of-that-name/a", "x = .*: there is no user 'nobody-of-that-name'"),
         ("${UNSET:-b}", "only .NAME and ..NAME. are put in"),
         ("$(date)", "only .NAME and ..NAME. are put in"),
+        ("", "x = '': is empty; give a path"),
     ],
 )
 def test_what_nothing_can_be_put_in_for_is_refused_by_name(

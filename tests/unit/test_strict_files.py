@@ -64,6 +64,22 @@ def test_anchors_aliases_and_merge_keys_work_and_a_merged_key_may_be_given_anew(
     assert load_yaml("a: &a {b: *a}")["a"]["b"], "one that holds itself ends as well"
 
 
+def test_of_merged_mappings_the_first_one_wins_whatever_the_key(tmp_path: Path) -> None:
+    for key in ("x", "train_iters", "'two words'"):
+        name = key.strip("'")
+        first, second = f"{{{key}: 1}}", f"{{{key}: 2, y: 2}}"
+        assert load_yaml(f"a: {{<<: [{first}, {second}]}}") == {"a": {name: 1, "y": 2}}
+        assert load_yaml(f"a: {{<<: [{first}, {second}], {key}: 3}}") == {"a": {name: 3, "y": 2}}
+        assert load_yaml(f"a: {{<<: {{<<: {second}, {key}: 1}}}}") == {"a": {name: 1, "y": 2}}
+    with pytest.raises(ValueError, match=r"training.<< is given twice, in lines 1 and 1: write <<: \[first, second\]"):
+        read(tmp_path, "training: {<<: {train_iters: 1}, <<: {train_iters: 2}}")
+    for text in ("training: {<<: 5}", "training: {<<: [{}, 5]}"):
+        with pytest.raises(ValueError, match="what is merged in line 1 must be a mapping or a list of mappings"):
+            read(tmp_path, text)
+    with pytest.raises(ValueError, match="unknown field training"):
+        read(tmp_path, "training: &a {<<: *a, self: 1}")
+
+
 @pytest.mark.parametrize(
     ("number", "instead"),
     [
