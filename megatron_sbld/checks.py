@@ -47,6 +47,19 @@ def check_layers(name: str, layers: Iterable[Any], num_layers: int) -> tuple[int
     return tuple(sorted(numbers_given))
 
 
+def check_layer_number(layer_number: int) -> None:
+    """Raise IndexError for a number below 1, which an index would count from the end; one above L is in no list."""
+    if layer_number < 1:
+        raise IndexError(f"layer {layer_number}: layers are numbered from 1")
+
+
+def check_keys(name: str, state: Any, needed: Collection[str]) -> None:
+    """Raise ValueError unless state is a dict that has these keys."""
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}: it must be what state_dict returned")
+
+
 def _contains(interval: str, value: Any) -> bool:
     try:
         value = float(value)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_sbld.checks import check_choice, check_integer
+from megatron_sbld.checks import check_choice, check_integer, check_keys, check_layer_number
 from megatron_sbld.plan import (
     MAX_REPLICA,
     MAX_SAMPLES,
@@ -87,6 +87,8 @@ class DropController:
         window: int = 64,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not isinstance(policy, Policy):
+            raise ValueError(f"policy = {policy!r} is not allowed: it must be a Policy of megatron_sbld.policy")
         check_choice("scope", scope, get_args(Scope))
         check_choice("sampler", sampler, get_args(Sampler))
         check_choice("replicas", replicas, get_args(Replicas))
@@ -206,9 +208,8 @@ class DropController:
 
     def runs_some_samples(self, layer_number: int, microbatch: int) -> bool:
         """Whether a layer that is kept leaves samples of the microbatch out."""
-        if self.num_samples is None:
-            return False
-        return 0 < self._rows[self._row(layer_number, microbatch)][layer_number - 1] < self.num_samples
+        kept = self._rows[self._row(layer_number, microbatch)][layer_number - 1]
+        return self.num_samples is not None and 0 < kept < self.num_samples
 
     def kept_samples(self, layer_number: int, microbatch: int) -> NDArray[np.int64] | None:
         """Which samples (0-based, sorted) of the microbatch run the layer; None is all of them."""
@@ -225,6 +226,7 @@ class DropController:
                 "DropController.begin_iteration(iteration, num_microbatches) must be called before each "
                 "forward-backward pass in training mode"
             )
+        check_layer_number(layer_number)
         if self.scope == "iteration":
             return 0
         if not 0 <= microbatch < self.num_microbatches:
@@ -247,10 +249,12 @@ class DropController:
                 "replicas 'distinct' does not work with dropped_update 'freeze': whether every replica dropped a layer "
                 "is known to none of them; use replicas 'shared' or dropped_update 'apply'"
             )
+        check_layer_number(layer_number)
         return len(self.plan) > 0 and not bool(self.plan[:, layer_number - 1].any())
 
     def branch_scale(self, layer_number: int) -> float:
         """Factor of a kept layer's attention and MLP branches: 1, or 1 / keep_prob (equations.md, section 4)."""
+        check_layer_number(layer_number)
         return self._scales[layer_number - 1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,7 +279,7 @@ class DropController:
         Raises:
             ValueError: the state is of a model with another number of layers, or not what state_dict made.
         """
-        _check_state(state)
+        check_keys("the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers"))
         if state["num_layers"] != self.num_layers:
             raise ValueError(
                 f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"
@@ -306,16 +310,13 @@ class DropController:
         )
 
     def _is_verified(self, iteration: int, num_microbatches: int) -> bool:
-        if self._verified is None:
-            return False
-        start, end, microbatches = self._verified
+        start, end, microbatches = self._verified or (0, 0, 0)
         return start <= iteration < end and num_microbatches == microbatches
 
     def _verify_window(self, iteration: int, num_microbatches: int) -> None:
         """Compare this rank's decisions for the coming window with every other rank's."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            records = self._exchange(self._record(iteration, num_microbatches))
-            _raise_on_disagreement(records)
+            _raise_on_disagreement(self._exchange(self._record(iteration, num_microbatches)))
         self._verified = (iteration, iteration + self.window, num_microbatches)
 
     def _record(self, iteration: int, num_microbatches: int) -> np.ndarray:
@@ -348,13 +349,6 @@ class DropController:
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, mine, group=self.group)
         return torch.stack(everyone).cpu().numpy()
-
-
-def _check_state(state: Any) -> None:
-    needed = ("seed", "scope", "sampler", "stages", "replicas", "num_layers")
-    missing = [name for name in needed if name not in state] if isinstance(state, dict) else needed
-    if missing:
-        raise ValueError(f"the drop state has no {', '.join(missing)}: it must be what DropController.state_dict made")
 
 
 def _check_granularity(granularity: str, num_samples: int | None, replicas: str) -> None:

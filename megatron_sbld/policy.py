@@ -47,6 +47,8 @@ class Policy(ABC):
         train_iters: int | None = None,
     ) -> None:
         check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
+        if not callable(schedule):
+            raise ValueError(f"schedule = {schedule!r} is not allowed: it must be a function of t, as Constant(0.5) is")
         self.schedule = schedule
         self.num_layers = check_integer("num_layers", num_layers, 1)
         self.residual_scale: ResidualScale = residual_scale or self.default_residual_scale

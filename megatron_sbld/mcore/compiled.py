@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils._triton import has_triton
 
 from megatron_sbld.mcore.attention import SDPACoreAttention
-from megatron_sbld.mcore.switchable import SwitchableLayer, check_kind, decoder_layers
+from megatron_sbld.mcore.switchable import SwitchableLayer, check_kind, chunk_list, decoder_layers
 
 _GRAPHS = 64  # of all models in a process; torch's 8 are few for several models, and the next one would be an error
 
@@ -51,8 +51,7 @@ def compile_layers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
         ValueError: no decoder layers, or one that is no TransformerLayer, communicates, has another attention than
             SDPACoreAttention, or is switchable already: the decision would become part of the graph.
     """
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    layers = [layer for chunk in chunk_list(model) for layer in decoder_layers(chunk)]
     for layer in layers:
         _check_layer(layer)
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6

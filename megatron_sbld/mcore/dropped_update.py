@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_sbld.mcore.bucket_groups import LayerRecord, SkippableBucketGroup, bucket_groups, make_recorded
 from megatron_sbld.mcore.ddp import note_wrappers, wrapper_of
 from megatron_sbld.mcore.optimizer_state import initialise, is_torch_adam
-from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
+from megatron_sbld.mcore.switchable import SwitchableLayer, chunk_list, decoder_layers
 
 _PARTS = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 _INNER = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, MegatronAdam)
@@ -51,11 +51,11 @@ def freeze_dropped_layers(model: torch.nn.Module | Iterable[torch.nn.Module], op
         ValueError: the layers are not switchable, the optimizer is of another model or of a kind in which a layer
             cannot be frozen, or data-parallel replicas drop distinct layers.
     """
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    chunks = chunk_list(model)
     for chunk in chunks:
         note_wrappers(chunk.modules())
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
-    parts = [part for part in _parts(optimizer) if not part.is_stub_optimizer]
+    parts = [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
     for part in parts:
         _check_optimizer(part)
     held = {param for part in parts for param in _held_params(part)}

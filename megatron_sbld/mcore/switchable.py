@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.identity_op import IdentityOp
@@ -188,11 +190,14 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
     Raises:
         ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
             layers than the policy's, a switch of the model's config or a wrapper under which a drop would be wrong or
-            ignored, or compiled layers with fused branches that the controller scales. A wrapper that comes later is
+            ignored, or compiled layers with fused branches that the controller scales; at the next begin_iteration
+            distinct replicas of the same number. A wrapper that comes later is
             refused when it is put around the model, at the next begin_iteration, or before the first skip.
     """
     check_megatron_core()
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    if not isinstance(controller, DropController):
+        raise ValueError(f"controller is a {type(controller).__name__}: it must be a DropController")
+    chunks = chunk_list(model)
     for chunk in chunks:
         note_wrappers(chunk.modules())
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
@@ -206,6 +211,7 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
     controller.check_once(
         partial(_refuse_wrapped, chunks, layers)
     )  # fully_shard() and compile() change a model in place
+    controller.check_once(partial(_refuse_equal_replicas, controller))
     return [layer.layer_number for layer in layers]
 
 
@@ -220,14 +226,21 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     Raises:
         ValueError: no decoder layers, one that is no TransformerLayer, or compiled ones whose branches are scaled.
     """
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
+    layers = [layer for chunk in chunk_list(model) for layer in decoder_layers(chunk)]
     for layer in layers:
         check_kind(layer)
         if isinstance(layer, SwitchableLayer) and layer._drop_controller.scales_residual:
             _refuse_compiled_scales(layer)
     for layer in layers:
         fuse_branches(layer)
+
+
+def chunk_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The chunks of a model on this rank, whether it is given as one or as a list. Raises ValueError for none."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model) if isinstance(model, Iterable) else []
+    if not chunks or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
+        raise ValueError(f"model = {model!r} is not allowed: it must be a module, or a list of the chunks on this rank")
+    return chunks
 
 
 def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
@@ -297,6 +310,20 @@ def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: Drop
         raise ValueError(
             "replicas 'distinct' does not work with overlap_grad_reduce: a replica that skips a layer would start its "
             "reductions in another order than one that runs it; use replicas 'shared' or switch the overlap off"
+        )
+
+
+def _refuse_equal_replicas(controller: DropController) -> None:
+    """Refuse distinct replicas with the same number, as where the default was left. Collective."""
+    if controller.replicas != "distinct" or not parallel_state.is_initialized():
+        return
+    group = parallel_state.get_data_parallel_group()
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, controller.replica, group=group)
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"replica = {controller.replica} is not allowed: the data-parallel replicas have the numbers {found}, and "
+            "distinct ones need one each; give DropController its parallel_state.get_data_parallel_rank()"
         )
 
 

@@ -69,6 +69,15 @@ def drop_config(args: Namespace) -> DropConfig:
     )
 
 
+def ignored_arguments(config: DropConfig) -> tuple[str, ...]:
+    """What was given although there is no policy that it could be of: --sbld-policy may have been forgotten."""
+    if config.policy != "none":
+        return ()
+    needs_no_policy = DropConfig(residual=config.residual)
+    names = [field.name for field in dataclasses.fields(DropConfig)]
+    return tuple(argument_name(name) for name in names if getattr(config, name) != getattr(needs_no_policy, name))
+
+
 @contextlib.contextmanager
 def named_as_arguments() -> Iterator[None]:
     """Let errors about `drop.<field>` name the argument."""

@@ -17,12 +17,15 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sbld.megatron_lm.arguments import drop_config, extra_args_provider
+from megatron_sbld.megatron_lm.arguments import argument_name, drop_config, extra_args_provider, ignored_arguments
 from megatron_sbld.megatron_lm.run import LayerDropping
+
+logger = logging.getLogger(__name__)
 
 _TRAINING = "megatron.training.training"
 _REPLACED = ("train_step", "get_optimizer_param_scheduler", "training_log")
@@ -91,6 +94,9 @@ class _Attachment:
         if self._run is not None:
             return True
         args = importlib.import_module("megatron.training").get_args()
+        ignored = ignored_arguments(drop_config(args))
+        if ignored and not args.skip_train and getattr(args, "rank", 0) == 0:
+            _warn_of_ignored(ignored)
         if not _asks_for_something(args):
             return False
         self._module = importlib.import_module(_TRAINING)
@@ -118,3 +124,8 @@ class _Attachment:
 def _asks_for_something(args: Namespace) -> bool:
     config = drop_config(args)
     return not args.skip_train and (config.policy != "none" or config.residual != "stock")
+
+
+@functools.cache  # once in a process, however many chunks the model has
+def _warn_of_ignored(names: tuple[str, ...]) -> None:
+    logger.warning("no effect with %s none: %s", argument_name("policy"), ", ".join(names))

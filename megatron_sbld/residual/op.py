@@ -52,6 +52,7 @@ def residual_skip_add(
             wrong index is an error of the device, as with torch's own indexing.)
         RuntimeError: MEGATRON_SBLD_RESIDUAL asks for what cannot be used.
     """
+    _check_numbers(dropout_prob, scale)
     _check(x, residual, bias, index, dim, training)
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
     if _is_watched() or not all(map(_is_plain, (x, residual, bias, index))):
@@ -75,6 +76,7 @@ def residual_skip_add_(
     The residual must be contiguous, share no memory with x, and its values be no longer needed: where another operator
     has saved it for backward (the norm at the head of a branch does), torch raises at backward.
     """
+    _check_numbers(dropout_prob, scale)
     _check(x, residual, bias, index, dim, training)
     if not residual.is_contiguous():
         raise ValueError("residual must be contiguous to be written in place")
@@ -103,6 +105,12 @@ def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torc
     threshold = eager.drop_threshold(dropout_prob)
     seed = torch.randint(2**63 - 1, (1,), device=device) if threshold else None
     return seed, eager.multiplier(scale, threshold), threshold
+
+
+def _check_numbers(dropout_prob: float, scale: float) -> None:
+    for name, value in (("dropout_prob", dropout_prob), ("scale", scale)):
+        if value is None or isinstance(value, torch.Tensor | str):
+            raise ValueError(f"{name} is {value!r}: must be a number (a tensor would get no gradient)")
 
 
 def _check(

@@ -9,9 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sbld.controller import DropController, DropDisagreementError
+from megatron_sbld.mcore import make_switchable
 from megatron_sbld.policy import LayerDropPolicy
 from megatron_sbld.schedule import Constant
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import model_parallel, run_distributed
+from tests.helpers import tiny_config, tiny_gpt
 
 ODD_ONES: dict[str, dict[str, Any]] = {
     "seed": {"seed": 99},
@@ -74,15 +76,29 @@ def one_rank_replaces_its_policy(odd_rank: int) -> str:
     return "no error"
 
 
-def both(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]], str]:
-    return ranks_agree(), one_rank_is_odd(odd_rank), one_rank_replaces_its_policy(odd_rank)
+def replicas_with_numbers(*numbers: int) -> str:
+    """The error that a rank sees whose distinct replicas have these numbers."""
+    with model_parallel():
+        controller = build(4, sampler="balanced", replicas="distinct", replica=numbers[dist.get_rank()])
+        make_switchable(tiny_gpt(tiny_config()), controller)
+        try:
+            controller.begin_iteration(1, 2)
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+
+def all_cases(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]], str, list[str]]:
+    numbers = range(dist.get_world_size())
+    replicas = [replicas_with_numbers(*numbers), replicas_with_numbers(*(0 for _ in numbers))]
+    return ranks_agree(), one_rank_is_odd(odd_rank), one_rank_replaces_its_policy(odd_rank), replicas
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) -> None:
     odd_rank = world_size - 1
-    results = run_distributed(both, world_size, odd_rank)
-    for (plans, collectives), errors, replaced in results:
+    results = run_distributed(all_cases, world_size, odd_rank)
+    for (plans, collectives), errors, replaced, replicas in results:
         assert plans == results[0][0][0]
         assert collectives == 5
         for name, (message, seconds) in errors.items():
@@ -93,3 +109,5 @@ def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) ->
         assert f"rank {odd_rank}: mean keep probability 0.7" in replaced
         assert "num_layers 5 instead of 6" in errors["layers"][0]
         assert "num_microbatches 3 instead of 2" in errors["microbatches"][0]
+        assert replicas[0] == "no error"
+        assert "replica = 0 is not allowed: the data-parallel replicas have the numbers [0, 0" in replicas[1]

@@ -659,6 +659,15 @@ WRONG = {
     "a probability of 1": (arguments(dropout_prob=1.0), r"dropout_prob must be in \[0, 1\), got 1.0"),
     "nearly 1": (arguments(dropout_prob=1 - 1e-9), "would drop everything"),
     "a negative probability": (arguments(dropout_prob=-0.1), "got -0.1"),
+    "a probability in a tensor": (
+        arguments(dropout_prob=torch.tensor(0.1)),
+        r"dropout_prob is tensor\(0.1000\): must be",
+    ),
+    "a scale to be learned": (
+        arguments(scale=torch.ones(1, requires_grad=True)),
+        "scale is tensor.* would get no gradient",
+    ),
+    "no scale": (arguments(scale=None), "scale is None: must be a number"),
 }
 
 

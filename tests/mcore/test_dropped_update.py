@@ -290,6 +290,13 @@ def test_the_hooks_cost_little_beside_a_step() -> None:
         assert (time.perf_counter() - began) / 100 < 1e-3
 
 
+def test_an_optimizer_that_is_not_megatrons_is_refused_by_name() -> None:
+    with model_parallel():
+        training = Training(PATTERNS, freeze=False)
+        with pytest.raises(ValueError, match="dropped_update 'freeze' does not work with AdamW: allowed are FP32Opt"):
+            freeze_dropped_layers(training.models, torch.optim.AdamW(training.models[0].parameters()))
+
+
 @pytest.mark.parametrize("bucket_size", [2000, None], ids=["small buckets", "one bucket"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_layer_is_frozen_when_none_of_the_iterations_before_the_step_ran_it(

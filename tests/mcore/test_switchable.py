@@ -267,6 +267,16 @@ def test_a_model_without_decoder_layers_is_refused() -> None:
         make_switchable(torch.nn.Linear(2, 2), DropController(Listed(1)))
 
 
+@pytest.mark.parametrize("model", [None, [], [None], 3])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    controller = DropController(Listed(1))
+    for attach in (lambda: make_switchable(model, controller), lambda: fuse_residual(model)):
+        with pytest.raises(ValueError, match=r"^model = .*must be a module, or a list of the chunks"):
+            attach()
+    with pytest.raises(ValueError, match="controller is a Listed: it must be a DropController"):
+        make_switchable(torch.nn.Linear(2, 2), controller.policy)
+
+
 def test_a_model_of_several_decoders_is_refused_instead_of_one_being_chosen() -> None:
     with model_parallel():
         (teacher,), (student,) = (tiny_gpt(tiny_config(num_layers=2)) for _ in range(2))

@@ -25,7 +25,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sbld.controller import CHECKPOINT_KEY
 from megatron_sbld.mcore.switchable import SwitchableLayer, decoder_layers
-from megatron_sbld.megatron_lm import with_layer_dropping
+from megatron_sbld.megatron_lm import attach, with_layer_dropping
 from megatron_sbld.megatron_lm.run import LayerDropping
 from megatron_sbld.plan import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
@@ -254,9 +254,10 @@ def test_scalars_go_to_both_writers_and_the_console_at_megatron_lms_intervals(mo
 
 @pytest.mark.parametrize("words", [(), ("--sbld-theta", "0.5"), ("--sbld-sensitivity", "nowhere.json")])
 def test_without_a_policy_nothing_is_replaced_and_the_model_is_as_it_was(
-    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = install_training(monkeypatch, megatron_args(*words))
+    attach._warn_of_ignored.cache_clear()
     stock = dict(vars(module))
 
     def pretrain(datasets: Any, model_provider: Any, **kwargs: Any) -> type:
@@ -266,6 +267,8 @@ def test_without_a_policy_nothing_is_replaced_and_the_model_is_as_it_was(
 
     provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
     assert not issubclass(with_layer_dropping(pretrain)(None, provider), SwitchableLayer)
+    warnings = [f"no effect with --sbld-policy none: {words[0]}"] if words else []  # the policy may be forgotten
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == warnings
 
 
 def test_functions_are_replaced_while_pretrain_runs_and_put_back_after_a_failure(

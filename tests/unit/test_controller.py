@@ -164,9 +164,28 @@ def test_the_state_of_another_depth_is_refused() -> None:
         DropController(LayerDropPolicy(Constant(0.5), 4)).load_state_dict(state)
 
 
+@pytest.mark.parametrize("policy", ["sbld", None, Constant(0.5), LayerDropPolicy])
+def test_what_is_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"^policy = .*must be a Policy of megatron_sbld.policy"):
+        DropController(policy)
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+def test_layers_are_numbered_from_one(layer: int) -> None:
+    """Python would take layer 0 for the last one."""
+    controller = DropController(HALF)
+    controller.begin_iteration(1, 1)
+    for ask in (controller.kept, controller.runs_some_samples, controller.kept_samples):
+        with pytest.raises(IndexError, match=f"layer {layer}: layers are numbered from 1"):
+            ask(layer, 0)
+    for ask_once in (controller.branch_scale, controller.dropped_throughout):
+        with pytest.raises(IndexError, match=f"layer {layer}: layers are numbered from 1"):
+            ask_once(layer)
+
+
 @pytest.mark.parametrize("state", [None, {}, {"num_layers": 6}, {"drop": {"num_layers": 6}}])
 def test_what_is_no_state_of_a_controller_is_refused_by_what_it_lacks(state: Any) -> None:
-    with pytest.raises(ValueError, match=r"the drop state has no .*replicas.*DropController.state_dict"):
+    with pytest.raises(ValueError, match=r"the drop state has no .*replicas.*must be what state_dict returned"):
         DropController(HALF).load_state_dict(state)
 
 

@@ -268,3 +268,9 @@ def test_a_policy_of_a_users_own_may_give_a_list():
             return [theta, 1]
 
     assert Own(Constant(0.5), 2).keep_probs(1).mean() == 0.75
+
+
+@pytest.mark.parametrize("schedule", [0.5, None])
+def test_a_number_in_the_place_of_a_schedule_is_refused_by_name(schedule):
+    with pytest.raises(ValueError, match=r"^schedule = .*must be a function of t, as Constant\(0.5\) is"):
+        LayerDropPolicy(schedule, 4)
