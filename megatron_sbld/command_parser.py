@@ -10,9 +10,14 @@ from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_sett
 from megatron_sbld.paths import expand_options
 from megatron_sbld.strict_yaml import load_yaml
 
+_NULL = ("null", "Null", "NULL")
+
 
 def _load_value(text: str) -> Any:
     value = load_yaml(text)
+    # What YAML takes for a comment or the mark of a document is text here, and ~ is a folder.
+    if value is None and text.strip() not in _NULL:
+        return text
     # As jsonargparse's own loader: a word before a colon or within braces is text.
     is_text = isinstance(value, dict) and value and all(entry is None for entry in value.values())
     return text if is_text else value

@@ -37,7 +37,8 @@ def _lambada(args: list[str]) -> int:
         "lambada --checkpoint DIR [DIR ...] --data FILE [--raw] [options]",
         "Score the last word of each passage, given the passage: right when each of its tokens is the most likely one. "
         "The target is what follows the last space.",
-        'passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {"text": passage}',
+        'passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {"text": passage}; .gz '
+        "and .xz are unpacked",
     )
     parser.add_argument("--format", type=Literal["auto", "text", "jsonl"], default="auto", help="of the data")
     parser.add_argument(
@@ -97,6 +98,7 @@ def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
     )
     parser.add_argument(
         "--checkpoint",
+        action="extend",
         nargs="+",
         required=True,
         help="checkpoints, or folders of checkpoints or run folders, of which the newest complete one is taken",
@@ -109,7 +111,9 @@ def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
         "--limit", type=int | None, help="passages or documents that are scored, from the first; default: all"
     )
     parser.add_argument(
-        "--out", type=str | None, help="folder for the results; default: the run folder of each checkpoint"
+        "--out",
+        type=str | None,
+        help="folder for the results, whose rows then name their checkpoint; default: the run folder of each",
     )
     parser.add_class_arguments(ModelOptions)
     return parser

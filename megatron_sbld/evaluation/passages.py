@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sbld.evaluation.detokenise import detokenise as detokenise_tokens
-from megatron_sbld.training.text_files import NotTextError, check_head, json_line, refuse_one_value
+from megatron_sbld.training.text_files import NotTextError, bare_ending, json_line, read_content, refuse_one_value
 
 PassageFormat = Literal["auto", "text", "jsonl"]
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _JSON_OBJECT = re.compile(rb'\s*\{\s*"')
 _SHOWN_PROBLEMS = 5
-_HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def read_passages(
     """All passages of a file in order, and its format.
 
     Args:
-        path: of the file.
+        path: of the file, which may be compressed with gzip or xz.
         passage_format: auto takes .jsonl, .ndjson and .json, and what begins with a JSON object, for JSON lines
             ({"text": passage}), and all else for plain text.
         detokenise: whether the spaces between tokens are undone (detokenise.py). None: in plain text, which is
@@ -60,13 +59,13 @@ def read_passages(
         raise ValueError(f"{path}: a folder, a pipe or a device; the passages are read twice, so save them as a file")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give LAMBADA as plain text or JSON lines")
-    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not content.strip():
-        raise ValueError(f"{path}: the file is empty")
     try:
+        content = read_content(path).removeprefix(b"\xef\xbb\xbf")
         found = _format_of(path, content, passage_format)
     except NotTextError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not content.strip():
+        raise ValueError(f"{path}: the file is empty")
     detokenises = found == "text" if detokenise is None else detokenise
     passages, problems = [], []
     for number, line in _lines(content):
@@ -81,14 +80,13 @@ def read_passages(
 
 
 def _format_of(path: str, content: bytes, passage_format: PassageFormat) -> Literal["text", "jsonl"]:
-    """Raises NotTextError for another encoding, an archive, and JSON that is not one object a line."""
-    check_head(content[:_HEAD_BYTES])
+    """Raises NotTextError for JSON that is not one object a line."""
     if passage_format != "auto":
         return passage_format
-    if path.lower().endswith(".json"):
+    if bare_ending(path) == ".json":
         first, _, _ = content.lstrip().partition(b"\n")
         refuse_one_value(json_line(first.decode("utf-8", errors="replace"))[0])
-    return "jsonl" if path.lower().endswith(_JSON_LINES) or _JSON_OBJECT.match(content) else "text"
+    return "jsonl" if bare_ending(path) in _JSON_LINES or _JSON_OBJECT.match(content) else "text"
 
 
 class _ProblemError(Exception):

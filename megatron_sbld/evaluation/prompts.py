@@ -46,11 +46,14 @@ def _has_prompt(row: object) -> bool:
 def _prompt_of(line: str, path: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"prompts {path}: {line[:60]!r} is not JSON: {error}") from error
     if not _has_prompt(row):
         raise ValueError(f"prompts {path}: {line[:60]!r} is no object with a text `prompt`")
-    return str(row["prompt"])
+    prompt = str(row["prompt"])
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"prompts {path}: {line[:60]!r} has half of a surrogate pair, which is no text")
+    return prompt
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What is kept of evaluations: evaluations.jsonl in a run folder, or a file that the caller names.
 
-A row for every task, data, options, iteration and precision; evaluating the same again replaces it. Writing is atomic,
-and a lock on the folder keeps processes that evaluate at the same time from losing each other's rows.
+A row for every task, data, options, iteration and precision, in a folder that runs share for every checkpoint too;
+evaluating the same again replaces it. Writing is atomic, and a lock on the folder keeps processes that evaluate at the
+same time from losing each other's rows.
 """
 
 from __future__ import annotations
@@ -56,11 +57,15 @@ class Evaluation:
     """When it ended, ISO 8601 in UTC."""
     version: str
     """Of this package."""
+    checkpoint: str | None = None
+    """Path of the checkpoint, in a folder that runs may share; None in the folder of the run."""
+    examples: str | None = None
+    """File with the score of each passage, seen from the folder that the row is in; None without one."""
 
     @property
     def key(self) -> str:
         """Equal for evaluations of the same, of which the later one counts."""
-        return json.dumps([self.iteration, self.series], sort_keys=True)
+        return json.dumps([self.checkpoint, self.iteration, self.series], sort_keys=True)
 
     @property
     def series(self) -> str:
@@ -126,7 +131,7 @@ def read_evaluations(file: Path) -> list[Evaluation]:
             raise ValueError(f"{where} is cut off; delete it or evaluate anew")
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         rows.append(_row(values, where))
     return rows
@@ -143,12 +148,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "metrics": (dict,),
     "date": (str,),
     "version": (str,),
+    "checkpoint": (str, type(None)),
+    "examples": (str, type(None)),
 }
+_OPTIONAL = ("checkpoint", "examples")  # rows of earlier versions lack them
 
 
 def _row(values: Any, where: str) -> Evaluation:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is no evaluation: it is {type(values).__name__}")
+    values = dict.fromkeys(_OPTIONAL) | values
     for name, types in _TYPES.items():
         if name not in values:
             raise ValueError(f"{where} is no evaluation: it has no {name}")

@@ -82,7 +82,10 @@ def read_texts(
         raise ValueError(f"format = {text_format!r}; allowed: {', '.join(FORMATS)}")
     if not inputs:
         raise ValueError("data: at least one file, folder or data set is needed")
-    if text_format == "dataset" or (text_format == "auto" and _all_datasets(inputs)):
+    if text_format == "auto" and _all_datasets(inputs):
+        text_format = "dataset"
+    _refuse_ignored(text_format, text_key, separator)
+    if text_format == "dataset":
         texts = _read_datasets(inputs, tokenizer)
     elif text_format == "wikitext":
         texts = _read_wikitext(inputs, tokenizer)
@@ -96,6 +99,14 @@ def read_texts(
     if not texts.documents:
         raise ValueError(f"data: {', '.join(inputs)}: there is no text in it")
     return texts
+
+
+def _refuse_ignored(text_format: str, text_key: str, separator: str | None) -> None:
+    """Raises ValueError for a rule that the format has no use for."""
+    if separator is not None and text_format in ("dataset", "wikitext", "jsonl"):
+        raise ValueError(f"separator = {separator!r} has no effect with format = {text_format}")
+    if text_key != "text" and text_format in ("dataset", "wikitext", "text"):
+        raise ValueError(f"text_key = {text_key!r} has no effect with format = {text_format}")
 
 
 def _kind(file: str, rules: DocumentRules) -> FileKind:
@@ -133,6 +144,9 @@ def _read_wikitext(inputs: Sequence[str], tokenizer: Tokenizer) -> Texts:
 
 
 def _all_datasets(inputs: Sequence[str]) -> bool:
+    for name in inputs:
+        if not Path(name).exists() and Path(f"{name}_train.idx").is_file():
+            raise ValueError(f"data: {name} is a whole set; give one of its splits, {name}_valid or {name}_train")
     found = [Path(f"{name}.idx").is_file() for name in inputs]
     if any(found) and not all(found):
         raise ValueError(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from rich.text import Text
 
 from megatron_sbld.evaluation.model import TrainedModel
 from megatron_sbld.evaluation.perplexity import PerplexityResult
-from megatron_sbld.evaluation.results import EVALUATIONS_FILE, read_evaluations, save_evaluations
+from megatron_sbld.evaluation.results import EVALUATIONS_FILE, Evaluation, read_evaluations, save_evaluations
 from megatron_sbld.evaluation.run import Evaluated
 from megatron_sbld.evaluation.tasks import Task
 from megatron_sbld.outputs import refuse_inputs
@@ -41,7 +45,9 @@ class Record:
         out: folder for everything; None is each model's run folder.
 
     Raises:
-        ValueError: no folder is given, and a checkpoint does not lie in a run folder.
+        ValueError: no folder is given, and a checkpoint does not lie in a run folder; or earlier results there are
+            damaged.
+        OSError: a folder cannot be made or written.
     """
 
     def __init__(self, task: Task, models: Sequence[TrainedModel], out: str | None) -> None:
@@ -57,6 +63,9 @@ class Record:
                 )
         data = [task.data, f"{task.data}.bin", f"{task.data}.idx"]
         refuse_inputs("--out", [file for trained in models for file in self._files(trained)], data)
+        if int(os.environ.get("RANK", "0")) == 0:  # the one that writes, after what may have taken hours
+            for trained in models:
+                _check_writable(self._files(trained)[0])
 
     def add(self, evaluated: Evaluated) -> None:
         """Keep a result, so that it is there whatever happens to those that follow."""
@@ -71,9 +80,11 @@ class Record:
             train_time_s=trained.train_time_s,
             precision=evaluated.precision,
         )
-        save_evaluations([row], folder / EVALUATIONS_FILE)
+        row = dataclasses.replace(row, checkpoint=self._checkpoint(trained))
         if asked.write_examples is not None:
-            asked.write_examples(evaluated.scores, self._files(trained)[1])
+            row = dataclasses.replace(row, examples=_examples_of(row))
+            asked.write_examples(evaluated.scores, folder / str(row.examples))
+        save_evaluations([row], folder / EVALUATIONS_FILE)
         self._evaluated.append(evaluated)
 
     def close(self) -> None:
@@ -114,27 +125,52 @@ class Record:
         """Figures against iterations, where some model was evaluated at several; from now or before."""
         if len(self._models) == 1:
             return
-        by_folder: dict[Path, str] = {}
+        by_run: dict[Path, Curve] = {}
         for trained in self._models:
-            folder = self._folder(trained)
-            assert folder is not None, "checked before anything was evaluated"
-            by_folder[folder] = str(trained.run_dir or folder)
-        curves = [Curve(label, [read_evaluations(folder / EVALUATIONS_FILE)]) for folder, label in by_folder.items()]
-        file = next(iter(by_folder)) / "evaluations" / f"{self._task.name}.png"
+            checkpoints = trained.checkpoint.path.resolve().parent
+            if checkpoints not in by_run:
+                own = str(checkpoints) if self._checkpoint(trained) else None
+                rows = [row for row in read_evaluations(self._files(trained)[0]) if _checkpoints_of(row) == own]
+                by_run[checkpoints] = Curve(str(trained.run_dir or checkpoints), [rows])
+        curves, file = list(by_run.values()), self._files(self._models[0])[1]
         file.parent.mkdir(exist_ok=True)
         plot_evaluations(curves, file)
         print_line(f"saved {file}", console)
 
     def _files(self, trained: TrainedModel) -> list[Path]:
-        """What may be written: results, examples, plot."""
+        """What may be written besides examples: results, plot."""
         folder = self._folder(trained)
         assert folder is not None, "checked before anything was evaluated"
-        name = self._task.name
-        examples = f"{name}_{Path(self._task.data).stem}_{trained.checkpoint.iteration:07d}.jsonl"
-        return [folder / EVALUATIONS_FILE, folder / "evaluations" / examples, folder / "evaluations" / f"{name}.png"]
+        return [folder / EVALUATIONS_FILE, folder / "evaluations" / f"{self._task.name}.png"]
+
+    def _checkpoint(self, trained: TrainedModel) -> str | None:
+        """What a row says of its checkpoint: its path where other runs may have rows in the same folder."""
+        folder = self._folder(trained)
+        is_own = folder is not None and trained.run_dir is not None and folder.resolve() == trained.run_dir.resolve()
+        return None if is_own else str(trained.checkpoint.path.resolve())
 
     def _folder(self, trained: TrainedModel) -> Path | None:
         return self._out or trained.run_dir
+
+
+def _check_writable(file: Path) -> None:
+    """Raises what writing rows into the file would: OSError, or ValueError for rows that are damaged."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file.parent))
+    if file.exists():
+        read_evaluations(file)
+
+
+def _examples_of(row: Evaluation) -> str:
+    """A file that rows of other data, options or checkpoints do not have."""
+    told = hashlib.sha256(row.key.encode()).hexdigest()[:8]
+    return f"evaluations/{row.task}_{Path(row.data.name).stem}_{row.iteration:07d}_{told}.jsonl"
+
+
+def _checkpoints_of(row: Evaluation) -> str | None:
+    """The folder of a row's checkpoint; None for one in the folder of its run."""
+    return None if row.checkpoint is None else str(Path(row.checkpoint).parent)
 
 
 def _figure(value: float | None, stderr: float | None, factor: float, unit: str) -> str:

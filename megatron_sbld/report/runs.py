@@ -167,7 +167,7 @@ def _parsed_lines(file: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 if not line.endswith("\n"):
                     return
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from error

@@ -129,6 +129,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as a file that is replaced as a whole or not at all."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     path = Path(os.path.realpath(path))  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:

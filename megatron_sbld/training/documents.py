@@ -54,6 +54,10 @@ class DocumentRules:
     """Documents longer than this are cut at line ends, lines longer than this at white space, words longer than this
     between characters; None cuts none."""
 
+    def __post_init__(self) -> None:
+        if self.separator is not None and ("\n" in self.separator or "\r" in self.separator):
+            raise ValueError(f"separator = {self.separator!r}: no line equals it; give one line without its end")
+
 
 @dataclass(frozen=True)
 class SkippedFile:

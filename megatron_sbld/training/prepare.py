@@ -61,14 +61,15 @@ class PrepareConfig:
     tokenizer: str = "byte"
     """byte, a tokenizer.json, or a folder with vocab.json and merges.txt (or tokenizer.json)."""
     include: list[str] = field(default_factory=lambda: ["*"])
-    """Patterns of file names that are read in folders."""
+    """Patterns of file names that are read in folders, as '["*.txt", "*.md"]'."""
     input_format: InputFormat = "auto"
     """auto takes .jsonl, .ndjson and .json, and what begins with a JSON object that has text_key, for JSON lines and
     all else for text."""
     text_key: str = "text"
     """JSON lines: the key of the text; every line is a document."""
     document_separator: str | None = "<|endoftext|>"
-    """Text files: a line equal to this separates documents; a file without one is one document."""
+    """Text files: a line equal to this separates documents; a file without one is one document, and null leaves every
+    file whole."""
     max_document_bytes: int | None = None
     """Cut longer documents into documents of at most this size, at least 4: at line ends, a longer line at white space,
     a longer word between characters; None cuts none."""
@@ -197,6 +198,8 @@ def _check(config: PrepareConfig) -> None:
             f"max_document_bytes = {config.max_document_bytes}: must be at least {_LONGEST_CHARACTER}, which a single "
             "character may need"
         )
+    if config.input_format == "text" and config.text_key != "text":
+        raise ValueError(f"text_key = {config.text_key!r} has no effect with input_format = text")
 
 
 def _check_documents(config: PrepareConfig, found: Survey) -> None:

@@ -34,6 +34,7 @@ _OTHER_FILES = (
     (b"BZh", "it is compressed with bzip2; unpack it (bunzip2), or compress it with gzip or xz"),
     (b"\x04\x22\x4d\x18", "it is compressed with LZ4; unpack it (lz4 -d), or compress it with gzip or xz"),
     (b"PK\x03\x04", "it is a zip archive; unpack it"),
+    (b"MMIDIDX\0\0", "it is the index of a data set, which is named by its prefix, without .idx"),
     (b"PAR1", "it is a Parquet file; write its texts as JSON lines"),
 )
 _TAR_MAGIC = slice(257, 262)
@@ -81,11 +82,24 @@ def open_text(path: str) -> Iterator[IO[str]]:
         raise _damaged(path, error) from error
 
 
-def read_text(path: str) -> str:
-    """The whole text of a file that is not compressed, which may be a pipe. Raises NotTextError as `open_text` does."""
-    with open(path, "rb") as stream:
-        content = stream.read()
+def read_content(path: str) -> bytes:
+    """All bytes of a file, unpacked, which may be a pipe.
+
+    Raises as `open_text`, but not for bytes that are not UTF-8.
+    """
+    try:
+        with _opener(path)(path, "rb") as stream:
+            content: bytes = stream.read()
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(path, error) from error
+    _check_data_set(path)
     check_head(content[:_HEAD_BYTES])
+    return content
+
+
+def read_text(path: str) -> str:
+    """The whole text of a file, which may be a pipe. Raises as `open_text` does."""
+    content = read_content(path)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -187,9 +201,16 @@ def _check_beginning(path: str) -> None:
             head = stream.read(_HEAD_BYTES)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(path, error) from error
+    _check_data_set(path)
     check_head(head)
     if b"\0" in head:
         raise NotTextError(wrong_byte(path) or "it changed while it was read")
+
+
+def _check_data_set(path: str) -> None:
+    """Refuse the tokens of a data set, which may look like text in another encoding."""
+    if path.endswith(".bin") and os.path.isfile(f"{path.removesuffix('.bin')}.idx"):
+        raise NotTextError("it holds the tokens of a data set, which is named by its prefix, without .bin")
 
 
 def _damaged(path: str, error: Exception) -> ValueError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from megatron_sbld import cli
 from megatron_sbld.evaluation.results import read_evaluations
+from megatron_sbld.report import record
 from tests.training.trainer_helpers import prepare_corpus, run_here, tiny_run
 
 pytestmark = pytest.mark.timeout(600)
@@ -49,12 +52,15 @@ def test_lambada_of_every_checkpoint(
         ("lambada", 8, 2048),
     ]
     assert (run_dir / "evaluations" / "lambada.png").stat().st_size > 10_000
-    examples = (run_dir / "evaluations" / "lambada_passages_0000008.jsonl").read_text().splitlines()
+    assert found[1].examples is not None
+    examples = (run_dir / found[1].examples).read_text().splitlines()
     assert [json.loads(line)["target"] for line in examples][:2] == [" them.", " said"]
     assert call(capsys, "lambada", *options, "--raw")[0] == 0
     assert len(read_evaluations(run_dir / "evaluations.jsonl")) == 4, "the raw form is a series of its own"
     assert call(capsys, "lambada", *options, "--limit", 3, "--out", tmp_path)[0] == 0
     assert [row.metrics["passages"] for row in read_evaluations(tmp_path / "evaluations.jsonl")] == [3, 3]
+    for row in read_evaluations(run_dir / "evaluations.jsonl"):
+        assert len((run_dir / str(row.examples)).read_text().splitlines()) == 7, "each row has its own examples"
     assert call(capsys, "lambada", *options)[0] == 0
     assert len(read_evaluations(run_dir / "evaluations.jsonl")) == 4, "the same again replaces"
 
@@ -77,6 +83,57 @@ def test_perplexity_elsewhere(
     assert ("bits per byte" in out, "by word" in out) == (True, False)
     assert f"kept in {tmp_path / 'evaluations.jsonl'}" in out, "in one line, however narrow the console is"
     assert "7 documents" in out
+
+
+def test_rows_and_examples_of_runs_that_share_a_folder_are_kept_apart(
+    run_dir: Path, passages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(run_dir, other)
+    data = ["--data", passages, "--out", out]
+    both = ["--checkpoint", run_dir, "--checkpoint", other]  # as good as --checkpoint with both
+    assert call(capsys, "lambada", *both, *data)[0] == 0
+    assert call(capsys, "lambada", "--checkpoint", other, "--every_checkpoint", *data)[0] == 0
+    assert call(capsys, "lambada", "--checkpoint", run_dir, *data, "--limit", 3)[0] == 0
+    rows = read_evaluations(out / "evaluations.jsonl")
+    whose = [(Path(str(row.checkpoint)).parents[1], row.iteration, row.options["limit"]) for row in rows]
+    assert whose == [(run_dir, 8, None), (other, 8, None), (other, 4, None), (run_dir, 8, 3)]
+    assert len({row.examples for row in rows}) == 4
+    for row in rows:
+        assert len((out / str(row.examples)).read_text().splitlines()) == row.metrics["passages"]
+    assert call(capsys, "lambada", "--checkpoint", other, "--data", passages, "--out", other)[0] == 0
+    assert {row.checkpoint for row in read_evaluations(other / "evaluations.jsonl")} == {None}, "its own folder"
+
+
+def test_a_curve_is_of_one_run(
+    run_dir: Path, passages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    curves: list[Any] = []
+    monkeypatch.setattr(record, "plot_evaluations", lambda given, file: curves.extend(given))
+    options = ["--checkpoint", run_dir, other, "--every_checkpoint", "--data", passages, "--out", tmp_path / "out"]
+    assert call(capsys, "lambada", *options)[0] == 0
+    assert [(curve.label, len(curve.runs[0])) for curve in curves] == [(str(run_dir), 2), (str(other), 2)]
+
+
+def test_where_results_cannot_be_kept_is_found_before_scoring(
+    run_dir: Path, passages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the work would be lost")
+
+    monkeypatch.setattr("megatron_sbld.evaluation.run.score", scored)
+    file, damaged, closed = tmp_path / "file", tmp_path / "damaged", tmp_path / "closed"
+    file.write_text("")
+    damaged.mkdir()
+    (damaged / "evaluations.jsonl").write_text("{")
+    closed.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))  # also for root
+    for out, message in ((file, "File exists"), (damaged, "is cut off"), (closed, "Permission denied")):
+        status, _, err = call(capsys, "lambada", "--checkpoint", run_dir, "--data", passages, "--out", out)
+        assert (status, message in err, str(out) in err) == (cli.EXIT_MISTAKE, True, True), err
 
 
 def test_the_data_are_not_overwritten(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import string
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,7 +344,13 @@ def test_prompts_are_lines_or_json(tmp_path: Path) -> None:
     assert read_prompts(str(lines)) == ["Once upon", " a time "]
     rows.write_text('{"prompt": "two\\nlines"}\n{"prompt": ""}\n')
     assert read_prompts(str(rows)) == ["two\nlines", ""]
-    refused: list[tuple[str, str]] = [("", "no prompt"), ('{"text": "x"}', "text `prompt`"), ("{", "not JSON")]
+    refused: list[tuple[str, str]] = [
+        ("", "no prompt"),
+        ('{"text": "x"}', "text `prompt`"),
+        ("{", "not JSON"),
+        ('{"prompt": "a", "more": ' + "[" * 100_000, "not JSON"),
+        ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+    ]
     for content, message in refused:
         rows.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -355,6 +364,17 @@ def test_prompts_have_no_byte_order_mark_and_json_lines_are_found(tmp_path: Path
     assert read_prompts(str(file)) == ["one", "two"]
     (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbfone\r\n{two}\r\n")
     assert read_prompts(str(tmp_path / "plain.txt")) == ["one", "{two}"]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress)])
+def test_compressed_prompts_are_unpacked(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    for name, content in (("a.txt", b"one\ntwo\n"), ("a.jsonl", b'{"prompt": "one"}\n{"prompt": "two"}\n')):
+        file = tmp_path / f"{name}.{suffix}"
+        file.write_bytes(compress(content))
+        assert read_prompts(str(file)) == ["one", "two"]
+        file.write_bytes(compress(content)[:-10])
+        with pytest.raises(ValueError, match=rf"{name}\.{suffix}: damaged \.{suffix} file"):
+            read_prompts(str(file))
 
 
 @pytest.mark.parametrize(

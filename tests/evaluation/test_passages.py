@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 
 import pytest
 from hypothesis import given
@@ -44,6 +46,16 @@ def test_json_lines_are_taken_as_they_are_and_detokenised_on_request(tmp_path):
 )
 def test_the_format_is_found_by_name_or_content(tmp_path, name, found):
     assert read_passages(written(tmp_path, json.dumps({"text": TEXT}), name))[1] == found
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress)])
+def test_compressed_passages_are_unpacked(tmp_path, suffix, compress):
+    for name, content in (("a.txt", f"{TOKENS}\n"), ("a.jsonl", json.dumps({"text": TOKENS}))):
+        packed = compress(content.encode())
+        plain = read_passages(written(tmp_path, content, name))
+        assert read_passages(written(tmp_path, packed, f"{name}.{suffix}")) == plain
+        with pytest.raises(ValueError, match=rf"{name}\.{suffix}: damaged \.{suffix} file"):
+            read_passages(written(tmp_path, packed[:-10], f"{name}.{suffix}"))
 
 
 def test_a_format_that_is_given_wins_over_name_and_content(tmp_path):

@@ -214,6 +214,15 @@ def test_bad_input_is_refused_by_name(tmp_path, prepared):
         (["a.txt", "set_train"], {}, "some are prefixes of data sets and some are not"),
         (["a.txt"], {"text_format": "csv"}, "format = 'csv'; allowed: auto, text, jsonl, wikitext, dataset"),
         ([], {}, "at least one file"),
+        (["set"], {}, "is a whole set; give one of its splits, .*set_valid or .*set_train"),
+        (["set_train.bin"], {}, r"set_train\.bin: it holds the tokens of a data set, .* without \.bin"),
+        (["set_train.idx"], {}, r"set_train\.idx: it is the index of a data set, .* without \.idx"),
+        (["set_train"], {"separator": "x"}, "separator = 'x' has no effect with format = dataset"),
+        (["set_train"], {"text_key": "x"}, "text_key = 'x' has no effect with format = dataset"),
+        (["a.txt"], {"text_format": "wikitext", "separator": "x"}, "separator = 'x' has no effect"),
+        (["a.txt"], {"text_format": "text", "text_key": "x"}, "text_key = 'x' has no effect"),
+        (["a.jsonl"], {"text_format": "jsonl", "separator": "x"}, "separator = 'x' has no effect"),
+        (["latin.txt"], {"separator": "x\n"}, "no line equals it"),
     ]:
         with pytest.raises(ValueError, match=problem):
             read_texts([str(tmp_path / name) for name in inputs], BYTES, **options)

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from megatron_sbld import cli
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.training import loop
+from megatron_sbld.training import loop, prepare
 from megatron_sbld.training.config import Config
 from megatron_sbld.training.dataset_files import verify_dataset
+from megatron_sbld.training.prepare import PrepareConfig
 from megatron_sbld.training.start import find_start
 from megatron_sbld.training.tokenizer import load_tokenizer
 from megatron_sbld.training.validate import validate
@@ -103,6 +104,19 @@ def test_lists_and_null_can_be_given_on_the_command_line(received: list[Config],
     assert config.drop.block_layers == [1, 4]
     assert config.data.train_data_path == ["a", "b"]
     assert config.model.kv_channels is None
+
+
+@pytest.mark.parametrize("text", ["---", "# #", "#", "...", "a # b", "~", "null "])
+def test_text_that_yaml_takes_for_nothing_is_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[PrepareConfig] = []
+
+    def keep(config: PrepareConfig) -> None:
+        found.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "prepare", keep)
+    assert command("prepare", "in", "--output", "out", f"--document_separator={text}") == 130
+    assert found[0].document_separator == (None if text == "null " else text)
 
 
 def test_help_names_every_field_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -424,6 +424,8 @@ def test_an_output_inside_the_input_folder_is_not_read_the_next_time(tmp_path, c
         ({"seed": -1}, "seed = -1"),
         ({"workers": 0}, "workers = 0"),
         ({"max_document_bytes": 3}, "max_document_bytes = 3: must be at least 4"),
+        ({"document_separator": "\n\n"}, "no line equals it"),
+        ({"input_format": "text", "text_key": "body"}, "text_key = 'body' has no effect with input_format = text"),
         ({"include": ["*.no"]}, r"no file matches \['\*.no'\]"),
         ({"tokenizer": "nothing"}, "tokenizer 'nothing'"),
     ],

@@ -192,7 +192,7 @@ def test_a_sensitivity_file_may_begin_with_a_byte_order_mark(file: str, tmp_path
 def test_lists_are_chosen_anew_from_the_same_gaps(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "other.json"
+    output = tmp_path / "new" / "folder" / "other.json"
     args = ["profile", "lists", file, "--block", "0.5", "--allow", "0", "--output", str(output)]
     assert command(*args) == 0
     before, after = SensitivityFile.load(file), SensitivityFile.load(output)

@@ -127,7 +127,8 @@ def test_every_text_option_of_a_command_is_known_as_a_path_or_not(
         action.dest
         for action in parser._actions
         if "." not in action.dest
-        and type(action).__name__ in ("_StoreAction", "_AppendAction", "ActionTypeHint", "ActionConfigFile")
+        and type(action).__name__
+        in ("_StoreAction", "_AppendAction", "_ExtendAction", "ActionTypeHint", "ActionConfigFile")
         and re.search(r"\bstr\b|None$", str(getattr(action, "_typehint", None)))
         and not re.search(r"\b(int|float|Literal)\b", str(getattr(action, "_typehint", None)))
     }
