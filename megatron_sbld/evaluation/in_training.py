@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sbld.evaluation.results import EVALUATIONS_FILE, save_evaluations
+from megatron_sbld.evaluation.results import EVALUATIONS_FILE, drop_evaluations_after, save_evaluations
 from megatron_sbld.evaluation.scoring import score
 from megatron_sbld.evaluation.tasks import Asked, LambadaTask, PerplexityTask, Task
+from megatron_sbld.training.checkpoint import on_rank_0
 from megatron_sbld.training.config import Config
+from megatron_sbld.training.metrics import set_aside
 from megatron_sbld.training.tokenizer import Tokenizer
 
 
@@ -44,6 +47,23 @@ class TasksInTraining:
 
     def __bool__(self) -> bool:
         return bool(self._asked)
+
+    def open_file(self, iteration: int, *, goes_on: bool) -> None:
+        """Drop figures of later iterations than the run starts at, whose weights it may not come to. Collective.
+
+        goes_on: whether it starts from a checkpoint of its own; else all figures are set aside.
+
+        Raises:
+            ValueError: the file is damaged, and there are tasks whose figures belong into it.
+        """
+        on_rank_0(lambda: self._clear(Path(self._config.logging.run_dir) / EVALUATIONS_FILE, iteration, goes_on))
+
+    def _clear(self, file: Path, iteration: int, goes_on: bool) -> None:
+        if not goes_on:
+            set_aside(file)
+        elif file.exists():
+            with nullcontext() if self._asked else suppress(ValueError):
+                drop_evaluations_after(file, iteration)
 
     def evaluate(
         self,

@@ -12,7 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -114,7 +114,24 @@ def save_evaluations(rows: Sequence[Evaluation], file: Path) -> None:
     with _locked(file.parent):
         kept = {row.key: row for row in (read_evaluations(file) if file.exists() else [])}
         kept |= {row.key: row for row in rows}
-        write_atomically(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in kept.values()))
+        _write(kept.values(), file)
+
+
+def drop_evaluations_after(file: Path, iteration: int) -> None:
+    """Removes the rows of later iterations.
+
+    Raises:
+        ValueError: the file is damaged; it is left as it is.
+    """
+    with _locked(file.parent):
+        rows = read_evaluations(file)
+        kept = [row for row in rows if row.iteration <= iteration]
+        if len(kept) < len(rows):
+            _write(kept, file)
+
+
+def _write(rows: Iterable[Evaluation], file: Path) -> None:
+    write_atomically(file, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 
 
 def read_evaluations(file: Path) -> list[Evaluation]:

@@ -72,7 +72,7 @@ def with_text_blends(args: Iterable[str]) -> list[str]:
     return changed
 
 
-_BLEND_OPTIONS = [f"--{name}" for name in _BLENDS]
+_BLEND_OPTIONS = [f"--{name}{ending}" for name in _BLENDS for ending in ("", "+")]
 
 
 def _text_blend(text: str) -> str:
@@ -142,10 +142,12 @@ def check_options(args: Iterable[str], others: Iterable[str] = ()) -> None:
             continue
         if section not in sections:
             raise ValueError(f"unknown option {option}; {_suggestion(section, [*sections, *others])}")
-        allowed = field_names(get_type_hints(Config)[section])
-        if dot and field not in allowed:
-            raise ValueError(f"unknown option {option}; {_suggestion(field, allowed)}")
-        if dot and "str" not in str(get_type_hints(get_type_hints(Config)[section])[field]):
+        hints = get_type_hints(get_type_hints(Config)[section])
+        if "list" in str(hints.get(field.removesuffix("+"))):
+            field = field.removesuffix("+")  # adds to the list of the config file
+        if dot and field not in hints:
+            raise ValueError(f"unknown option {option}; {_suggestion(field, list(hints))}")
+        if dot and "str" not in str(hints[field]):
             check_notation(option, value if equals else following)
 
 

@@ -46,7 +46,7 @@ from megatron_sbld.training.data import TrainingData, check_data, data_facts
 from megatron_sbld.training.flops import layer_share, padded_vocab_size, training_flops
 from megatron_sbld.training.forecast import forecast, forecast_text
 from megatron_sbld.training.liveness import SAVING
-from megatron_sbld.training.metrics import MetricsWriter, check_logging
+from megatron_sbld.training.metrics import MetricsWriter, check_logging, set_aside
 from megatron_sbld.training.model import (
     build_model,
     build_optimizer,
@@ -107,6 +107,7 @@ def pretrain(config: Config) -> int:
         try:
             with closing(run):
                 run.open_run_folder()
+                tasks.open_file(run.iteration, goes_on=run.goes_on)
                 return run.train(stop, tasks)
         except OSError as error:
             if run.iteration == first:
@@ -174,6 +175,8 @@ class Run:
     def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: Start | None) -> None:
         self.config = config
         self.run_dir = Path(config.logging.run_dir)
+        self.goes_on = start is not None and start.checkpoint.path.parent == self.run_dir / "checkpoints"
+        """Whether it starts from a checkpoint of its own, so that the rows in the run folder are its own too."""
         self.tokenizer = tokenizer
         self.length = RunLength(config.training) if start is None else start.length(config)
         self.train_iters = self.length.train_iters
@@ -390,14 +393,16 @@ class Run:
         if dist.get_rank() == 0:
             for line in lines:
                 logger.warning("%s", line)
-            load, path = self.config.checkpoint.load, start.checkpoint.path
-            if load is not None and path.parent == self.run_dir / "checkpoints":
-                logger.info("checkpoint.load = %r is not loaded: the run goes on from its own newest, %s", load, path)
+            load, own = self.config.checkpoint.load, start.checkpoint.path
+            if load is not None and self.goes_on:
+                logger.info("checkpoint.load = %r is not loaded: the run goes on from its own newest, %s", load, own)
 
     def _open_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = dataclasses.asdict(self.config)
         (self.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
+        if not self.goes_on:
+            set_aside(self.run_dir / "metrics.jsonl")
         return MetricsWriter(self.config.logging, self.iteration + 1, self.train_iters, resolved)
 
     def _announce(self, first: int) -> None:

@@ -7,9 +7,11 @@ iteration; a resumed run first drops the rows that it is about to repeat.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -138,6 +140,17 @@ def drop_rows_from(path: Path, first_iteration: int) -> None:
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
+
+
+def set_aside(path: Path) -> None:
+    """Move the rows that a former run left to a file beside, for a run that starts anew in its folder."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    copy = next(copy for copy in numbered if not copy.exists())
+    shutil.copyfile(path, copy)
+    os.truncate(path, 0)  # a link stays one
+    logger.warning("this run starts anew, with no checkpoint of its own: the rows in %s are kept as %s", path, copy)
 
 
 def _tensorboard_writer(run_dir: Path, first_iteration: int) -> Any:

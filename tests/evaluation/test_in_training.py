@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,33 @@ def test_data_that_cannot_be_asked_are_refused_before_training(folder: Path, cor
         assert str(outcome).startswith("ValueError"), outcome
         assert message in str(outcome)
     assert not (folder / "refused").exists()
+
+
+def test_figures_are_of_the_weights_that_the_run_has(folder: Path, corpus: Path, passages: Path) -> None:
+    """Gone back to a checkpoint, it trains towards others; started anew, it keeps a copy of what a former run left."""
+    config = tiny_run(
+        folder / "gone back",
+        corpus,
+        data={"train_data_path": [f"{corpus}_train"], "lambada_path": str(passages)},
+        training={"task_interval": 2},
+        checkpoint={"save_interval": 4, "save_at_end": True},
+    )
+    file = folder / "gone back" / "evaluations.jsonl"
+    assert run_here(config) == 0
+    assert [row.iteration for row in read_evaluations(file)] == [2, 4, 6, 8]
+    before = file.read_text()
+    shutil.rmtree(folder / "gone back" / "checkpoints" / "iter_0000008")
+    changed = change(config, optimizer={"lr": 1e-3}, training={"exit_after_iterations": 1})
+    assert run_here(changed) == 75
+    assert [row.iteration for row in read_evaluations(file)] == [2, 4]
+    assert file.read_text() == "".join(before.splitlines(keepends=True)[:2])
+    shutil.rmtree(folder / "gone back" / "checkpoints")
+    assert run_here(changed) == 75
+    assert [row["iteration"] for row in rows(folder / "gone back")] == [1]
+    assert read_evaluations(file) == []
+    assert [row.iteration for row in read_evaluations(file.with_name("evaluations.jsonl.1"))] == [2, 4]
+    assert len(file.with_name("metrics.jsonl.1").read_text().splitlines()) == 7
+    file.write_text('{"task": ')
+    assert "evaluations.jsonl, line 1 is cut off" in str(run_here(changed)), "before it trains"
+    assert [row["iteration"] for row in rows(folder / "gone back")] == [1]
+    assert run_here(change(changed, data={"lambada_path": None}, training={"task_interval": 0})) == 75

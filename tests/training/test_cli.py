@@ -104,6 +104,12 @@ def test_lists_and_null_can_be_given_on_the_command_line(received: list[Config],
     assert config.drop.block_layers == [1, 4]
     assert config.data.train_data_path == ["a", "b"]
     assert config.model.kv_channels is None
+    added = ["--drop.block_layers", "[1]", "--drop.block_layers+", "4", "--data.train_data_path+=c"]
+    assert command("pretrain", *added) == 0
+    assert received[1].drop.block_layers == [1, 4]
+    assert received[1].data.train_data_path == ["c"]
+    assert "unknown option --training.seed+" in refused(capsys, "--training.seed+", "4")
+    assert "--drop.block_layers+: 010 is not allowed" in refused(capsys, "--drop.block_layers+", "010")
 
 
 @pytest.mark.parametrize("text", ["---", "# #", "#", "...", "a # b", "~", "null "])

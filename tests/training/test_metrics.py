@@ -17,7 +17,7 @@ from megatron_sbld.plan import draw_plan
 from megatron_sbld.training.config import Config, LoggingConfig
 from megatron_sbld.training.flops import layer_share, padded_vocab_size
 from megatron_sbld.training.forecast import forecast, forecast_text
-from megatron_sbld.training.metrics import MetricsWriter, check_logging, drop_rows_from
+from megatron_sbld.training.metrics import MetricsWriter, check_logging, drop_rows_from, set_aside
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     HALF,
@@ -179,6 +179,19 @@ def test_rows_that_are_on_other_storage_stay_there(tmp_path: Path) -> None:
     drop_rows_from(path, 2)
     assert path.is_symlink()
     assert there.read_text() == '{"iteration": 1}\n'
+
+
+def test_rows_of_a_run_that_starts_anew_are_kept_beside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for text in ("", "first", "second"):
+        path.write_text(text)
+        set_aside(path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir() if file != path} == {
+        "metrics.jsonl.1": "first",
+        "metrics.jsonl.2": "second",
+    }
+    assert path.read_text() == ""
+    assert f"the rows in {path} are kept as {path}.2" in caplog.text
 
 
 def test_dropping_rows_of_a_run_that_has_none_is_nothing(tmp_path: Path) -> None:

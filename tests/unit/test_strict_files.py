@@ -125,6 +125,10 @@ def test_the_weights_of_a_blend_may_be_numbers(tmp_path: Path, weights: str) -> 
     for given in ([f"--data.train_data_path={weights}"], ["--data.train_data_path", weights]):
         config, _ = cli._parse_config(cli._pretrain_parser(), given)
         assert config.data.train_data_path == ["0.3", "a", "7", "b"]
+    (tmp_path / "config.yaml").write_text("data: {train_data_path: [1, c]}")
+    args = ["--config", str(tmp_path / "config.yaml"), "--data.train_data_path+", weights]
+    config, _ = cli._parse_config(cli._pretrain_parser(), args)
+    assert config.data.train_data_path == ["1", "c", "0.3", "a", "7", "b"]
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400"])
