@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ _PASSED_ON = {
     signal.SIGHUP: signal.SIGTERM,
 }
 """What comes, and what the workers get."""
+
+_WAIT_S = 10.0
+"""For workers, once there is a request to stop: before they start, torchrun may wait long for other machines."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -64,11 +68,17 @@ def main(args: Sequence[str]) -> int:
     outcome: list[int] = []
     # Outside of the main thread torchrun installs no signal handlers, and warns of what is meant here.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_no_warning_of_the_thread)
-    thread = threading.Thread(target=lambda: outcome.append(_torchrun(args, asked)))
+    thread = threading.Thread(target=lambda: outcome.append(_torchrun(args, asked)), daemon=True)
     thread.start()
+    deadline = None
     while thread.is_alive():
         thread.join(1.0)
         pass_on()  # what came before there were workers
+        if wanted and not asked:
+            deadline = deadline or time.monotonic() + _WAIT_S
+            if time.monotonic() > deadline:
+                outcome.append(EXIT_INTERRUPTED if wanted == {signal.SIGINT} else EXIT_TO_BE_CONTINUED)
+                break
     status = outcome[0] if outcome else 1
     if os.environ.get(STATUS_FILE):
         try:
@@ -107,6 +117,9 @@ def _torchrun(args: Sequence[str], asked: Collection[object]) -> int:
         return combined_status((failure.exitcode for failure in error.failures.values()), bool(asked))
     except SystemExit as error:  # its own command line
         return error.code if isinstance(error.code, int) else EXIT_MISTAKE
+    except ValueError as error:  # one of its options
+        print(f"megatron_sbld.launch: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_MISTAKE
     except Exception:  # the rendezvous: the machine that holds its store has ended, perhaps only a moment earlier
         traceback.print_exc()
         return combined_status([], bool(asked))

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,15 +231,21 @@ def test_a_container_is_pyxis_or_apptainers(tmp_path: Path) -> None:
 
 
 def start_launcher(
-    folder: Path, script: str, processes: int = 2, hang_up: Any = signal.SIG_DFL, restarts: int = 0
+    folder: Path,
+    script: str,
+    processes: int = 2,
+    hang_up: Any = signal.SIG_DFL,
+    restarts: int = 0,
+    options: Sequence[str] = ("--standalone",),
 ) -> subprocess.Popen[bytes]:
     """`megatron_sbld.launch` with bash as its workers, and a torchrun that would kill them a second after SIGTERM.
 
     hang_up: what it inherits for SIGHUP.
+    options: of torchrun.
     restarts: how often torchrun starts workers again that ended with another status than 0.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_sbld.launch", "--standalone", "--nproc-per-node", str(processes),
+        [sys.executable, "-m", "megatron_sbld.launch", "--nproc-per-node", str(processes), *options,
          "--max-restarts", str(restarts), "--no-python", "bash", "-c", script],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
@@ -294,6 +300,21 @@ def test_a_request_that_comes_before_the_workers_reaches_them(tmp_path: Path) ->
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(60) == 75
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_request_ends_a_launcher_that_waits_for_other_machines(number: int, status: int, tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path, "true", options=["--nnodes", "2"])
+    wait_until(lambda: launcher.poll() is not None or catches(launcher.pid, signal.SIGUSR1))
+    launcher.send_signal(number)
+    assert launcher.wait(60) == status
+    assert (tmp_path / "status").read_text() == f"{status}\n"
+
+
+@pytest.mark.parametrize("options", [["--nproc-per-node", "two"], ["--nnodes", "x"], ["--rdzv-backend", "none"]])
+def test_a_mistake_in_torchruns_options_is_one(options: list[str], tmp_path: Path) -> None:
+    launcher = start_launcher(tmp_path, "true", options=options)
+    assert launcher.wait(60) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
