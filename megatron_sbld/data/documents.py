@@ -262,7 +262,7 @@ def _group_lines(stream: IO[str], separator: str | None, max_bytes: int | None) 
     size = 0
     whole = True
     for line in _lines(stream, max_bytes):
-        goes_on = max_bytes is not None and bool(document) and not document[-1].endswith(("\n", "\r"))
+        goes_on = max_bytes is not None and bool(document) and _goes_on(document[-1], line)
         if separator is not None and not goes_on and line.rstrip("\r\n") == separator:
             yield "".join(document)
             document, size, whole = [], 0, False
@@ -291,6 +291,11 @@ def _lines(stream: IO[str], max_bytes: int | None) -> Iterable[str]:
     if max_bytes is None:
         return stream
     return iter(lambda: stream.readline(max(max_bytes + 1, _LINE_CHARACTERS)), "")
+
+
+def _goes_on(before: str, part: str) -> bool:
+    """Whether a part belongs to the line before it; a part may also end between the two characters of a line end."""
+    return not before.endswith(("\n", "\r")) or (before.endswith("\r") and part == "\n")
 
 
 def _cut(line: str, max_bytes: int) -> list[str]:

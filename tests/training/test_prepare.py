@@ -198,6 +198,13 @@ def test_long_documents_are_cut_when_asked_to_and_none_is_longer(tmp_path, monke
     assert max(len(piece.encode()) for piece in pieces) > 90
 
 
+def test_a_line_end_that_is_read_in_two_parts_is_no_empty_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_sbld.training.documents._LINE_CHARACTERS", 20)
+    path = write(tmp_path / "a.txt", "x" * 19 + "\r\ny\r\n\r\nz\r\n")
+    pieces = train_texts(tmp_path, path, document_separator="", max_document_bytes=19)
+    assert pieces == ["x" * 19, "\r\ny\r\n", "z\r\n"]
+
+
 def test_a_separator_is_a_whole_line_also_where_long_lines_are_read_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_sbld.data.documents._LINE_CHARACTERS", 20)
     text = "x" * 21 + "<|endoftext|>\ny\n<|endoftext|>\nz"
