@@ -199,7 +199,7 @@ def test_long_documents_are_cut_when_asked_to_and_none_is_longer(tmp_path, monke
 
 
 def test_a_line_end_that_is_read_in_two_parts_is_no_empty_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_sbld.training.documents._LINE_CHARACTERS", 20)
+    monkeypatch.setattr("megatron_sbld.data.documents._LINE_CHARACTERS", 20)
     path = write(tmp_path / "a.txt", "x" * 19 + "\r\ny\r\n\r\nz\r\n")
     pieces = train_texts(tmp_path, path, document_separator="", max_document_bytes=19)
     assert pieces == ["x" * 19, "\r\ny\r\n", "z\r\n"]
