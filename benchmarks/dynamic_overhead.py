@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, scope: str, num_microbatches: int) -> str:
         controller.begin_iteration(t, num_microbatches)
         losses = 3.0 + ~controller.plan @ gap + 0.03 * rng.normal(size=num_microbatches)
         result = StepResult(float(losses.mean()), None, None, True, False, losses.tolist())
-        observing[t - 1] = seconds(lambda result=result: update.observe(result))
+        observing[t - 1] = seconds(lambda result=result: update.observe(result.loss, result.microbatch_losses))
     updating = np.median([seconds(lambda: change_and_update(update, controller)) for _ in range(50)])
     share_of_update = updating / DropConfig().update_interval
     reduction = longer_reduction(num_microbatches) if scope == "microbatch" else 0.0

@@ -128,7 +128,7 @@ sys.modules["torch"] = sys.modules["megatron"] = None  # importing them raises I
 from megatron_sbld.cli import main as cli
 cli.main(["schedule", "show", "--config", "config.yaml", *{parallel}])
 """
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(root)}
     )
