@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import _unset_checkpointing
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +48,7 @@ def _one_process() -> Iterator[None]:
     get_moe_layer_wise_logging_tracker().clear()  # Megatron's, of the process: another model may have other layers
     with single_process(), model_parallel():
         yield
+    _unset_checkpointing()  # an error in a recomputed layer leaves Megatron's flag set, for all tests to come
 
 
 class Loop:
