@@ -95,7 +95,7 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
     Args:
         saved: the checkpoint.
         config: the present config.
-        train_data: `data.data_facts` of the present training data.
+        train_data: `data_facts` (data/blend.py) of the present training data.
 
     Raises:
         ValueError: naming each field that plans the run and has changed, unless checkpoint.replan is true; or a length

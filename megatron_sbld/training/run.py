@@ -112,6 +112,7 @@ class Run:
 
     def open_run_folder(self) -> None:
         """Let the run save checkpoints and write its metrics. Collective."""
+        self._train_data = data_facts(self.config)  # once: it reads every index
         self.checkpoints = CheckpointManager(
             self.run_dir / "checkpoints",
             keep_last=self.config.checkpoint.keep_last,
@@ -213,7 +214,7 @@ class Run:
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer": self.tokenizer.fingerprint(),
             "planned_from": [self.length.iteration, self.length.samples],
-            "train_data": data_facts(self.config),
+            "train_data": self._train_data,
         }
         assert self.checkpoints is not None, "open_run_folder comes before train"
         self.checkpoints.save(self.iteration, self.chunks, self.optimizer, self.scheduler, train_state)
