@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_sbld.agreement import Settings, check_agreement, record_of_window
 from megatron_sbld.checks import check_choice, check_integer, check_keys, check_layer_number
+from megatron_sbld.growth import Growth
 from megatron_sbld.method.decisions import (
     MAX_REPLICA,
     MAX_SAMPLES,
@@ -115,6 +116,9 @@ class DropController:
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
         self._checks: list[Callable[[], None]] = []
+        self.num_replicas = 1
+        """Data-parallel replicas of the run; told by what attaches the controller, needed with `distinct` alone."""
+        self.growth = Growth(policy)
         self._draw(0, 1, self.keep_probs, replica)  # refuses stages and replicas that cannot be
 
     @property
@@ -164,6 +168,8 @@ class DropController:
         if self.num_samples is not None:
             replica = self.replica if self.replicas == "distinct" else 0
             sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
+        self.growth.end_iteration(self._ran)
+        self.growth.let_begin(self.policy.begun_layers(iteration))
         # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
         self.begun += 1
         self.iteration = iteration
@@ -178,6 +184,27 @@ class DropController:
     def check_once(self, check: Callable[[], None]) -> None:
         """Call `check` at the beginning of the next iteration; what it raises, begin_iteration raises."""
         self._checks.append(check)
+
+    def note_step(self) -> None:
+        """The optimizer makes a step with the gradients of this iteration. Call it on every rank, whatever it steps."""
+        self.growth.note_step()
+
+    def makes_first_step(self, layer_number: int) -> bool:
+        """Whether the optimizer steps the layer (1-based) for the first time since it began, with a gradient."""
+        return self.growth.awaits_first_step(layer_number) and layer_number in self._ran()
+
+    def has_begun(self, layer_number: int) -> bool:
+        """Whether the layer (1-based) has begun; the others run in evaluation neither. Without stages all have."""
+        return layer_number in self.growth.begun
+
+    def _ran(self) -> frozenset[int]:
+        """Layers that some microbatch of the present iteration runs on some replica."""
+        ran = self.plan.any(axis=0)
+        if not self.replicas_run_alike:
+            for replica in range(self.num_replicas):
+                counts = self._draw(self.iteration, self.num_microbatches, self.keep_probs, replica)
+                ran |= (counts > 0).any(axis=0)
+        return frozenset((np.flatnonzero(ran) + 1).tolist())
 
     def replace_policy(self, policy: Policy) -> None:
         """Use another policy of this model from the next iteration on, whose decisions ranks compare anew.
@@ -250,6 +277,7 @@ class DropController:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to take the same decisions, also on another parallel layout."""
+        self.growth.end_iteration(self._ran)
         return {
             "seed": self.seed,
             "scope": self.scope,
@@ -260,6 +288,7 @@ class DropController:
             "replicas": self.replicas,
             "num_layers": self.num_layers,
             "iteration": self.iteration,
+            "growth": self.growth.state_dict(self.policy),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
@@ -270,7 +299,7 @@ class DropController:
         Raises:
             ValueError: the state is of a model with another number of layers, or not what state_dict made.
         """
-        check_keys("the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers"))
+        check_keys("the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers", "iteration"))
         if state["num_layers"] != self.num_layers:
             raise ValueError(
                 f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"
@@ -278,9 +307,10 @@ class DropController:
         if self.sampler == "balanced" and state["sampler"] == "balanced":
             self.stages = state["stages"]
         self._verified = None
+        self.policy, line = self.growth.load_state_dict(state.get("growth"), self.policy, state["iteration"] + 1)
         state = {"granularity": "layer", "num_samples": None, **state}  # older states have neither
         present = self.state_dict()
-        return [
+        return [line] * bool(line) + [
             f"drop {name}: {state[name]!r} when saved, {present[name]!r} now"
             for name in ("seed", "scope", "sampler", "granularity", "num_samples", "replicas")
             if state[name] != present[name]

@@ -3,7 +3,8 @@
 A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so
 parameter names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one
 hands its input on; one that only some samples of a microbatch run is samples.py's. Evaluation never asks and never
-drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
+drops, but for layers that have not begun. What a skip must take care of is listed at `_SkippedLayer` and in
+layer_buckets.py.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class SwitchableLayer(TransformerLayer):
         if not self.training:
             if is_checkpointing():
                 self._refuse_recomputation_in_evaluation()
-            return super().forward(*args, **kwargs)
+            if self._drop_controller.has_begun(self.layer_number):
+                return super().forward(*args, **kwargs)
+            return self._hand_on(args[0] if args else kwargs["hidden_states"]), kwargs.get("context")
         controller = self._drop_controller
         hidden_states = args[0] if args else kwargs["hidden_states"]
         microbatch = self._microbatch()
@@ -91,13 +94,18 @@ class SwitchableLayer(TransformerLayer):
 
     def _skip(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
+        controller = self._drop_controller
+        # Other replicas may run what this one skips, but for a layer that has not begun.
+        self._drop_record.skipped = controller.replicas_run_alike or not controller.has_begun(self.layer_number)
+        return self._hand_on(hidden_states)
+
+    def _hand_on(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self._drop_buckets is None:
             # Looked up here, once: a layer may have been made switchable before its model was wrapped.
             self._drop_buckets = LayerBuckets(self)
             _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
             _let_buckets_be_skipped(self._drop_buckets.wrapper)
         buckets = self._drop_buckets
-        self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
         buckets.wait_for_params()
         return _SkippedLayer.apply(hidden_states, buckets.stand_in(hidden_states))
 
@@ -212,6 +220,7 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
         partial(_refuse_wrapped, chunks, layers)
     )  # fully_shard() and compile() change a model in place
     controller.check_once(partial(_refuse_equal_replicas, controller))
+    controller.check_once(partial(_refuse_unattended_growth, controller))
     return [layer.layer_number for layer in layers]
 
 
@@ -295,6 +304,14 @@ def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[Transfor
     for chunk in chunks:
         refuse_wrapped_layers(chunk, layers)
     refuse_wrappers_around(layers)
+
+
+def _refuse_unattended_growth(controller: DropController) -> None:
+    if len(controller.growth.begun) < controller.num_layers and not controller.growth.callbacks:
+        raise ValueError(
+            "the policy has stages, whose waiting layers the optimizer would move: call grow_in_stages(model, "
+            "optimizer) once the optimizer is built"
+        )
 
 
 def _refuse_compiled_scales(layer: TransformerLayer) -> None:
