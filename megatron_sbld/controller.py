@@ -299,7 +299,9 @@ class DropController:
         Raises:
             ValueError: the state is of a model with another number of layers, or not what state_dict made.
         """
-        check_keys("the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers", "iteration"))
+        check_keys(
+            "the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers", "iteration")
+        )
         if state["num_layers"] != self.num_layers:
             raise ValueError(
                 f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"

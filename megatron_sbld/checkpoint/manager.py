@@ -28,6 +28,7 @@ from megatron_sbld.checkpoint.files import Layout
 from megatron_sbld.config.flops import ffn_hidden_size
 from megatron_sbld.config.sections import Config, ModelConfig
 from megatron_sbld.controller import CHECKPOINT_KEY
+from megatron_sbld.mcore.optimizer.params import gather_params
 from megatron_sbld.mcore.optimizer.state import load_state, sharded_state
 from megatron_sbld.mcore.rng_state import reseed, restore_rng_state, sharded_rng_state
 from megatron_sbld.ranks import on_rank_0
@@ -351,7 +352,7 @@ def _state_to_save(
 ) -> dict[str, Any]:
     """Megatron-LM's state dict of a run. Collective."""
     metadata = content.content_metadata(layout.optimizer_format)
-    content.gather_params(model_chunks)
+    gather_params(model_chunks)
     state = content.model_state(model_chunks, metadata)
     state["optimizer"] = sharded_state(optimizer, state, content.with_group(metadata))
     state["opt_param_scheduler"] = scheduler.state_dict()

@@ -35,7 +35,6 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config, unwrap_model
@@ -142,13 +141,6 @@ def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any
 def with_group(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata as sharded_state_dict methods want it; the group itself is not saved."""
     return {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def gather_params(model_chunks: Sequence[torch.nn.Module]) -> None:
-    """With overlap_param_gather, fetch now what the next forward pass would have fetched. Collective."""
-    for chunk in model_chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
 
 
 def take_snapshot(state: dict[str, Any], *, copy: bool) -> Snapshot:

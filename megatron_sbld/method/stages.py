@@ -23,6 +23,8 @@ from megatron_sbld.checks import check_integer, check_keys, check_layers, check_
 
 StageRule = Literal["first", "last", "spread", "sensitivity"]
 """Which layers begin first: the first ones, the last ones, evenly spread ones, the most sensitive ones."""
+StageInit = Literal["random", "zero", "copy"]
+"""What a layer begins as: as initialised, with output projections of zero, or as a copy of a running layer."""
 StageLayers = StageRule | Sequence[int]
 """A rule, or layers in the order in which they begin."""
 
