@@ -1,7 +1,7 @@
 """Which layers have begun in a run with stages, and which of them the optimizer has not stepped yet.
 
-Part of the controller: the same on every rank, saved with its state. What stages are is method/stages.py's; what is done
-to a layer that begins, mcore/skip/growth.py's.
+Part of the controller: the same on every rank, saved with its state. What stages are is method/stages.py's; what is
+done to a layer that begins, mcore/skip/growth.py's.
 """
 
 from __future__ import annotations

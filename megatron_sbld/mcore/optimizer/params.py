@@ -1,4 +1,4 @@
-"""A parameter of the model and what the optimizer holds of it: fp32 copies, shards, moments, whole again where asked."""
+"""A parameter of the model and what the optimizer holds of it: fp32 copies, shards, moments; whole where asked."""
 
 from __future__ import annotations
 

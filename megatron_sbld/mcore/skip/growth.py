@@ -1,7 +1,7 @@
 """Layers that begin during a run (method/stages.py): frozen until then, and what they begin as.
 
-`random`: as they were initialised. `zero`: both output projections are zero, so the layer adds nothing at first. `copy`:
-the weights of the nearest running layer below, else above, also from another pipeline rank.
+`random`: as they were initialised. `zero`: both output projections are zero, so the layer adds nothing at first.
+`copy`: the weights of the nearest running layer below, else above, also from another pipeline rank.
 """
 
 from __future__ import annotations
