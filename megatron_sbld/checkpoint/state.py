@@ -41,6 +41,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sbld.checkpoint.files import Layout, remove
+from megatron_sbld.checkpoint.layers import LayerMap, place_layers
 from megatron_sbld.mcore.local.layer_specs import uneven_layout
 from megatron_sbld.mcore.optimizer.state import bucket_sizes
 
@@ -130,12 +131,16 @@ def content_metadata(optimizer_format: str) -> dict[str, Any]:
     return metadata
 
 
-def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state of this rank's chunks, under Megatron-LM's keys."""
-    return {
-        key: chunk.sharded_state_dict(metadata=with_group(metadata))
-        for key, chunk in _named_chunks(model_chunks).items()
-    }
+def model_state(
+    model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any], layers: LayerMap | None = None
+) -> dict[str, Any]:
+    """The sharded state of this rank's chunks, under Megatron-LM's keys; of some layers alone where `layers` says so."""
+    states = {}
+    for key, chunk in _named_chunks(model_chunks).items():
+        states[key] = chunk.sharded_state_dict(metadata=with_group(metadata))
+        if layers is not None:
+            place_layers(chunk, states[key], layers, with_group(metadata))
+    return states
 
 
 def with_group(metadata: dict[str, Any]) -> dict[str, Any]:

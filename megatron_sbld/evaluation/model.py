@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from megatron_sbld.checkpoint.files import (
     find_checkpoint,
     read_train_state,
 )
+from megatron_sbld.checkpoint.layers import LayerMap, begun_layers
 from megatron_sbld.checkpoint.manager import load_weights, saved_model
-from megatron_sbld.checkpoint.start import embedding_rows
+from megatron_sbld.checkpoint.start import embedding_rows, patched_drop_state
 from megatron_sbld.checks import check_choice, check_flag
 from megatron_sbld.config.files import read_config
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
@@ -77,6 +79,19 @@ class TrainedModel:
     """Tokens that it was trained on; None where the checkpoint does not say, as in the next."""
     train_time_s: float | None
     seed: int | None
+    layers: LayerMap | None = None
+    """The checkpoint's layers that had begun, which are the model's; None where all of them had."""
+
+    @property
+    def growing(self) -> str | None:
+        """A line on a run that was still growing when it was saved."""
+        if self.layers is None:
+            return None
+        places = ", ".join(map(str, self.layers.places.values()))
+        return (
+            f"iteration {self.checkpoint.iteration:,}: the run was still growing, and {len(self.layers.places)} of its "
+            f"{self.layers.num_saved} layers had begun ({places}): the model has these alone"
+        )
 
     @property
     def run_dir(self) -> Path | None:
@@ -134,11 +149,14 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
     state = read_train_state(found.path)
     saved: Mapping[str, Any] = state.get("config", {})
     model = saved_model(saved)
+    begun = begun_layers(state.get("drop"), model.num_layers)
+    layers = LayerMap.of_begun(begun, model.num_layers)
     loaded = _saved_tokenizer(found.path, state, tokenizer)
     samples = state.get("consumed_samples")
     return TrainedModel(
         checkpoint=found,
-        model=model,
+        model=dataclasses.replace(model, num_layers=len(begun)),
+        layers=layers,
         tokenizer=loaded,
         rows=_checked_rows(found.path, loaded),
         precision=saved.get("training", {}).get("precision", "fp32"),
@@ -181,9 +199,11 @@ def _read_without_manifest(path: Path, tokenizer: str | None, config: Config | N
         )
     loaded = load_tokenizer(tokenizer or config.data.tokenizer)
     name = path.name.removeprefix("iter_")
+    begun = begun_layers(patched_drop_state(path), config.model.num_layers)
     return TrainedModel(
         checkpoint=CheckpointInfo(path, iteration=int(name) if name.isdecimal() else 0),
-        model=config.model,
+        model=dataclasses.replace(config.model, num_layers=len(begun)),
+        layers=LayerMap.of_begun(begun, config.model.num_layers),
         tokenizer=loaded,
         rows=_checked_rows(path, loaded),
         precision=config.training.precision,
@@ -242,7 +262,7 @@ def load_chunks(trained: TrainedModel, config: Config) -> list[torch.nn.Module]:
         ValueError: the checkpoint is damaged, or its model is not the one that its config describes.
     """
     chunks = build_chunks(config, trained.rows)
-    load_weights(trained.checkpoint.path, chunks)
+    load_weights(trained.checkpoint.path, chunks, layers=trained.layers)
     for chunk in chunks:
         chunk.eval()
     return chunks
