@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.gpt import GPTModel
 
 _LAYERS = "decoder.layers."
 
@@ -24,7 +24,7 @@ class LayerMap:
         """Of a model of the layers that have begun alone; None where that is all of them."""
         if len(begun) == num_saved:
             return None
-        return cls({place: layer for place, layer in enumerate(sorted(begun), start=1)}, num_saved)
+        return cls(dict(enumerate(sorted(begun), start=1)), num_saved)
 
     @classmethod
     def into(cls, layers: Collection[int], begun: Sequence[int], num_saved: int) -> LayerMap:
@@ -46,10 +46,10 @@ def begun_layers(drop_state: Mapping[str, Any] | None, num_layers: int) -> list[
     return list(range(1, num_layers + 1)) if growth is None else list(growth["begun"])
 
 
-def place_layers(chunk: torch.nn.Module, state: dict[str, Any], layers: LayerMap, metadata: dict[str, Any]) -> None:
+def place_layers(chunk: GPTModel, state: dict[str, Any], layers: LayerMap, metadata: dict[str, Any]) -> None:
     """Let a chunk's sharded state ask for the layers of the map in their places in the checkpoint, and for no others.
 
-    chunk: a GPTModel.  state: its sharded state dict, by local names; changed.
+    state: the chunk's sharded state dict, by local names; changed.
     metadata: as for the chunk's sharded_state_dict.
     """
     for name in [name for name in state if name.startswith(_LAYERS)]:

@@ -130,7 +130,8 @@ def test_a_waiting_layer_keeps_weights_and_moments_whatever_dropped_update_says(
             for name, state in training.states().items():
                 if layer_of(name) in waiting:
                     assert torch.equal(state["weight"], before[name]["weight"])
-                    assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+                    assert not state["exp_avg"].any()
+                    assert not state["exp_avg_sq"].any()
                     assert state["step"] == 4
 
 
