@@ -19,10 +19,14 @@ class Growth:
     """How far a run has grown. Layers are 1-based; without stages all have begun from the start."""
 
     def __init__(self, policy: Policy) -> None:
-        self.begun = policy.begun_layers(0)
+        self.start(policy)
         self.callbacks: list[OnGrowth] = []
         self._first_steps: frozenset[int] = frozenset()  # begun, but not stepped since
         self._stepped = False  # in the present iteration
+
+    def start(self, policy: Policy) -> None:
+        """The state before the first iteration."""
+        self.begun = policy.begun_layers(0)
 
     def let_begin(self, layers: frozenset[int]) -> None:
         """The layers of the coming iteration; what is new among them begins."""

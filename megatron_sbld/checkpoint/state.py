@@ -134,7 +134,7 @@ def content_metadata(optimizer_format: str) -> dict[str, Any]:
 def model_state(
     model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any], layers: LayerMap | None = None
 ) -> dict[str, Any]:
-    """The sharded state of this rank's chunks, under Megatron-LM's keys; `layers`: of these layers of the checkpoint."""
+    """The sharded state of this rank's chunks, by Megatron-LM's keys; `layers`: of these layers of a checkpoint."""
     states = {}
     for key, chunk in _named_chunks(model_chunks).items():
         states[key] = chunk.sharded_state_dict(metadata=with_group(metadata))

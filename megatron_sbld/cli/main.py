@@ -155,19 +155,27 @@ def _config_parser(usage: str, description: str) -> CommandParser:
 
 def _parse_config(parser: CommandParser, args: list[str], others: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
     """The config that the arguments stand for, and the values of the command's `others`, options without dashes."""
-    from megatron_sbld.config.files import check_options, parse_files, with_expanded_paths, with_text_blends
+    from megatron_sbld.config.files import (
+        check_options,
+        explicit_drop_fields,
+        parse_files,
+        resolved,
+        with_text_blends,
+    )
     from megatron_sbld.config.sections import Config
 
     files, args = _config_files(args)
     check_options(args, others)
     try:
-        found = parser.parse_args(with_text_blends(args), namespace=parse_files(files))
+        given = parse_files(files)
+        explicit = explicit_drop_fields(given, args)
+        found = parser.parse_args(with_text_blends(args), namespace=given)
         values = parser.instantiate(found).as_dict()
     except OverflowError as error:
         raise ValueError(f"a number on the command line is too large: {error}") from error
     values.pop("config", None)
     options = {name: values.pop(name) for name in others}
-    return with_expanded_paths(Config(**values)), options
+    return resolved(Config(**values), explicit), options
 
 
 def _config_files(args: list[str]) -> tuple[list[str], list[str]]:

@@ -24,6 +24,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import train_iterations, validate
 from megatron_sbld.data.blend import check_data, parse_blend
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.method.build import dropped_update
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import Method, Request
@@ -327,6 +328,7 @@ def _about(plan: ProfilePlan, world_size: int, command: str) -> dict[str, Any]:
     if plan.method == "train":
         names = ("decision_scope", "granularity", "residual_scale", "dropped_update")
         about |= {"drop_prob": plan.drop_prob, "drop": {name: getattr(config.drop, name) for name in names}}
+        about["drop"]["dropped_update"] = dropped_update(config.drop)
     else:
         about |= {"batches": plan.batches}
     gpus = torch.cuda.is_available()

@@ -15,12 +15,15 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_sbld.checks import check_integer, check_layers
-from megatron_sbld.method.config import DropConfig, ScheduleName, check_ranges, default_of, drop_field_names
+from megatron_sbld.fields import check_fields
+from megatron_sbld.method.choices import DroppedUpdate, PolicyName, ResidualScale, ScheduleName
+from megatron_sbld.method.combinations import refuse_combinations
+from megatron_sbld.method.config import DropConfig, default_of, drop_field_names, fields_of
 from megatron_sbld.method.decisions import replicas_run_alike
 from megatron_sbld.method.policy import (
     FullDepthPolicy,
@@ -28,6 +31,7 @@ from megatron_sbld.method.policy import (
     PLDPolicy,
     Policy,
     SBLDPolicy,
+    StagedPolicy,
     StochasticDepthPolicy,
 )
 from megatron_sbld.method.schedule import (
@@ -35,34 +39,25 @@ from megatron_sbld.method.schedule import (
     Constant,
     Exponential,
     Linear,
+    Plateau,
     Polynomial,
     Schedule,
+    Steps,
     amplitude_for_peak,
     scale_for_peak,
 )
+from megatron_sbld.method.stages import Stages
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.lists import choose_lists, layers_of_fraction
 
-_POLICY_SCHEDULES: dict[str, ScheduleName] = {
+_POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "sbld": "pwegd",
     "pld": "exponential",
     "layerdrop": "constant",
     "stochastic_depth": "constant",
 }
-_SCHEDULE_FIELDS: dict[str, set[str]] = {
-    "pwegd": {"a", "b", "c", "epsilon", "eta", "peak_iteration", "peak_theta"},
-    "exponential": {"gamma"},
-    "linear": {"start_theta", "duration"},
-    "polynomial": {"start_theta", "duration", "power"},
-    "constant": set(),
-}
+"""What schedule: null stands for."""
 _LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
-_SBLD_FIELDS = {
-    *("alpha", "beta", "theta_min", "theta_max", "allow_keep_prob"),
-    *("sensitivity", "interpolate", "sensitivity_update"),
-    *_LIST_FIELDS,
-}
-_DYNAMIC_FIELDS = {"update_interval", "update_memory", "exploration", "release_block"}
 _EXCLUSIVE_FIELDS = (
     ("b", "peak_iteration"),
     ("eta", "peak_theta"),
@@ -85,11 +80,12 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
     """
     check_integer("num_layers", num_layers, 1)
     check_integer("train_iters", train_iters, 1)
-    check_ranges(config)
+    check_fields(config, "drop.")
     if config.policy == "none":
         return
+    refuse_combinations(drop_settings(config), "drop.{}".format)
     changed = _changed_fields(config)
-    _check_sampler(config, num_layers, num_stages)
+    _check_stages(config, num_layers, num_stages)
     _check_schedule_fields(config, changed)
     for first, second in _EXCLUSIVE_FIELDS:
         if {first, second} <= changed:
@@ -97,24 +93,13 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
                 f"drop.{first} = {getattr(config, first)} and drop.{second} = {getattr(config, second)} exclude each "
                 "other: set one of them"
             )
-    build_schedule(config, train_iters)
+    if config.policy != "staged":
+        build_schedule(config, train_iters)
+    _check_growth(config, num_layers, train_iters)
+    with _named_as_fields():
+        check_layers("keep_layers", config.keep_layers or (), num_layers)
     if config.policy == "sbld":
         _check_sbld(config, num_layers)
-    if updates_sensitivity(config) and config.granularity == "sample":
-        raise ValueError(
-            "drop.granularity = 'sample' does not work with drop.sensitivity_update dynamic: a layer runs nearly the "
-            "same share of every microbatch, so that losses say nothing about it; use layer"
-        )
-    if updates_sensitivity(config) and config.replicas == "distinct":
-        raise ValueError(
-            "drop.replicas = 'distinct' does not work with drop.sensitivity_update dynamic: the loss is a mean over "
-            "replicas, which took different decisions; use shared"
-        )
-    if config.dropped_update == "freeze" and not replicas_run_alike(config.replicas, config.granularity):
-        raise ValueError(
-            "drop.replicas = 'distinct' does not work with drop.dropped_update freeze: whether every replica dropped a "
-            "layer is known to none of them; use shared or apply"
-        )
     unused = sorted(changed & _unused_fields(config))
     if unused:
         names = ", ".join(f"drop.{name}" for name in unused)
@@ -122,6 +107,19 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
         if config.policy == "sbld" and not updates_sensitivity(config):
             chosen += f" and drop.sensitivity_update {config.sensitivity_update}"
         warnings.warn(f"no effect with {chosen}: {names}", stacklevel=2)
+
+
+def drop_settings(config: DropConfig) -> dict[str, Any]:
+    """What is in force of the section, as combinations.py asks for it: nothing with policy none, and no field of
+    another policy or schedule; residual_scale is the policy's own where the section has none.
+    """
+    if config.policy == "none":
+        return {}
+    unused = _unused_fields(config)
+    used = {name: getattr(config, name) for name in drop_field_names() if name not in unused}
+    if config.stages is not None and config.sampler == "bernoulli":
+        del used["balance_stages"]  # it shares out the stages' layers, and the sampler has none
+    return {**used, "residual_scale": residual_scale(config), "dropped_update": dropped_update(config)}
 
 
 def updates_sensitivity(config: DropConfig) -> bool:
@@ -145,44 +143,75 @@ def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
             return Linear(config.start_theta, config.theta, duration)
         if name == "polynomial":
             return Polynomial(config.start_theta, config.theta, duration, config.power)
+        if name == "plateau":
+            hold, decay = (share * train_iters for share in (config.hold_until, config.decay_until))
+            return Plateau(theta=config.theta, hold_until=hold, decay_until=decay)
+        if name == "steps":
+            if config.steps is None:
+                raise ValueError("steps = None is not allowed with schedule steps: it must be a list of [share, theta]")
+            return Steps.of_shares(config.steps, train_iters)
         return Constant(config.theta)
 
 
-_SCHEDULED: dict[str, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
+def dropped_update(config: DropConfig) -> DroppedUpdate:
+    """What the optimizer does to a dropped layer that has begun, by what the section says or by its own rule."""
+    if config.dropped_update is not None:
+        return config.dropped_update
+    freezes = config.stages is not None and replicas_run_alike(config.replicas, config.granularity)
+    return "freeze" if freezes else "apply"
+
+
+_SCHEDULED: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
     "pld": PLDPolicy,
     "layerdrop": LayerDropPolicy,
     "stochastic_depth": StochasticDepthPolicy,
 }  # a schedule is all that they need
 
 
-def scales_residual(config: DropConfig) -> bool:
-    """Whether kept layers' branches are scaled, by what the section says or by the policy's own rule."""
+def residual_scale(config: DropConfig) -> ResidualScale:
+    """How kept layers' branches are scaled, by what the section says or by the policy's own rule."""
     if config.policy == "none":
-        return False
-    own_rule = _SCHEDULED.get(config.policy, SBLDPolicy).default_residual_scale
-    return (config.residual_scale or own_rule) != "none"
+        return "none"
+    return config.residual_scale or _SCHEDULED.get(config.policy, SBLDPolicy).default_residual_scale
 
 
 def build_policy(
-    config: DropConfig, num_layers: int, train_iters: int, base_dir: str | os.PathLike[str] | None = None
+    config: DropConfig,
+    num_layers: int,
+    train_iters: int,
+    base_dir: str | os.PathLike[str] | None = None,
+    ranks: Sequence[Sequence[int]] | None = None,
 ) -> Policy:
     """The policy of the section for a model of L layers and a run of T iterations.
 
     base_dir: folder that a relative path of the sensitivity file starts from; None is the working directory.
+    ranks: layers (1-based) of each pipeline rank, which share out those of drop.stages unless balance_stages is given;
+        None is one rank.
     Raises ValueError naming the field, also for a sensitivity file that cannot be used.
     """
     validate_drop(config, num_layers, train_iters)
     if config.policy == "none":
         return FullDepthPolicy(num_layers)
-    schedule = build_schedule(config, train_iters)
+    schedule = build_schedule(config, train_iters) if config.policy != "staged" else Constant(1.0)
     common: dict[str, Any] = {
         "residual_scale": config.residual_scale,
         "recovery_fraction": config.recovery_fraction,
         "train_iters": train_iters,
+        "keep_layers": config.keep_layers or (),
     }
+    measured = None
+    if config.policy == "sbld" or _stages_by_sensitivity(config):
+        measured = _load_sensitivity(config, num_layers, base_dir)
+    if config.stages is not None:
+        common["stages"] = _resolve_stages(config, num_layers, train_iters, ranks, measured)
+    if config.policy == "staged":
+        return StagedPolicy(common.pop("stages"), num_layers, **common)
+    if config.policy == "layerdrop":
+        common["depth"] = config.depth
     if config.policy in _SCHEDULED:
-        return _SCHEDULED[config.policy](schedule, num_layers, **common)
-    measured = _load_sensitivity(config, num_layers, base_dir)
+        with _named_as_fields():
+            return _SCHEDULED[config.policy](schedule, num_layers, **common)
+    assert measured is not None, "SBLD has read its file"
     dynamic = updates_sensitivity(config)
     with _named_as_fields():
         block, allow = _choose_layers(config, measured)
@@ -202,29 +231,70 @@ def build_policy(
         )
 
 
-def _check_sampler(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
+def _resolve_stages(
+    config: DropConfig,
+    num_layers: int,
+    train_iters: int,
+    ranks: Sequence[Sequence[int]] | None,
+    measured: SensitivityFile | None,
+) -> Stages:
+    assert config.stages is not None, "asked for with stages alone"
+    if config.balance_stages is not None:
+        size = num_layers // config.balance_stages
+        ranks = [range(first, first + size) for first in range(1, num_layers + 1, size)]
+    sensitivity = None if measured is None else measured.sensitivity
+    with _named_as_fields():
+        return Stages.resolve(
+            config.stages, num_layers, train_iters, config.stage_layers, ranks=ranks, sensitivity=sensitivity
+        )
+
+
+def _stages_by_sensitivity(config: DropConfig) -> bool:
+    return config.stages is not None and config.stage_layers == "sensitivity"
+
+
+def _check_growth(config: DropConfig, num_layers: int, train_iters: int) -> None:
+    """Refuse stages that cannot be, without reading any file."""
+    if config.stages is None:
+        if config.policy == "staged":
+            raise ValueError(
+                "drop.stages = None is not allowed with drop.policy staged: it must be a list of [share of the "
+                f"iterations, number of layers], ending with [1.0, {num_layers}]"
+            )
+        return
+    if _stages_by_sensitivity(config) and config.sensitivity is None:
+        raise ValueError(
+            "drop.sensitivity = None is not allowed with drop.stage_layers sensitivity: it must be the path of a "
+            f"sensitivity file for {num_layers} layers (`megatron-sbld sensitivity measure` makes one)"
+        )
+    any_sensitivity = [0.0] * num_layers
+    with _named_as_fields():
+        stages = Stages.resolve(
+            config.stages, num_layers, train_iters, config.stage_layers, sensitivity=any_sensitivity
+        )
+        FullDepthPolicy(num_layers, recovery_fraction=config.recovery_fraction, train_iters=train_iters, stages=stages)
+
+
+def _check_stages(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
+    if config.balance_stages is not None and num_layers % config.balance_stages:
+        raise ValueError(
+            f"drop.balance_stages = {config.balance_stages} is not allowed: it must divide the {num_layers} layers"
+        )
     if config.sampler == "balanced":
         name = "pipeline stages" if config.balance_stages is None else "drop.balance_stages"
         stages = num_stages if config.balance_stages is None else config.balance_stages
         if stages is not None and num_layers % stages:
             raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
-        return
-    if config.balance_stages is not None:
-        raise ValueError(f"drop.balance_stages = {config.balance_stages} needs drop.sampler balanced")
-    if not replicas_run_alike(config.replicas, config.granularity):
-        raise ValueError(
-            "drop.replicas = 'distinct' needs drop.sampler balanced, or replicas would wait for each other"
-        )
 
 
 def _check_schedule_fields(config: DropConfig, changed: set[str]) -> None:
     """Refuse parameters of another schedule, unless they may belong to another policy that takes its own schedule."""
     name = _schedule_name(config)
-    useful = set(_SCHEDULE_FIELDS[name])
+    useful = fields_of(name)
     if config.schedule is None:
-        useful = useful.union(*(_SCHEDULE_FIELDS[own] for own in _POLICY_SCHEDULES.values()))
-    for field in sorted(changed & set().union(*_SCHEDULE_FIELDS.values()) - useful):
-        owners = " or ".join(owner for owner, fields in _SCHEDULE_FIELDS.items() if field in fields)
+        useful = useful.union(*(fields_of(own) for own in _POLICY_SCHEDULES.values()))
+    for field in sorted(changed & _schedule_fields() - useful):
+        owners = " or ".join(owner for owner in get_args(ScheduleName) if field in fields_of(owner))
         raise ValueError(
             f"drop.{field} = {getattr(config, field)} is not used by drop.schedule {name}: leave it out, or set "
             f"drop.schedule to {owners}"
@@ -243,7 +313,8 @@ def _check_sbld(config: DropConfig, num_layers: int) -> None:
         block = check_layers("block_layers", () if config.block_layers is None else config.block_layers, num_layers)
         allow = check_layers("allow_layers", () if config.allow_layers is None else config.allow_layers, num_layers)
         # The policy's own check of the lists, before any file is read.
-        SBLDPolicy(Constant(1.0), [0.0] * num_layers, block_layers=block, allow_layers=allow)
+        keep = config.keep_layers or ()
+        SBLDPolicy(Constant(1.0), [0.0] * num_layers, block_layers=block, allow_layers=allow, keep_layers=keep)
     _check_list_sizes(config, num_layers)
 
 
@@ -319,6 +390,7 @@ def _warn_of_other_settings(config: DropConfig, measured: SensitivityFile) -> No
     ours = {name: getattr(config, name) for name in _MEASURED_FIELDS}
     # None stands for the policy's own.
     ours["residual_scale"] = ours["residual_scale"] or SBLDPolicy.default_residual_scale
+    ours["dropped_update"] = dropped_update(config)
     for name, value in measured.measured_otherwise(ours).items():
         warnings.warn(
             f"{config.sensitivity} was measured with {name} {value}, but drop.{name} is {ours[name]}: its gaps may "
@@ -346,7 +418,7 @@ def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[i
     block = set(by_rule[0] if config.block_layers is None else config.block_layers)
     allow = set(by_rule[1] if config.allow_layers is None else config.allow_layers)
     if config.allow_layers is None:
-        allow -= block
+        allow -= block | set(config.keep_layers or ())
     if config.block_layers is None:
         block -= allow
     return block, allow
@@ -363,10 +435,19 @@ def _changed_fields(config: DropConfig) -> set[str]:
 
 def _unused_fields(config: DropConfig) -> set[str]:
     """Fields of other policies and schedules than the section's."""
-    unused = set().union(*_SCHEDULE_FIELDS.values()) - _SCHEDULE_FIELDS[_schedule_name(config)]
+    unused = _schedule_fields() - fields_of(_schedule_name(config))
     if not updates_sensitivity(config):
-        unused |= _DYNAMIC_FIELDS
-    return unused if config.policy == "sbld" else unused | _SBLD_FIELDS
+        unused |= fields_of("dynamic")
+    unused |= frozenset().union(*(fields_of(policy) for policy in get_args(PolicyName) if policy != config.policy))
+    if config.stages is None:
+        unused |= fields_of("stages")
+    if config.policy == "staged":
+        unused |= {"schedule", "theta", "residual_scale"}
+    return unused - {"sensitivity", "interpolate"} if _stages_by_sensitivity(config) else unused
+
+
+def _schedule_fields() -> set[str]:
+    return set().union(*(fields_of(schedule) for schedule in get_args(ScheduleName)))
 
 
 @contextlib.contextmanager

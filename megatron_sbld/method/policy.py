@@ -11,19 +11,15 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_flag, check_integer, check_layers, check_number
+from megatron_sbld.method.choices import Depth, ResidualScale
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.method.stages import StageLayers, Stages
-
-ResidualScale = Literal["none", "inverse_keep_prob"]
-"""Factor of a kept layer's branches: 1, or 1 / keep_prob of that layer."""
-Depth = Literal["uniform", "linear", "exponential"]
-"""How LayerDrop's rate 1 - theta(t) grows with depth."""
 
 
 class Policy(ABC):
@@ -283,8 +279,8 @@ class StagedPolicy(Policy):
 class FullDepthPolicy(Policy):
     """Policy none: every layer is kept, always."""
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(Constant(1.0), num_layers)
+    def __init__(self, num_layers: int, **common: Any) -> None:
+        super().__init__(Constant(1.0), num_layers, **common)
 
     def _keep_probs(self, theta: float) -> NDArray[np.float64]:
         return np.ones(self.num_layers)

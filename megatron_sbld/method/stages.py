@@ -14,17 +14,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_integer, check_keys, check_layers, check_number
+from megatron_sbld.method.choices import StageRule
 
-StageRule = Literal["first", "last", "spread", "sensitivity"]
-"""Which layers begin first: the first ones, the last ones, evenly spread ones, the most sensitive ones."""
-StageInit = Literal["random", "zero", "copy"]
-"""What a layer begins as: as initialised, with output projections of zero, or as a copy of a running layer."""
 StageLayers = StageRule | Sequence[int]
 """A rule, or layers in the order in which they begin."""
 
@@ -137,7 +134,8 @@ def check_stages(stages: Any, num_layers: int) -> list[tuple[float, int]]:
         if isinstance(stage, str) or not isinstance(stage, Sequence) or len(stage) != 2:
             raise ValueError(f"stages entry = {stage!r} is not allowed: {advice}")
         share = check_number("stages share", stage[0], "[0, 1]")
-        checked.append((share, check_integer("stages number of layers", stage[1], 1, num_layers)))
+        count = int(stage[1]) if isinstance(stage[1], float) and stage[1].is_integer() else stage[1]  # [0.6, 1.0]
+        checked.append((share, check_integer("stages number of layers", count, 1, num_layers)))
     shares, counts = zip(*checked, strict=True)
     if list(shares) != sorted(set(shares)) or list(counts) != sorted(counts):
         raise ValueError(f"stages = {stages!r} is not allowed: shares and numbers of layers must ascend")

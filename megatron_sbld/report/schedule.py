@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import train_iterations, validate
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.forecast.drops import Forecast, forecast, forecast_text
@@ -57,7 +58,7 @@ def show_schedule(config: Config, out: str | None = None, config_files: Sequence
             "choose sbld, pld, layerdrop or stochastic_depth"
         )
     train_iters = train_iterations(config)
-    policy = build_policy(config.drop, config.model.num_layers, train_iters)
+    policy = build_policy(config.drop, config.model.num_layers, train_iters, ranks=placement_of(config).stages)
     phi = layers_share(config)
     outlook = forecast(policy, train_iters, phi)
     stages = stage_forecast(config, policy, outlook, phi)

@@ -8,6 +8,7 @@ from contextlib import closing
 from megatron_sbld.checkpoint.start import find_start
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.blend import check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +54,9 @@ def pretrain(config: Config, tasks_of: Callable[[Config, Tokenizer], Tasks] = no
     ):
         start = find_start(config, tokenizer)  # not before the lock: a process that is just ending may still save
         length = RunLength(config.training) if start is None else start.length(config)
-        policy = build_policy(config.drop, config.model.num_layers, length.train_iters)
+        policy = build_policy(
+            config.drop, config.model.num_layers, length.train_iters, ranks=placement_of(config).stages
+        )
         run = Run(config, tokenizer, policy, start)
         first = run.iteration
         try:

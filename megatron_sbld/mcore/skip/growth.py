@@ -26,7 +26,8 @@ from megatron_sbld.mcore.optimizer.params import (
 from megatron_sbld.mcore.optimizer.state import initialise
 from megatron_sbld.mcore.skip.freeze import freeze_waiting_layers
 from megatron_sbld.mcore.skip.switchable import SwitchableLayer, chunk_list
-from megatron_sbld.method.stages import StageInit, nearest_running
+from megatron_sbld.method.choices import StageInit
+from megatron_sbld.method.stages import nearest_running
 
 _OUTPUT_PROJECTIONS = ("linear_proj", "linear_fc2")
 
