@@ -163,7 +163,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (b"model: {num_layers: [4]}", "num_layers"),
         (b"model: {num_layers: null}", "model.num_layers = null: must have a value"),
         (b"optimizer: {lr: " + b"9" * 400 + b"}", "optimizer.lr = 9+: must have at most 64 bits"),
-        (b"optimizer: {lr: .nan}", "optimizer.lr = nan is not allowed: it must be a number in (0, inf), and finite"),
+        (b"optimizer: {lr: .nan}", r"optimizer.lr = nan is not allowed: it must be a number in \(0, inf\), and finite"),
         (b"training: {precision: fp8}", "precision"),
         (b"drop: {policy: sdlb}", "policy"),
     ],
