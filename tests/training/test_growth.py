@@ -137,7 +137,8 @@ def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:
     )
     assert run_here(config) == 0
     assert losses(tmp_path / "deep")[0] < losses(tmp_path / "shallow")[-1] + 0.2
-    other = change(in_folder(config, tmp_path / "other"), drop={"stages": [[0.25, 3], [1.0, 4]], "stage_layers": [1, 4, 2]})
+    three = {"stages": [[0.25, 3], [1.0, 4]], "stage_layers": [1, 4, 2]}
+    other = change(in_folder(config, tmp_path / "other"), drop=three)
     assert "begin with 3 layers, [1, 2, 4], but the checkpoint has 2" in str(run_here(other))
 
 
