@@ -1,4 +1,4 @@
-"""A run and a measurement hold the lock of their folder (unit/test_run_lock.py) before they read or write it."""
+"""A run and a measurement hold the lock of their folder (health/test_run_lock.py) before they read or write it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_sbld.health.run_lock import LOCK_FILE, RunLock
 from megatron_sbld.measure.measure import measure
 from megatron_sbld.measure.options import MeasureOptions
 from megatron_sbld.training import run
+from tests.health.test_run_lock import Holder
 from tests.training.trainer_helpers import change, losses, prepare_corpus, run_here, tiny_run
-from tests.unit.test_run_lock import Holder
 
 
 def test_pretrain_and_measure_take_the_lock_before_they_write_and_give_it_back(
