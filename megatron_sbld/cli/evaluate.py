@@ -69,7 +69,7 @@ def _perplexity(args: list[str]) -> int:
 
 
 def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
-    from megatron_sbld.evaluation.model import ModelOptions
+    from megatron_sbld.evaluation.options import ModelOptions
 
     parser = CommandParser(
         f"evaluate {usage}",
@@ -102,7 +102,8 @@ def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
 
 def _run(given: Namespace, task: Task) -> int:
     from megatron_sbld.config.files import field_names
-    from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
+    from megatron_sbld.evaluation.model import read_trained_models
+    from megatron_sbld.evaluation.options import ModelOptions
     from megatron_sbld.evaluation.run import evaluate_checkpoints
     from megatron_sbld.report.record import Record
 

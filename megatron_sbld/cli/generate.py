@@ -14,9 +14,10 @@ def _generate(args: list[str]) -> int:
     given = _generate_parser().parse_args(args)
 
     from megatron_sbld.config.files import field_names
-    from megatron_sbld.evaluation.generate import Sampling, encode_prompt
+    from megatron_sbld.evaluation.generate import encode_prompt
     from megatron_sbld.evaluation.generate import generate as continue_prompts
-    from megatron_sbld.evaluation.model import ModelOptions, read_trained_models
+    from megatron_sbld.evaluation.model import read_trained_models
+    from megatron_sbld.evaluation.options import ModelOptions, Sampling
     from megatron_sbld.evaluation.prompts import read_prompts, shown
     from megatron_sbld.files.outputs import refuse_inputs
 
@@ -37,8 +38,7 @@ def _generate(args: list[str]) -> int:
 
 
 def _generate_parser() -> CommandParser:
-    from megatron_sbld.evaluation.generate import Sampling
-    from megatron_sbld.evaluation.model import ModelOptions
+    from megatron_sbld.evaluation.options import ModelOptions, Sampling
 
     parser = CommandParser(
         "generate --checkpoint DIR --prompt TEXT [options]",

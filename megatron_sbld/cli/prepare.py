@@ -7,7 +7,7 @@ from megatron_sbld.cli.parser import CommandParser
 
 
 def _prepare(args: list[str]) -> int:
-    from megatron_sbld.data.prepare import PrepareConfig, prepare
+    from megatron_sbld.data.prepare_config import PrepareConfig
 
     parser = CommandParser(
         "prepare TEXT [TEXT ...] --output PREFIX [options]",
@@ -15,7 +15,11 @@ def _prepare(args: list[str]) -> int:
     )
     parser.add_argument("inputs", nargs="+", help="text files, JSON lines or folders of them; .gz and .xz are unpacked")
     parser.add_class_arguments(PrepareConfig, skip={"inputs"})
-    print(prepare(PrepareConfig(**parser.parse_args(args).as_dict())).summary())
+    config = PrepareConfig(**parser.parse_args(args).as_dict())
+
+    from megatron_sbld.data.prepare import prepare
+
+    print(prepare(config).summary())
     return 0
 
 
