@@ -15,9 +15,11 @@ def _show(args: list[str]) -> int:
     )
     config, options = parse_config(parser, args, ["out"])
 
+    from megatron_sbld.config.files import explicit_drop_fields, parse_files
     from megatron_sbld.report.schedule import show_schedule
 
-    show_schedule(config, options["out"], config_files(args)[0])
+    files, others = config_files(args)
+    show_schedule(config, options["out"], files, explicit_drop_fields(parse_files(files), others))
     return 0
 
 

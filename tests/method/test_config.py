@@ -211,6 +211,12 @@ def test_settings_that_the_gaps_were_measured_without_are_reported(tmp_path, mea
 
 
 OUT_OF_RANGE = {
+    "recipe": "best",
+    "depth": "cubic",
+    "stage_init": "ones",
+    "stage_copy_moments": "yes",
+    "hold_until": 1.1,
+    "decay_until": -0.1,
     "policy": "random",
     "schedule": "cosine",
     "theta": 0.0,
@@ -253,7 +259,10 @@ OUT_OF_RANGE = {
 
 
 def test_the_table_of_values_out_of_range_has_every_field():
-    assert set(drop_field_names()) - set(OUT_OF_RANGE) == {"block_layers", "allow_layers"}
+    assert set(drop_field_names()) - set(OUT_OF_RANGE) == {
+        *("block_layers", "allow_layers", "keep_layers"),
+        *("stages", "stage_layers", "steps"),  # test_stages.py
+    }
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE.items())
