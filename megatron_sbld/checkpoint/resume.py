@@ -47,10 +47,15 @@ class Change:
     def text(self) -> str:
         """One line for the user."""
         line = f"{self.field} is {self.present!r}, the checkpoint was saved with {self.saved!r}"
-        reason = FIELDS_WITHOUT_EFFECT.get(self.field)
-        if self.field == "drop.balance_stages" and self.present is None:
-            reason = "the balanced sampler keeps the checkpoint's stages"
+        reason = self.without_effect
         return line if reason is None else f"{line}: this has no effect, {reason}"
+
+    @property
+    def without_effect(self) -> str | None:
+        """Why it has none; None where it has."""
+        if self.field == "drop.balance_stages" and self.present is None:
+            return "the balanced sampler keeps the checkpoint's stages"
+        return FIELDS_WITHOUT_EFFECT.get(self.field)
 
 
 @dataclass(frozen=True)

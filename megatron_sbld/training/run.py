@@ -48,6 +48,7 @@ from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.method.build import updates_sensitivity
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.ranks import on_rank_0
+from megatron_sbld.training.changes import CHANGES_FILE, record_changes
 from megatron_sbld.training.metrics import MetricsWriter, set_aside
 from megatron_sbld.training.model import (
     build_model,
@@ -75,6 +76,7 @@ class Run:
         self.run_dir = Path(config.logging.run_dir)
         self.goes_on = start is not None and start.checkpoint.path.parent == self.run_dir / "checkpoints"
         """Whether it starts from a checkpoint of its own, so that the rows in the run folder are its own too."""
+        self._changes = [] if start is None else start.changes
         self.tokenizer = tokenizer
         self.length = RunLength(config.training) if start is None else start.length(config)
         self.train_iters = self.length.train_iters
@@ -258,8 +260,11 @@ class Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = dataclasses.asdict(self.config)
         (self.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
-        if not self.goes_on:
-            set_aside(self.run_dir / "metrics.jsonl")
+        if self.goes_on:
+            record_changes(self.run_dir, self.iteration + 1, self._changes)
+        else:
+            for name in ("metrics.jsonl", CHANGES_FILE):
+                set_aside(self.run_dir / name)
         return MetricsWriter(self.config.logging, self.iteration + 1, self.train_iters, resolved)
 
     def note(self, text: str) -> None:

@@ -29,6 +29,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.evaluation.model import read_trained_model
 from megatron_sbld.method.policy import FullDepthPolicy
+from megatron_sbld.training.changes import read_changes
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.run import Run, microbatch_calculator
 from tests.training.trainer_helpers import (
@@ -305,6 +306,11 @@ def test_a_run_that_goes_on_with_another_rate_has_it(config: Config, caplog: pyt
     rates = [row["lr"] for row in train_rows(config.logging.run_dir)]
     assert rates == [1e-2] * 3 + [1e-5] * 5
     assert "optimizer.lr is 1e-05, the checkpoint was saved with 0.01" in caplog.text
+    kept = {
+        change.field: (change.iteration, change.before, change.after)
+        for change in read_changes(Path(config.logging.run_dir))
+    }
+    assert kept["optimizer.lr"] == (4, 1e-2, 1e-5)
 
 
 def test_loading_the_whole_state_of_another_run_is_no_other(
@@ -424,3 +430,4 @@ def test_an_unchanged_run_says_nothing_and_goes_on_as_it_was(
         run_here(part)
     assert losses(config.logging.run_dir) == expected
     assert "the checkpoint was saved with" not in caplog.text
+    assert read_changes(Path(config.logging.run_dir)) == []
