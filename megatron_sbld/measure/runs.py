@@ -20,7 +20,8 @@ from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.measure.plan import AFFORDABLE_FRACTION, MeasurePlan
 from megatron_sbld.measure.progress import MeasurementProgress
 from megatron_sbld.measure.state import RunSnapshot
-from megatron_sbld.method.policy import FullDepthPolicy, Policy, ResidualScale
+from megatron_sbld.method.choices import ResidualScale
+from megatron_sbld.method.policy import FullDepthPolicy, Policy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.sensitivity.early_stop import Neighbours, is_look, settled_neighbours, spread_order

@@ -139,7 +139,7 @@ def test_a_number_without_bounds_is_told_so(tmp_path: Path, value: str, capsys: 
     with pytest.raises(SystemExit) as ended:
         cli.main(["schedule", "show", "--config", str(tmp_path / "config.yaml")])
     assert ended.value.code == 2
-    assert "must be above 0, and finite" in capsys.readouterr().err
+    assert "must be a number in (0, inf), and finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", TEXTS)

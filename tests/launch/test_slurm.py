@@ -87,7 +87,7 @@ def test_a_job_that_is_cancelled_comes_back_only_when_submitted_again_and_a_mist
     cluster.wait_for_state(mistaken, "FAILED")
     assert cluster.field(mistaken, "ExitCode") == f"{EXIT_MISTAKE}:0"
     assert cluster.attempt(mistaken) == 0
-    assert "optimizer.lr = -1.0: must be above 0" in log_of(cluster, mistaken)
+    assert "optimizer.lr = -1.0 is not allowed: it must be a number in (0, inf)" in log_of(cluster, mistaken)
 
 
 def test_a_task_of_an_array_that_is_asked_to_stop_is_requeued_alone(
