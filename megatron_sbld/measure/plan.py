@@ -22,7 +22,7 @@ from megatron_sbld.checkpoint.start import Start, find_load
 from megatron_sbld.checks import check_integer, check_number
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import train_iterations, validate
-from megatron_sbld.data.blend import check_data, parse_blend
+from megatron_sbld.data.blend import RunData, check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.sensitivity.lists import choose_lists
@@ -83,6 +83,7 @@ class ProfilePlan:
 
     config: Config
     tokenizer: Tokenizer
+    data: RunData
     start: Start | None
     method: Method
     iterations: int
@@ -133,7 +134,7 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
     validate(config, world_size)
     check_model(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_data(config, tokenizer)
+    data = check_data(config, tokenizer)
     note = None
     if load is not None:
         whole_state = has_optimizer_state(Path(load))
@@ -154,6 +155,7 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
     return ProfilePlan(
         config=config,
         tokenizer=tokenizer,
+        data=data,
         start=start,
         method=options.method,
         iterations=iterations,
@@ -288,11 +290,10 @@ def _settings(plan: ProfilePlan, world_size: int) -> dict[str, Any]:
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             if name not in ignored:
                 settings[f"{section}.{name}"] = value
-    blend = parse_blend(config.data.train_data_path, "data.train_data_path")
     settings["data.tokenizer"] = f"{_name(config.data.tokenizer)} {plan.tokenizer.fingerprint()}"
     settings["data.train_data_path"] = [
         [_name(found.prefix), found.tokens, found.lengths_crc32, weight]
-        for found, weight in zip(blend.datasets, blend.weights, strict=True)
+        for found, weight in zip(plan.data.train.datasets, plan.data.train.weights, strict=True)
     ]
     settings["--from"] = _checkpoint(plan.start) if plan.start is not None else None
     settings |= {"--method": plan.method, "--iterations": plan.iterations}
