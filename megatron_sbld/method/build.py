@@ -214,7 +214,7 @@ def _check_sbld(config: DropConfig, num_layers: int) -> None:
     if config.sensitivity is None:
         raise ValueError(
             "drop.sensitivity = None is not allowed with drop.policy sbld: it must be the path of a sensitivity file "
-            f"for {num_layers} layers (`megatron-sbld profile` measures one)"
+            f"for {num_layers} layers (`megatron-sbld sensitivity measure` measures one)"
         )
     if config.theta_min > config.theta_max:
         raise ValueError(f"drop.theta_min = {config.theta_min} is not allowed: above drop.theta_max {config.theta_max}")
@@ -280,7 +280,8 @@ def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.Pa
     if not config.interpolate:
         raise ValueError(
             f"drop.sensitivity = {config.sensitivity!r} is for {measured.num_layers} layers, but the model has "
-            f"{num_layers}: measure one for this depth (`megatron-sbld profile`), or set drop.interpolate true"
+            f"{num_layers}: measure one for this depth (`megatron-sbld sensitivity measure`), or set drop.interpolate "
+            "true"
         )
     try:
         fitting = measured.interpolated(num_layers)

@@ -15,8 +15,10 @@ import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from megatron_sbld import doctor
 from megatron_sbld.checkpoint.start import find_start
 from megatron_sbld.cli import main as cli
+from megatron_sbld.cli import pretrain
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data import prepare
@@ -199,7 +201,7 @@ def test_an_interrupted_command_says_so_without_a_traceback(
     def interrupt(args: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupt)
+    monkeypatch.setattr(doctor, "main", interrupt)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["doctor"])
     assert exit_.value.code == 130
@@ -378,7 +380,7 @@ def test_a_mutated_config_file_is_valid_or_refused_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "pretrain", lambda config, tasks_of: validate(config, world_size=1) or 0)
-    monkeypatch.setattr(cli, "_pretrain_parser", functools.cache(cli._pretrain_parser))  # slow to build
+    monkeypatch.setattr(pretrain, "pretrain_parser", functools.cache(pretrain.pretrain_parser))  # slow to build
     outcomes: Counter[int | str | None] = Counter()
 
     @seed(1)

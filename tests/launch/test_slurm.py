@@ -96,7 +96,8 @@ def test_a_task_of_an_array_that_is_asked_to_stop_is_requeued_alone(
     """To Slurm the number of one of the tasks means all of them."""
     out = folder / "array"
     array = cluster.submit(
-        "--array=1-2", "--nodes=1", str(JOBS / "profile.sbatch"), str(config), str(out), "--iterations", "40",
+        "--array=1-2", "--nodes=1",
+        str(JOBS / "measure_sensitivity.sbatch"), str(config), str(out), "--iterations", "40",
         SBLD_HOME=str(REPOSITORY),
     )  # fmt: skip
     tasks = [f"{array}_1", f"{array}_2"]

@@ -331,7 +331,7 @@ def test_contradictions_and_settings_that_nothing_would_use_are_refused(fields, 
 
 
 def test_sbld_without_a_sensitivity_file_says_how_to_get_one():
-    with pytest.raises(ValueError, match=r"drop\.sensitivity = None .*12 layers .*megatron-sbld profile"):
+    with pytest.raises(ValueError, match=r"drop\.sensitivity = None .*12 layers .*megatron-sbld sensitivity measure"):
         validate_drop(DropConfig(policy="sbld"), NUM_LAYERS, TRAIN_ITERS)
 
 
