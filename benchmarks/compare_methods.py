@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Trains the same GPT with every method of dropping layers, over several seeds, at equal mean keep probability.
 
+    python benchmarks/compare_methods.py --text TRAIN --valid-text VALID --out OUT
+
 The question is whether sensitivity helps: so all methods get the same mean keep probability over layers and iterations,
 PLD's at theta 0.5 unless another is given, by the choice of their theta alone (bisection on the policy; no run is
 looked at). Methods are those of the paper's Table 6 and a decreasing drop rate that ends in full depth. Before them
