@@ -91,43 +91,54 @@ def paper_lines() -> Iterator[str]:
     )
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     notes = []
-    for name, (layers, *_, rows) in PAPER.items():
-        predictors: list[Predictor | None] = []
-        for assumption in ASSUMPTIONS:
-            try:
-                predictors.append(paper_predictor(name, assumption))
-            except ValueError:
-                predictors.append(None)
-                notes.append(
-                    f"- {name}, {assumption.name[0]}: by this model the baseline cannot be reached, not even with "
-                    "matrix products at the full peak: reducing the gradients takes too long."
-                )
-        first = predictors[0]
-        assert first is not None, "assumption A allows the paper's baseline"
+    for name, (*_, rows) in PAPER.items():
+        predictors = [possible_predictor(name, assumption) for assumption in ASSUMPTIONS]
         for theta, pld, sbld in rows:
             for policy, percent in (("sbld", sbld), ("pld", pld)):
-                section = DropConfig(policy="pld", theta=theta)
-                if policy == "sbld":
-                    section = DropConfig(policy="sbld", theta=theta, sensitivity=SENSITIVITY, interpolate=layers != 24)
-                ours = first.predict(section)
-                cells = " | ".join(
-                    "-" if found is None else f"{found:.3f}"
-                    for found in (
-                        None if predictor is None else needed_keep_prob(predictor, percent / 100)
-                        for predictor in predictors
-                    )
-                )
-                yield (
-                    f"| {name} | {policy.upper()} | {theta:g} | {percent:+.2f}% | {cells} | {ours.mean_keep_prob:.3f} "
-                    f"| {ours.gain:+.1%} | {percent / 100 / ours.gain:.2f} |"
-                )
-        shares = [
-            f"{letter}: " + ("-" if predictor is None else f"{_reduction_share(predictor):.1%}")
-            for letter, predictor in zip("ABC", predictors, strict=True)
-        ]
-        notes.append(f"- {name}: gradient reduction as a share of the undropped iteration: {', '.join(shares)}.")
+                yield paper_row(name, policy, theta, percent, predictors)
+        notes += paper_notes(name, predictors)
     yield ""
     yield from notes
+
+
+def possible_predictor(name: str, assumption: Assumption) -> Predictor | None:
+    """None where the paper's baseline cannot be reached under the assumption."""
+    try:
+        return paper_predictor(name, assumption)
+    except ValueError:
+        return None
+
+
+def paper_row(name: str, policy: str, theta: float, percent: float, predictors: list[Predictor | None]) -> str:
+    """One of the paper's gains, in percent, with what it needs under each assumption and what ours has."""
+    first = predictors[0]
+    assert first is not None, "assumption A allows the paper's baseline"
+    section = DropConfig(policy="pld", theta=theta)
+    if policy == "sbld":
+        interpolate = first.setup.config.model.num_layers != 24
+        section = DropConfig(policy="sbld", theta=theta, sensitivity=SENSITIVITY, interpolate=interpolate)
+    ours = first.predict(section)
+    needed = [None if predictor is None else needed_keep_prob(predictor, percent / 100) for predictor in predictors]
+    cells = " | ".join("-" if found is None else f"{found:.3f}" for found in needed)
+    return (
+        f"| {name} | {policy.upper()} | {theta:g} | {percent:+.2f}% | {cells} | {ours.mean_keep_prob:.3f} "
+        f"| {ours.gain:+.1%} | {percent / 100 / ours.gain:.2f} |"
+    )
+
+
+def paper_notes(name: str, predictors: list[Predictor | None]) -> Iterator[str]:
+    """Of one of the paper's models."""
+    for assumption, predictor in zip(ASSUMPTIONS, predictors, strict=True):
+        if predictor is None:
+            yield (
+                f"- {name}, {assumption.name[0]}: by this model the baseline cannot be reached, not even with "
+                "matrix products at the full peak: reducing the gradients takes too long."
+            )
+    shares = [
+        f"{letter}: " + ("-" if predictor is None else f"{_reduction_share(predictor):.1%}")
+        for letter, predictor in zip("ABC", predictors, strict=True)
+    ]
+    yield f"- {name}: gradient reduction as a share of the undropped iteration: {', '.join(shares)}."
 
 
 def _reduction_share(predictor: Predictor) -> float:
