@@ -63,7 +63,7 @@ def shared_file() -> Callable[[str], Path]:
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """Megatron's parallel state in this process alone."""
-    from tests.distributed.harness import model_parallel, single_process
+    from tests.harness import model_parallel, single_process
 
     with single_process(), model_parallel():
         yield

@@ -47,7 +47,7 @@ def mean_of_series(values: ArrayLike) -> Estimate:
     residuals' variance estimated by Newey and West's kernel with Andrews's (1991) automatic bandwidth, and coloured
     again. The AR(1) coefficient is corrected for its bias in short series (Kendall 1954) and not taken as negative, so
     the result is never much below the standard error of independent values. At n below about 20 / (1 -
-    autocorrelation) it is still too small (tests/unit/test_sensitivity_stats.py has the coverage).
+    autocorrelation) it is still too small (tests/sensitivity/test_stats.py has the coverage).
 
     Raises ValueError for fewer than 2 values, or values that are not finite.
     """

@@ -14,7 +14,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from megatron_sbld.megatron_lm.arguments import argument_name
-from tests.distributed.harness import model_parallel, single_process
+from tests.harness import model_parallel, single_process
 from tests.megatron_lm.test_run import attached, step
 from tests.training.trainer_helpers import decisions, in_folder, prepare_corpus, run_here, stop_and_resume, tiny_run
 

@@ -29,7 +29,7 @@ from megatron_sbld.megatron_lm import attach, with_layer_dropping
 from megatron_sbld.megatron_lm.run import LayerDropping
 from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
-from tests.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
+from tests.mcore.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
 from tests.megatron_lm.test_arguments import parse
 
 LAYERS, MICROBATCHES, ITERATIONS = 4, 2, 100

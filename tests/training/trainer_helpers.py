@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_sbld.config.sections import Config
 from megatron_sbld.sensitivity.file import SensitivityFile
-from tests.distributed.harness import run_distributed
+from tests.harness import run_distributed
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
 REPOSITORY = Path(__file__).resolve().parents[2]
