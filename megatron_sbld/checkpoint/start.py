@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from megatron_sbld.checkpoint.state import failures_name
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import CHECKPOINT_KEY
-from megatron_sbld.data.blend import data_facts
+from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,12 +49,15 @@ class Start:
     saved_layers: int = 0
     """Layers of that checkpoint."""
 
-    def length(self, config: Config) -> RunLength:
-        """The run's length, as planned when it began or when checkpoint.replan planned it anew."""
-        return RunLength(config.training) if self.saved is None else run_length(self.saved, config)
+
+def planned_length(config: Config, start: Start | None) -> RunLength:
+    """The length of a run, as planned when it began or when checkpoint.replan planned it anew."""
+    if start is None or start.saved is None:
+        return RunLength(config.training)
+    return run_length(start.saved, config)
 
 
-def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
+def find_start(config: Config, tokenizer: Tokenizer, data: RunData) -> Start | None:
     """Apply checkpoint.resume and checkpoint.load. Reads files only; every rank finds the same.
 
     Raises:
@@ -75,7 +79,7 @@ def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
         start = find_load(config, tokenizer)
     if start is not None and start.saved is not None:
         try:
-            check_resume(start.saved, config, data_facts(config))
+            start = dataclasses.replace(start, changes=check_resume(start.saved, config, data.train.facts))
         except ValueError as error:
             raise ValueError(f"checkpoint {start.checkpoint.path}: {error}") from error
     return start
