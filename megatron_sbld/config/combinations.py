@@ -9,7 +9,6 @@ import dataclasses
 from typing import get_type_hints
 
 from megatron_sbld.config.sections import Config
-from megatron_sbld.method.build import drop_settings
 from megatron_sbld.method.combinations import (
     COMBINATIONS,
     Combination,
@@ -19,6 +18,7 @@ from megatron_sbld.method.combinations import (
     other_than,
     switched_on,
 )
+from megatron_sbld.method.in_force import drop_settings
 
 _SECTION_OF = {
     field.name: section

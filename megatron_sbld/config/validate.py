@@ -11,7 +11,7 @@ from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_problems, recomputed_layers_problems
 from megatron_sbld.fields import problems as field_problems
-from megatron_sbld.method.build import validate_drop
+from megatron_sbld.method.validate import validate_drop
 
 MIN_ITERATIONS_GROWN = 0.1
 """Share of the run below which the last layers have little time to learn."""

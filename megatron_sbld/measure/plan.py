@@ -25,8 +25,8 @@ from megatron_sbld.config.validate import train_iterations, validate
 from megatron_sbld.data.blend import RunData, check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.measure.options import MeasureOptions, check_options, parse_layers, parse_numbers
-from megatron_sbld.method.build import dropped_update
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import Method, Request
 from megatron_sbld.sensitivity.stats import window_length

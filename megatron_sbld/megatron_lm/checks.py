@@ -9,9 +9,10 @@ import torch
 
 from megatron_sbld.mcore.skip.refusals import REASONS, is_on
 from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments
-from megatron_sbld.method.build import drop_settings, validate_drop
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
+from megatron_sbld.method.in_force import drop_settings
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.residual.choice import library_for
 
 _REASONS = {

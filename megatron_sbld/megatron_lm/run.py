@@ -19,7 +19,8 @@ from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.megatron_lm.scalars import Scalars
-from megatron_sbld.method.build import build_policy, dropped_update, updates_sensitivity
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
 
 logger = logging.getLogger(__name__)
 

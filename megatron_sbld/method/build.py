@@ -1,178 +1,44 @@
-"""The `drop` section of a config as a whole: what its fields mean together, and the policy that they stand for.
+"""The policy that the `drop` section stands for. Formulas are in policy.py and schedule.py; this chooses them.
 
-Shared by the trainer and by whatever attaches layer dropping to another training program. Formulas are in policy.py and
-schedule.py; this module only chooses and checks them.
-
-What is refused, what is tolerated: a value out of range is refused always. Beyond that, with policy none nothing is
-looked at, so that `--drop.policy none` switches any config off. With another policy, a setting that contradicts another
-or that nothing could use is refused. The settings of other policies (SBLD's fields, and PWEGD's and PLD's parameters as
-long as `schedule` is left to the policy) are tolerated with a warning, so that one file can hold several policies for
-`--drop.policy` to choose from.
+Shared by the trainer and by whatever attaches layer dropping to another training program.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from megatron_sbld.checks import check_integer, check_layers
-from megatron_sbld.fields import check_fields
-from megatron_sbld.method.choices import DroppedUpdate, PolicyName, ResidualScale, ScheduleName
-from megatron_sbld.method.combinations import refuse_combinations
-from megatron_sbld.method.config import DropConfig, default_of, drop_field_names, fields_of
-from megatron_sbld.method.decisions import replicas_run_alike
+from megatron_sbld.method.build_schedule import build_schedule
+from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import (
+    SCHEDULED_POLICIES,
+    changed_fields,
+    dropped_update,
+    named_as_fields,
+    stages_by_sensitivity,
+    updates_sensitivity,
+)
 from megatron_sbld.method.policy import (
     FullDepthPolicy,
-    LayerDropPolicy,
-    PLDPolicy,
     Policy,
     SBLDPolicy,
     StagedPolicy,
-    StochasticDepthPolicy,
 )
 from megatron_sbld.method.schedule import (
-    PWEGD,
     Constant,
-    Exponential,
-    Linear,
-    Plateau,
-    Polynomial,
-    Schedule,
-    Steps,
-    amplitude_for_peak,
-    scale_for_peak,
 )
 from megatron_sbld.method.stages import Stages
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.sensitivity.lists import choose_lists, layers_of_fraction
+from megatron_sbld.sensitivity.lists import choose_lists
 
-_POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
-    "sbld": "pwegd",
-    "pld": "exponential",
-    "layerdrop": "constant",
-    "stochastic_depth": "constant",
-}
-"""What schedule: null stands for."""
-_LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
-_EXCLUSIVE_FIELDS = (
-    ("b", "peak_iteration"),
-    ("eta", "peak_theta"),
-    ("block_layers", "block_fraction"),
-    ("allow_layers", "allow_fraction"),
-)
-# Settings that change what leaving a layer out costs, so that gaps measured with another one may rank differently.
+LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
+
+
 _MEASURED_FIELDS = ("decision_scope", "granularity", "residual_scale", "dropped_update")
-_DEFAULT_PEAK_FRACTION = 0.1
-_PLD_DECAYS = 100.0
-
-
-def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_stages: int | None = 1) -> None:
-    """Refuse what cannot work, without reading any file; warn of settings that the policy does not use.
-
-    num_layers: L of the whole model.  train_iters: T.
-    num_stages: equal pipeline stages, which the balanced sampler balances unless balance_stages is given; None for
-        stages that a layout made unequal.
-    Raises ValueError naming the field, its value and what is allowed.
-    """
-    check_integer("num_layers", num_layers, 1)
-    check_integer("train_iters", train_iters, 1)
-    check_fields(config, "drop.")
-    if config.policy == "none":
-        return
-    refuse_combinations(drop_settings(config), "drop.{}".format)
-    changed = _changed_fields(config)
-    _check_stages(config, num_layers, num_stages)
-    _check_schedule_fields(config, changed)
-    for first, second in _EXCLUSIVE_FIELDS:
-        if {first, second} <= changed:
-            raise ValueError(
-                f"drop.{first} = {getattr(config, first)} and drop.{second} = {getattr(config, second)} exclude each "
-                "other: set one of them"
-            )
-    if config.policy != "staged":
-        build_schedule(config, train_iters)
-    _check_growth(config, num_layers, train_iters)
-    with _named_as_fields():
-        check_layers("keep_layers", config.keep_layers or (), num_layers)
-    if config.policy == "sbld":
-        _check_sbld(config, num_layers)
-    unused = sorted(changed & _unused_fields(config))
-    if unused:
-        names = ", ".join(f"drop.{name}" for name in unused)
-        chosen = f"drop.policy {config.policy}"
-        if config.policy == "sbld" and not updates_sensitivity(config):
-            chosen += f" and drop.sensitivity_update {config.sensitivity_update}"
-        warnings.warn(f"no effect with {chosen}: {names}", stacklevel=2)
-
-
-def drop_settings(config: DropConfig) -> dict[str, Any]:
-    """What is in force of the section, as combinations.py asks for it: nothing with policy none, and no field of
-    another policy or schedule; residual_scale is the policy's own where the section has none.
-    """
-    if config.policy == "none":
-        return {}
-    unused = _unused_fields(config)
-    used = {name: getattr(config, name) for name in drop_field_names() if name not in unused}
-    if config.stages is not None and config.sampler == "bernoulli":
-        del used["balance_stages"]  # it shares out the stages' layers, and the sampler has none
-    return {**used, "residual_scale": residual_scale(config), "dropped_update": dropped_update(config)}
-
-
-def updates_sensitivity(config: DropConfig) -> bool:
-    """Whether the section asks for an estimate of the sensitivity while the model trains."""
-    return config.policy == "sbld" and config.sensitivity_update == "dynamic"
-
-
-def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
-    """theta(t) of the section for a run of T iterations; what is None takes the defaults of docs/method.md 1 and 4.
-
-    Raises ValueError naming the field.
-    """
-    name = _schedule_name(config)
-    duration = train_iters if config.duration is None else config.duration
-    with _named_as_fields():
-        if name == "pwegd":
-            return _build_pwegd(config, train_iters)
-        if name == "exponential":
-            return Exponential(config.theta, _PLD_DECAYS / train_iters if config.gamma is None else config.gamma)
-        if name == "linear":
-            return Linear(config.start_theta, config.theta, duration)
-        if name == "polynomial":
-            return Polynomial(config.start_theta, config.theta, duration, config.power)
-        if name == "plateau":
-            hold, decay = (share * train_iters for share in (config.hold_until, config.decay_until))
-            return Plateau(theta=config.theta, hold_until=hold, decay_until=decay)
-        if name == "steps":
-            if config.steps is None:
-                raise ValueError("steps = None is not allowed with schedule steps: it must be a list of [share, theta]")
-            return Steps.of_shares(config.steps, train_iters)
-        return Constant(config.theta)
-
-
-def dropped_update(config: DropConfig) -> DroppedUpdate:
-    """What the optimizer does to a dropped layer that has begun, by what the section says or by its own rule."""
-    if config.dropped_update is not None:
-        return config.dropped_update
-    freezes = config.stages is not None and replicas_run_alike(config.replicas, config.granularity)
-    return "freeze" if freezes else "apply"
-
-
-_SCHEDULED: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
-    "pld": PLDPolicy,
-    "layerdrop": LayerDropPolicy,
-    "stochastic_depth": StochasticDepthPolicy,
-}  # a schedule is all that they need
-
-
-def residual_scale(config: DropConfig) -> ResidualScale:
-    """How kept layers' branches are scaled, by what the section says or by the policy's own rule."""
-    if config.policy == "none":
-        return "none"
-    return config.residual_scale or _SCHEDULED.get(config.policy, SBLDPolicy).default_residual_scale
 
 
 def build_policy(
@@ -200,7 +66,7 @@ def build_policy(
         "keep_layers": config.keep_layers or (),
     }
     measured = None
-    if config.policy == "sbld" or _stages_by_sensitivity(config):
+    if config.policy == "sbld" or stages_by_sensitivity(config):
         measured = _load_sensitivity(config, num_layers, base_dir)
     if config.stages is not None:
         common["stages"] = _resolve_stages(config, num_layers, train_iters, ranks, measured)
@@ -208,12 +74,12 @@ def build_policy(
         return StagedPolicy(common.pop("stages"), num_layers, **common)
     if config.policy == "layerdrop":
         common["depth"] = config.depth
-    if config.policy in _SCHEDULED:
-        with _named_as_fields():
-            return _SCHEDULED[config.policy](schedule, num_layers, **common)
+    if config.policy in SCHEDULED_POLICIES:
+        with named_as_fields():
+            return SCHEDULED_POLICIES[config.policy](schedule, num_layers, **common)
     assert measured is not None, "SBLD has read its file"
     dynamic = updates_sensitivity(config)
-    with _named_as_fields():
+    with named_as_fields():
         block, allow = _choose_layers(config, measured)
         return SBLDPolicy(
             schedule,
@@ -243,120 +109,10 @@ def _resolve_stages(
         size = num_layers // config.balance_stages
         ranks = [range(first, first + size) for first in range(1, num_layers + 1, size)]
     sensitivity = None if measured is None else measured.sensitivity
-    with _named_as_fields():
+    with named_as_fields():
         return Stages.resolve(
             config.stages, num_layers, train_iters, config.stage_layers, ranks=ranks, sensitivity=sensitivity
         )
-
-
-def _stages_by_sensitivity(config: DropConfig) -> bool:
-    return config.stages is not None and config.stage_layers == "sensitivity"
-
-
-def _check_growth(config: DropConfig, num_layers: int, train_iters: int) -> None:
-    """Refuse stages that cannot be, without reading any file."""
-    if config.stages is None:
-        if config.policy == "staged":
-            raise ValueError(
-                "drop.stages = None is not allowed with drop.policy staged: it must be a list of [share of the "
-                f"iterations, number of layers], ending with [1.0, {num_layers}]"
-            )
-        return
-    if _stages_by_sensitivity(config) and config.sensitivity is None:
-        raise ValueError(
-            "drop.sensitivity = None is not allowed with drop.stage_layers sensitivity: it must be the path of a "
-            f"sensitivity file for {num_layers} layers (`megatron-sbld sensitivity measure` makes one)"
-        )
-    any_sensitivity = [0.0] * num_layers
-    with _named_as_fields():
-        stages = Stages.resolve(
-            config.stages, num_layers, train_iters, config.stage_layers, sensitivity=any_sensitivity
-        )
-        FullDepthPolicy(num_layers, recovery_fraction=config.recovery_fraction, train_iters=train_iters, stages=stages)
-
-
-def _check_stages(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
-    if config.balance_stages is not None and num_layers % config.balance_stages:
-        raise ValueError(
-            f"drop.balance_stages = {config.balance_stages} is not allowed: it must divide the {num_layers} layers"
-        )
-    if config.sampler == "balanced":
-        name = "pipeline stages" if config.balance_stages is None else "drop.balance_stages"
-        stages = num_stages if config.balance_stages is None else config.balance_stages
-        if stages is not None and num_layers % stages:
-            raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
-
-
-def _check_schedule_fields(config: DropConfig, changed: set[str]) -> None:
-    """Refuse parameters of another schedule, unless they may belong to another policy that takes its own schedule."""
-    name = _schedule_name(config)
-    useful = fields_of(name)
-    if config.schedule is None:
-        useful = useful.union(*(fields_of(own) for own in _POLICY_SCHEDULES.values()))
-    for field in sorted(changed & _schedule_fields() - useful):
-        owners = " or ".join(owner for owner in get_args(ScheduleName) if field in fields_of(owner))
-        raise ValueError(
-            f"drop.{field} = {getattr(config, field)} is not used by drop.schedule {name}: leave it out, or set "
-            f"drop.schedule to {owners}"
-        )
-
-
-def _check_sbld(config: DropConfig, num_layers: int) -> None:
-    if config.sensitivity is None:
-        raise ValueError(
-            "drop.sensitivity = None is not allowed with drop.policy sbld: it must be the path of a sensitivity file "
-            f"for {num_layers} layers (`megatron-sbld sensitivity measure` measures one)"
-        )
-    if config.theta_min > config.theta_max:
-        raise ValueError(f"drop.theta_min = {config.theta_min} is not allowed: above drop.theta_max {config.theta_max}")
-    with _named_as_fields():
-        block = check_layers("block_layers", () if config.block_layers is None else config.block_layers, num_layers)
-        allow = check_layers("allow_layers", () if config.allow_layers is None else config.allow_layers, num_layers)
-        # The policy's own check of the lists, before any file is read.
-        keep = config.keep_layers or ()
-        SBLDPolicy(Constant(1.0), [0.0] * num_layers, block_layers=block, allow_layers=allow, keep_layers=keep)
-    _check_list_sizes(config, num_layers)
-
-
-def _check_list_sizes(config: DropConfig, num_layers: int) -> None:
-    """Refuse lists or fractions that ask for more layers than there are, or leave none to drop.
-
-    The default fraction beside a list that the user gave asks for nothing: it takes what the list leaves.
-    """
-    sizes, names = {}, {}
-    for kind in ("block", "allow"):
-        layers, fraction = getattr(config, f"{kind}_layers"), getattr(config, f"{kind}_fraction")
-        names[kind] = f"drop.{kind}_fraction = {fraction}" if layers is None else f"drop.{kind}_layers = {layers}"
-        sizes[kind] = layers_of_fraction(fraction, num_layers) if layers is None else len(layers)
-    if sizes["block"] == num_layers:
-        raise ValueError(
-            f"{names['block']} is not allowed: it blocks all {num_layers} layers, and nothing would be dropped; "
-            "use policy none"
-        )
-    if sizes["block"] + sizes["allow"] > num_layers and _changed_fields(config) & {"block_fraction", "allow_fraction"}:
-        raise ValueError(
-            f"{names['block']} and {names['allow']} ask for {sizes['block']} and {sizes['allow']} of {num_layers} "
-            "layers: together they may have each layer once"
-        )
-
-
-def _build_pwegd(config: DropConfig, train_iters: int) -> PWEGD:
-    shape = config.a + config.c
-    if shape < 1.0:
-        raise ValueError(f"a + drop.c = {shape} is not allowed: below 1 the schedule is infinite at epsilon")
-    if config.b is not None:
-        b = config.b
-    elif shape == 1.0:
-        raise ValueError("b = None is not allowed with a + c = 1: such a schedule peaks at epsilon whatever b is")
-    else:
-        peak = _DEFAULT_PEAK_FRACTION * train_iters if config.peak_iteration is None else config.peak_iteration
-        b = scale_for_peak(peak, shape, config.epsilon)
-    if config.eta is not None:
-        eta = config.eta
-    else:
-        peak_theta = config.theta + (1.0 - config.theta) / 2.0 if config.peak_theta is None else config.peak_theta
-        eta = amplitude_for_peak(peak_theta, config.theta, shape, b)
-    return PWEGD(theta=config.theta, a=config.a, b=b, c=config.c, epsilon=config.epsilon, eta=eta)
 
 
 def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.PathLike[str] | None) -> SensitivityFile:
@@ -408,7 +164,7 @@ def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[i
         0.0 if config.block_layers is not None else config.block_fraction,
         0.0 if config.allow_layers is not None else config.allow_fraction,
     )
-    lists_are_default = not _changed_fields(config) & _LIST_FIELDS
+    lists_are_default = not changed_fields(config) & LIST_FIELDS
     if lists_are_default and by_rule != (measured.block, measured.allow):
         warnings.warn(
             f"the lists in {config.sensitivity} (block {list(measured.block)}, allow {list(measured.allow)}) are not "
@@ -423,38 +179,3 @@ def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[i
     if config.block_layers is None:
         block -= allow
     return block, allow
-
-
-def _schedule_name(config: DropConfig) -> ScheduleName:
-    return config.schedule or _POLICY_SCHEDULES.get(config.policy, "constant")
-
-
-def _changed_fields(config: DropConfig) -> set[str]:
-    """Fields that differ from their defaults."""
-    return {name for name in drop_field_names() if getattr(config, name) != default_of(name)}
-
-
-def _unused_fields(config: DropConfig) -> set[str]:
-    """Fields of other policies and schedules than the section's."""
-    unused = _schedule_fields() - fields_of(_schedule_name(config))
-    if not updates_sensitivity(config):
-        unused |= fields_of("dynamic")
-    unused |= frozenset().union(*(fields_of(policy) for policy in get_args(PolicyName) if policy != config.policy))
-    if config.stages is None:
-        unused |= fields_of("stages")
-    if config.policy == "staged":
-        unused |= {"schedule", "theta", "residual_scale"}
-    return unused - {"sensitivity", "interpolate"} if _stages_by_sensitivity(config) else unused
-
-
-def _schedule_fields() -> set[str]:
-    return set().union(*(fields_of(schedule) for schedule in get_args(ScheduleName)))
-
-
-@contextlib.contextmanager
-def _named_as_fields() -> Iterator[None]:
-    """Errors of schedules and policies begin with the argument's name, which is the field's: name the section too."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"drop.{error}") from error

@@ -17,8 +17,8 @@ from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.fields import Count, In, Positive, PositiveShare, check_fields
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.layout.pipeline import Floats
-from megatron_sbld.method.build import validate_drop
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.predict.cost import Attention
 from megatron_sbld.predict.gain import (
     ASSUMED_MFU,

@@ -25,8 +25,9 @@ from megatron_sbld.forecast.drops import spread_iterations
 from megatron_sbld.forecast.stages import drawn_shares
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement, even_placement
-from megatron_sbld.method.build import build_policy, dropped_update
+from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 

@@ -24,7 +24,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import data_parallel_size
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement
-from megatron_sbld.method.build import dropped_update
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.predict.cost import Attention, Costs, pass_costs, step_costs
 from megatron_sbld.predict.hardware import Hardware
 from megatron_sbld.predict.parameters import (

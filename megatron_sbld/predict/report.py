@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sbld.config.flops import model_flops_per_token
-from megatron_sbld.method.build import dropped_update
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.predict.gain import Prediction, Target
 from megatron_sbld.predict.memory import MARGIN, RankMemory
 from megatron_sbld.predict.outcome import Outcome

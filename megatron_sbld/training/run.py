@@ -46,7 +46,7 @@ from megatron_sbld.health.run_lock import RunLock
 from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.method.build import dropped_update, updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.training.changes import CHANGES_FILE, record_changes

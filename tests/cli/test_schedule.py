@@ -16,7 +16,8 @@ import yaml
 
 from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from megatron_sbld.method.build import build_policy, build_schedule
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.build_schedule import build_schedule
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.schedule import pwegd_density
 from megatron_sbld.sensitivity.file import SensitivityFile

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_sbld.config.combinations import CONFIG_COMBINATIONS, combination_problems
 from megatron_sbld.config.sections import Config
-from megatron_sbld.method.build import drop_settings
 from megatron_sbld.method.combinations import COMBINATIONS, Combination, find_refusals, refuse_combinations
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import drop_settings
 
 DISTINCT = {"replicas": "distinct", "granularity": "layer"}
 MEGATRON = {

@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import pytest
 
-from megatron_sbld.method.build import build_policy, build_schedule, validate_drop
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.build_schedule import build_schedule
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
 from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Polynomial
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 NUM_LAYERS = 12
