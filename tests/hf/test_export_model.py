@@ -180,6 +180,7 @@ def saved_by_two_ranks(tmp_path_factory: pytest.TempPathFactory, tokenizer: str)
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED_MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_of_any_layout_is_exported(

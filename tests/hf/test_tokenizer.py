@@ -16,8 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron_sbld.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megatron_sbld.hf.tokenizer import added_at_ends, import_tokenizer, write_tokenizer
 from tests.hf import hf_peer
+from tests.training.trainer_helpers import REPOSITORY, SOURCES
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [
     "",
     " ",
@@ -34,7 +34,7 @@ ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sample
 
 
 def byte_level(folder: Path, *, add_prefix_space: bool = False, post_processor: Any = None) -> str:
-    """A BPE trained on this repository's sources, as GPT-2's but for what is asked for."""
+    """A BPE trained on Python's sources, as GPT-2's but for what is asked for."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def byte_level(folder: Path, *, add_prefix_space: bool = False, post_processor: 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train([str(path) for path in sorted((REPOSITORY / "megatron_sbld").glob("*.py"))], trainer)
+    backend.train(SOURCES[:20], trainer)
     backend.save(str(folder / "tokenizer.json"))
     return str(folder / "tokenizer.json")
 
@@ -77,7 +77,7 @@ def llama_like(folder: Path) -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, max_token_length=12
     )
-    backend.train([str(path) for path in sorted((REPOSITORY / "megatron_sbld").glob("p*.py"))], trainer)
+    backend.train(SOURCES[:4], trainer)
     content = json.loads(backend.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in bytes_]
     backend = tokenizers.Tokenizer.from_str(json.dumps(content))

@@ -77,6 +77,7 @@ def test_a_step_has_megatrons_bits_in_fewer_operations(tmp_path: Path, precision
         assert both[False]["operators"] >= num_params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ddp_bucket_size", [None, 1000])
 def test_shards_on_two_ranks_have_megatrons_bits(tmp_path: Path, ddp_bucket_size: int | None) -> None:
     """With small buckets most parameters are cut in two by the ranks' border."""

@@ -165,6 +165,7 @@ def four_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(two_processes: list[dict[str, Any]], name: str) -> None:
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
@@ -176,6 +177,7 @@ def test_more_settings_on_two_processes_equal_one(more_on_two_processes: list[di
     assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])
 
 
+@pytest.mark.slow
 def test_experts_shared_out_equal_experts_on_each_replica_when_each_microbatch_decides(
     two_processes: list[dict[str, Any]],
 ) -> None:
@@ -191,6 +193,7 @@ def test_four_processes_equal_one(four_processes: list[dict[str, Result]], name:
     assert_equals_reference(four_processes, name, FOUR_PROCESSES[name])
 
 
+@pytest.mark.slow
 def test_whole_experts_on_tensor_parallel_ranks_are_wrong_in_megatron_itself(
     two_processes: list[dict[str, Any]],
 ) -> None:
@@ -212,6 +215,7 @@ def test_the_logged_loss_is_the_mean_over_the_layers_that_ran() -> None:
         assert np.isnan(losses["load_balancing_loss"]) or 0.9 < losses["load_balancing_loss"] < 1.6
 
 
+@pytest.mark.slow
 def test_distinct_replicas_divide_by_what_all_of_them_ran(two_processes: list[dict[str, Any]]) -> None:
     assert [rank["distinct replicas"]["runs"] for rank in two_processes] == [3, 5]
     for rank in two_processes:

@@ -26,7 +26,7 @@ from tests.mcore.skip.runs import (
 )
 from tests.mcore.skip.test_moe import MOE, SEQUENCE_PARALLEL
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def case(**settings: Any) -> Case:
@@ -78,7 +78,6 @@ def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: s
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_ON_TWO_PROCESSES)
 def test_more_layouts_on_two_processes_equal_one(more_on_two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])

@@ -233,11 +233,13 @@ def four_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", per_token_runs.KEPT)
 @pytest.mark.parametrize("layout", per_token_runs.LAYOUTS)
 def test_per_token_loss_has_the_gradient_of_the_whole_batch_whatever_the_size_of_a_microbatch(
@@ -251,6 +253,7 @@ def test_per_token_loss_has_the_gradient_of_the_whole_batch_whatever_the_size_of
         assert found.validation == pytest.approx(whole_batch["nothing dropped"][1], rel=1e-5), "it is at full depth"
 
 
+@pytest.mark.slow
 def test_megatrons_default_reports_the_mean_over_tokens_and_weighs_microbatches_alike(
     whole_batch: dict[str, tuple[dict[str, float], float]],
 ) -> None:
@@ -263,6 +266,7 @@ def test_megatrons_default_reports_the_mean_over_tokens_and_weighs_microbatches_
         per_token_runs.assert_equal_gradients(samples.gradients, gradients, relative=0.1)
 
 
+@pytest.mark.slow
 def test_a_microbatch_without_a_token_that_counts_reports_no_loss(per_token: PerTokenRuns) -> None:
     """0 would be taken for a perfect one where the sensitivity is estimated from single microbatches."""
     losses = per_token[per_token_runs.ALONE, 2, "nothing dropped"].result.microbatch_losses
@@ -300,6 +304,7 @@ def test_fp16_runs_leave_out_the_step_that_overflows_and_no_other() -> None:
     assert result.loss_scales[3] == 2.0**11
 
 
+@pytest.mark.slow
 def test_zeros_are_counted_with_the_dropped_layers_and_equal_on_every_layout(
     two_processes: list[dict[str, Result]],
 ) -> None:
