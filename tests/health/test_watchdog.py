@@ -46,7 +46,7 @@ from tests.training.trainer_helpers import (
     train_rows,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 TIMEOUT_S = 20.0
 SLACK_S = 5.0

@@ -121,11 +121,13 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tokenizer, str(folder / "out")
 
 
+@pytest.mark.slow
 def test_known_hard_texts_have_the_same_ids(kind: tuple[Tokenizer, str], ask: Callable[..., Any]) -> None:
     tokenizer, folder = kind
     assert ask(hf_peer.encode, folder, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
+@pytest.mark.slow
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=20))
 @example(texts=["<|endoftext|>"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -134,6 +136,7 @@ def test_any_text_has_the_same_ids(kind: tuple[Tokenizer, str], ask: Callable[..
     assert ask(hf_peer.encode, folder, texts) == [tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_ids_have_the_same_text(kind: tuple[Tokenizer, str], ask: Callable[..., Any], data: st.DataObject) -> None:
@@ -142,6 +145,7 @@ def test_any_ids_have_the_same_text(kind: tuple[Tokenizer, str], ask: Callable[.
     assert ask(hf_peer.decode, folder, ids) == tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 def test_sizes_and_the_end_of_a_document_are_ours(kind: tuple[Tokenizer, str], ask: Callable[..., Any]) -> None:
     tokenizer, folder = kind
     found = ask(hf_peer.about_tokenizer, folder)

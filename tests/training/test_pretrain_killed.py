@@ -39,7 +39,7 @@ from tests.training.trainer_helpers import (
     tiny_run,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 KILLED_ITERATIONS = 40
 
