@@ -42,4 +42,4 @@ lint: setup
 	$(BIN)/mypy
 
 quickstart: $(VENV)/.ready
-	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--profile)
+	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--measure)

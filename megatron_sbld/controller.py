@@ -9,7 +9,7 @@ communication; once a window of iterations the ranks compare what they drew (agr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -18,20 +18,18 @@ from numpy.typing import NDArray
 
 from megatron_sbld.agreement import Settings, check_agreement, record_of_window
 from megatron_sbld.checks import check_choice, check_integer, check_keys, check_layer_number
+from megatron_sbld.method.choices import DroppedUpdate, Granularity, Replicas, ResidualScale, Sampler, Scope
+from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.decisions import (
     MAX_REPLICA,
     MAX_SAMPLES,
     MAX_SEED,
-    Granularity,
-    Replicas,
-    Sampler,
-    Scope,
     draw_sample_counts,
     draw_samples,
     plain_stages,
     replicas_run_alike,
 )
-from megatron_sbld.method.policy import Policy, ResidualScale
+from megatron_sbld.method.policy import Policy
 
 CHECKPOINT_KEY = "sbld"
 """Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
@@ -84,12 +82,8 @@ class DropController:
         check_choice("sampler", sampler, get_args(Sampler))
         check_choice("replicas", replicas, get_args(Replicas))
         check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
-        _check_granularity(granularity, num_samples, replicas)
+        _check_granularity(granularity, num_samples)
         self._replicas_run_alike = replicas_run_alike(replicas, granularity)
-        if not self._replicas_run_alike and sampler != "balanced":
-            raise ValueError(f"replicas 'distinct' needs sampler 'balanced', got sampler {sampler!r}")
-        if sampler == "bernoulli" and stages is not None:
-            raise ValueError(f"stages = {stages!r} is used by sampler 'balanced' only, got sampler 'bernoulli'")
         self.policy = policy
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.scope: Scope = scope
@@ -97,7 +91,8 @@ class DropController:
         self.stages = stages
         self.granularity: Granularity = granularity
         self.num_samples = None if num_samples is None else int(num_samples)
-        self.replicas = replicas
+        self.replicas: Replicas = replicas
+        self.refuse({})
         self.replica = check_integer("replica", replica, 0, MAX_REPLICA)
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
         self.window = check_integer("window", window, 1)
@@ -143,6 +138,19 @@ class DropController:
     def replicas_run_alike(self) -> bool:
         """Whether all data-parallel replicas run the same layers, each on as many samples."""
         return self._replicas_run_alike
+
+    def refuse(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError where this controller does not work with others' settings (method/combinations.py)."""
+        own = {
+            "decision_scope": self.scope,
+            "sampler": self.sampler,
+            "balance_stages": self.stages,
+            "granularity": self.granularity,
+            "micro_batch_size": self.num_samples,
+            "replicas": self.replicas,
+        }
+        names = {"decision_scope": "scope", "balance_stages": "stages", "micro_batch_size": "num_samples"}
+        refuse_combinations({**settings, **own}, lambda name: names.get(name, name))
 
     def begin_iteration(self, iteration: int, num_microbatches: int) -> None:
         """Draw the decisions of `iteration` (1..T); call on every rank before each forward-backward pass.
@@ -236,10 +244,8 @@ class DropController:
             ValueError: distinct replicas drop different layers, and none knows the others' decisions.
         """
         if not self.replicas_run_alike:
-            raise ValueError(
-                "replicas 'distinct' does not work with dropped_update 'freeze': whether every replica dropped a layer "
-                "is known to none of them; use replicas 'shared' or dropped_update 'apply'"
-            )
+            freeze: DroppedUpdate = "freeze"
+            self.refuse({"dropped_update": freeze})
         check_layer_number(layer_number)
         return len(self.plan) > 0 and not bool(self.plan[:, layer_number - 1].any())
 
@@ -322,7 +328,7 @@ class DropController:
         )
 
 
-def _check_granularity(granularity: str, num_samples: int | None, replicas: str) -> None:
+def _check_granularity(granularity: str, num_samples: int | None) -> None:
     check_choice("granularity", granularity, get_args(Granularity))
     if granularity == "layer":
         if num_samples is not None:
@@ -331,8 +337,3 @@ def _check_granularity(granularity: str, num_samples: int | None, replicas: str)
             )
         return
     check_integer("num_samples", num_samples, 1, MAX_SAMPLES)
-    if replicas == "distinct" and num_samples == 1:
-        raise ValueError(
-            "replicas 'distinct' with granularity 'sample' needs num_samples of 2 at least: with one sample (the "
-            "micro_batch_size) there is nothing that replicas could choose differently"
-        )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from megatron_sbld.files.paths import expand_options
 from megatron_sbld.files.strict_yaml import load_yaml
+
+if TYPE_CHECKING:
+    from megatron_sbld.config.sections import Config
 
 _NULL = ("null", "Null", "NULL")
 
@@ -41,3 +45,52 @@ class CommandParser(ArgumentParser):
         own = {name: given[name] for name in vars(given) if isinstance(given[name], str | list)}
         given.update(Namespace(**expand_options(own)))
         return given
+
+
+def config_parser(
+    usage: str, description: str, add_options: Callable[[CommandParser], object] | None = None
+) -> CommandParser:
+    """A parser of a config file and of its fields as options.
+
+    add_options: adds the command's own options, which --help shows before the many fields.
+    """
+    from megatron_sbld.config.sections import Config
+
+    parser = CommandParser(usage, description)
+    parser.add_argument("--config", action="config", help="YAML file of sections, that of the training run")
+    if add_options is not None:
+        add_options(parser)
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(parser: CommandParser, args: list[str], others: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """The config that the arguments stand for, and the values of the command's `others`, options without dashes."""
+    from megatron_sbld.config.files import check_options, parse_files, with_expanded_paths, with_text_blends
+    from megatron_sbld.config.sections import Config
+
+    files, args = config_files(args)
+    check_options(args, others)
+    try:
+        found = parser.parse_args(with_text_blends(args), namespace=parse_files(files))
+        values = parser.instantiate(found).as_dict()
+    except OverflowError as error:
+        raise ValueError(f"a number on the command line is too large: {error}") from error
+    values.pop("config", None)
+    options = {name: values.pop(name) for name in others}
+    return with_expanded_paths(Config(**values)), options
+
+
+def config_files(args: list[str]) -> tuple[list[str], list[str]]:
+    """The values of `--config`, and the other arguments, which win wherever they stand."""
+    files, others = [], []
+    rest = iter(args)
+    for arg in rest:
+        value = next(rest, None) if arg == "--config" else None
+        if value is not None:
+            files.append(value)
+        elif arg.startswith("--config="):
+            files.append(arg.removeprefix("--config="))
+        else:
+            others.append(arg)  # also a --config without a value, which the parser refuses
+    return files, others

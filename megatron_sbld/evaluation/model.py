@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,48 +18,12 @@ from megatron_sbld.checkpoint.files import (
 )
 from megatron_sbld.checkpoint.manager import load_weights, saved_model
 from megatron_sbld.checkpoint.start import embedding_rows
-from megatron_sbld.checks import check_choice, check_flag
 from megatron_sbld.config.files import read_config
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.evaluation.options import ModelOptions
 from megatron_sbld.training.model import build_chunks, check_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """How a trained model is loaded and spread over processes; data parallelism takes what the others leave."""
-
-    tokenizer: str | None = None
-    """Where the model's tokenizer is now: byte, a tokenizer.json or a folder; None is where it was in training."""
-    config: str | None = None
-    """Config file that describes the model of a checkpoint that does not, as Megatron-LM's."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """None is that of training on a GPU, and fp32 on a CPU, where the others are slow."""
-    batch_tokens: int = 16384
-    """Most tokens of a microbatch, padding included; a longer input is one by itself."""
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    pipeline_model_parallel_layout: str | None = None
-    """Which layers each stage holds, as in training; None is as many on each."""
-    sequence_parallel: bool = False
-    """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
-    distributed_timeout_minutes: float = 10.0
-    """A rank that dies or stalls for longer than this ends the evaluation on all ranks."""
-
-    def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("fp32", "bf16", "fp16", None))
-        check_flag("sequence_parallel", self.sequence_parallel)
-
-    def parallel(self) -> ParallelConfig:
-        """The layout."""
-        return ParallelConfig(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            pipeline_model_parallel_layout=self.pipeline_model_parallel_layout,
-            sequence_parallel=self.sequence_parallel,
-            distributed_timeout_minutes=self.distributed_timeout_minutes,
-        )
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.measure.plan import AFFORDABLE_FRACTION, ProfilePlan
-from megatron_sbld.measure.progress import ProfileProgress
+from megatron_sbld.measure.plan import AFFORDABLE_FRACTION, MeasurePlan
+from megatron_sbld.measure.progress import MeasurementProgress
 from megatron_sbld.measure.state import RunSnapshot
-from megatron_sbld.method.policy import FullDepthPolicy, Policy, ResidualScale
+from megatron_sbld.method.choices import ResidualScale
+from megatron_sbld.method.policy import FullDepthPolicy, Policy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.sensitivity.early_stop import Neighbours, is_look, settled_neighbours, spread_order
-from megatron_sbld.sensitivity.measurement import LayerRun, ProfileFolder
+from megatron_sbld.sensitivity.measurement import LayerRun, MeasurementFolder
 from megatron_sbld.sensitivity.stats import Estimate
 from megatron_sbld.training.model import loss_weights_text
 from megatron_sbld.training.processes import seed_everything
@@ -57,7 +58,7 @@ class OneLayerPolicy(Policy):
 class Measurement(ABC):
     """The runs of a measurement, and how far they have come. The same on every rank, but for the files."""
 
-    def __init__(self, plan: ProfilePlan, folder: ProfileFolder, stop: StopFlag) -> None:
+    def __init__(self, plan: MeasurePlan, folder: MeasurementFolder, stop: StopFlag) -> None:
         self.plan = plan
         self.folder = folder
         self.stop = stop
@@ -71,7 +72,7 @@ class Measurement(ABC):
         self.results: dict[tuple[int, int | None], LayerRun] = on_rank_0(
             lambda: {key: run for key in wanted if (run := folder.run(*key)) is not None}
         )
-        self.progress = ProfileProgress(
+        self.progress = MeasurementProgress(
             plan.config.logging,
             runs=len(wanted),
             runs_done=len(self.results),

@@ -17,11 +17,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_sbld.checks import check_integer, check_layers
-from megatron_sbld.method.config import DropConfig, ScheduleName, check_ranges, default_of, drop_field_names
-from megatron_sbld.method.decisions import replicas_run_alike
+from megatron_sbld.fields import check_fields
+from megatron_sbld.method.choices import PolicyName, ResidualScale, ScheduleName
+from megatron_sbld.method.combinations import refuse_combinations
+from megatron_sbld.method.config import DropConfig, default_of, drop_field_names, fields_of
 from megatron_sbld.method.policy import (
     FullDepthPolicy,
     LayerDropPolicy,
@@ -43,26 +45,14 @@ from megatron_sbld.method.schedule import (
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.lists import choose_lists, layers_of_fraction
 
-_POLICY_SCHEDULES: dict[str, ScheduleName] = {
+_POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "sbld": "pwegd",
     "pld": "exponential",
     "layerdrop": "constant",
     "stochastic_depth": "constant",
 }
-_SCHEDULE_FIELDS: dict[str, set[str]] = {
-    "pwegd": {"a", "b", "c", "epsilon", "eta", "peak_iteration", "peak_theta"},
-    "exponential": {"gamma"},
-    "linear": {"start_theta", "duration"},
-    "polynomial": {"start_theta", "duration", "power"},
-    "constant": set(),
-}
+"""What schedule: null stands for."""
 _LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
-_SBLD_FIELDS = {
-    *("alpha", "beta", "theta_min", "theta_max", "allow_keep_prob"),
-    *("sensitivity", "interpolate", "sensitivity_update"),
-    *_LIST_FIELDS,
-}
-_DYNAMIC_FIELDS = {"update_interval", "update_memory", "exploration", "release_block"}
 _EXCLUSIVE_FIELDS = (
     ("b", "peak_iteration"),
     ("eta", "peak_theta"),
@@ -85,11 +75,12 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
     """
     check_integer("num_layers", num_layers, 1)
     check_integer("train_iters", train_iters, 1)
-    check_ranges(config)
+    check_fields(config, "drop.")
     if config.policy == "none":
         return
+    refuse_combinations(drop_settings(config), "drop.{}".format)
     changed = _changed_fields(config)
-    _check_sampler(config, num_layers, num_stages)
+    _check_stages(config, num_layers, num_stages)
     _check_schedule_fields(config, changed)
     for first, second in _EXCLUSIVE_FIELDS:
         if {first, second} <= changed:
@@ -100,21 +91,6 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
     build_schedule(config, train_iters)
     if config.policy == "sbld":
         _check_sbld(config, num_layers)
-    if updates_sensitivity(config) and config.granularity == "sample":
-        raise ValueError(
-            "drop.granularity = 'sample' does not work with drop.sensitivity_update dynamic: a layer runs nearly the "
-            "same share of every microbatch, so that losses say nothing about it; use layer"
-        )
-    if updates_sensitivity(config) and config.replicas == "distinct":
-        raise ValueError(
-            "drop.replicas = 'distinct' does not work with drop.sensitivity_update dynamic: the loss is a mean over "
-            "replicas, which took different decisions; use shared"
-        )
-    if config.dropped_update == "freeze" and not replicas_run_alike(config.replicas, config.granularity):
-        raise ValueError(
-            "drop.replicas = 'distinct' does not work with drop.dropped_update freeze: whether every replica dropped a "
-            "layer is known to none of them; use shared or apply"
-        )
     unused = sorted(changed & _unused_fields(config))
     if unused:
         names = ", ".join(f"drop.{name}" for name in unused)
@@ -122,6 +98,17 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
         if config.policy == "sbld" and not updates_sensitivity(config):
             chosen += f" and drop.sensitivity_update {config.sensitivity_update}"
         warnings.warn(f"no effect with {chosen}: {names}", stacklevel=2)
+
+
+def drop_settings(config: DropConfig) -> dict[str, Any]:
+    """What is in force of the section, as combinations.py asks for it: nothing with policy none, and no field of
+    another policy or schedule; residual_scale is the policy's own where the section has none.
+    """
+    if config.policy == "none":
+        return {}
+    unused = _unused_fields(config)
+    used = {name: getattr(config, name) for name in drop_field_names() if name not in unused}
+    return {**used, "residual_scale": residual_scale(config)}
 
 
 def updates_sensitivity(config: DropConfig) -> bool:
@@ -148,19 +135,18 @@ def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
         return Constant(config.theta)
 
 
-_SCHEDULED: dict[str, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
+_SCHEDULED: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
     "pld": PLDPolicy,
     "layerdrop": LayerDropPolicy,
     "stochastic_depth": StochasticDepthPolicy,
 }  # a schedule is all that they need
 
 
-def scales_residual(config: DropConfig) -> bool:
-    """Whether kept layers' branches are scaled, by what the section says or by the policy's own rule."""
+def residual_scale(config: DropConfig) -> ResidualScale:
+    """How kept layers' branches are scaled, by what the section says or by the policy's own rule."""
     if config.policy == "none":
-        return False
-    own_rule = _SCHEDULED.get(config.policy, SBLDPolicy).default_residual_scale
-    return (config.residual_scale or own_rule) != "none"
+        return "none"
+    return config.residual_scale or _SCHEDULED.get(config.policy, SBLDPolicy).default_residual_scale
 
 
 def build_policy(
@@ -202,29 +188,22 @@ def build_policy(
         )
 
 
-def _check_sampler(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
+def _check_stages(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
     if config.sampler == "balanced":
         name = "pipeline stages" if config.balance_stages is None else "drop.balance_stages"
         stages = num_stages if config.balance_stages is None else config.balance_stages
         if stages is not None and num_layers % stages:
             raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
-        return
-    if config.balance_stages is not None:
-        raise ValueError(f"drop.balance_stages = {config.balance_stages} needs drop.sampler balanced")
-    if not replicas_run_alike(config.replicas, config.granularity):
-        raise ValueError(
-            "drop.replicas = 'distinct' needs drop.sampler balanced, or replicas would wait for each other"
-        )
 
 
 def _check_schedule_fields(config: DropConfig, changed: set[str]) -> None:
     """Refuse parameters of another schedule, unless they may belong to another policy that takes its own schedule."""
     name = _schedule_name(config)
-    useful = set(_SCHEDULE_FIELDS[name])
+    useful = fields_of(name)
     if config.schedule is None:
-        useful = useful.union(*(_SCHEDULE_FIELDS[own] for own in _POLICY_SCHEDULES.values()))
-    for field in sorted(changed & set().union(*_SCHEDULE_FIELDS.values()) - useful):
-        owners = " or ".join(owner for owner, fields in _SCHEDULE_FIELDS.items() if field in fields)
+        useful = useful.union(*(fields_of(own) for own in _POLICY_SCHEDULES.values()))
+    for field in sorted(changed & _schedule_fields() - useful):
+        owners = " or ".join(owner for owner in get_args(ScheduleName) if field in fields_of(owner))
         raise ValueError(
             f"drop.{field} = {getattr(config, field)} is not used by drop.schedule {name}: leave it out, or set "
             f"drop.schedule to {owners}"
@@ -235,7 +214,7 @@ def _check_sbld(config: DropConfig, num_layers: int) -> None:
     if config.sensitivity is None:
         raise ValueError(
             "drop.sensitivity = None is not allowed with drop.policy sbld: it must be the path of a sensitivity file "
-            f"for {num_layers} layers (`megatron-sbld profile` measures one)"
+            f"for {num_layers} layers (`megatron-sbld sensitivity measure` measures one)"
         )
     if config.theta_min > config.theta_max:
         raise ValueError(f"drop.theta_min = {config.theta_min} is not allowed: above drop.theta_max {config.theta_max}")
@@ -301,7 +280,8 @@ def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.Pa
     if not config.interpolate:
         raise ValueError(
             f"drop.sensitivity = {config.sensitivity!r} is for {measured.num_layers} layers, but the model has "
-            f"{num_layers}: measure one for this depth (`megatron-sbld profile`), or set drop.interpolate true"
+            f"{num_layers}: measure one for this depth (`megatron-sbld sensitivity measure`), or set drop.interpolate "
+            "true"
         )
     try:
         fitting = measured.interpolated(num_layers)
@@ -363,10 +343,14 @@ def _changed_fields(config: DropConfig) -> set[str]:
 
 def _unused_fields(config: DropConfig) -> set[str]:
     """Fields of other policies and schedules than the section's."""
-    unused = set().union(*_SCHEDULE_FIELDS.values()) - _SCHEDULE_FIELDS[_schedule_name(config)]
+    unused = _schedule_fields() - fields_of(_schedule_name(config))
     if not updates_sensitivity(config):
-        unused |= _DYNAMIC_FIELDS
-    return unused if config.policy == "sbld" else unused | _SBLD_FIELDS
+        unused |= fields_of("dynamic")
+    return unused.union(*(fields_of(policy) for policy in get_args(PolicyName) if policy != config.policy))
+
+
+def _schedule_fields() -> set[str]:
+    return set().union(*(fields_of(schedule) for schedule in get_args(ScheduleName)))
 
 
 @contextlib.contextmanager

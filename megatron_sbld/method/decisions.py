@@ -13,17 +13,13 @@ that runs a microbatch or not has one sample of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_integer, check_layers
-
-Scope = Literal["iteration", "microbatch"]
-Sampler = Literal["bernoulli", "balanced"]
-Granularity = Literal["layer", "sample"]
-Replicas = Literal["shared", "distinct"]
+from megatron_sbld.method.choices import Granularity, Replicas, Sampler, Scope
 
 MAX_SEED = 2**63 - 1
 """The largest seed: what fits the signed 64 bits of checkpoints and messages."""

@@ -11,16 +11,14 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_flag, check_integer, check_layers, check_number
+from megatron_sbld.method.choices import ResidualScale
 from megatron_sbld.method.schedule import Constant
-
-ResidualScale = Literal["none", "inverse_keep_prob"]
-"""Factor of a kept layer's branches: 1, or 1 / keep_prob of that layer."""
 
 
 class Policy(ABC):

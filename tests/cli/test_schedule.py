@@ -181,15 +181,18 @@ def test_show_without_the_tokenizer_knows_no_gain(folder: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "training.train_iters = None and training.train_samples = None"),
+        ([], "training.train_iters = None does not work with training.train_samples = None"),
         (["--training.train_iters", "10"], "drop.policy = 'none' is not allowed: it drops nothing and has no schedule"),
         (["--config", "config.yaml", "--drop.tehta", "0.5"], "unknown option --drop.tehta; did you mean theta"),
         (["--config", "config.yaml", "--otu", "x"], "unknown option --otu"),
         (["--config", "config.yaml", "--drop.theta", "1.5"], "drop.theta = 1.5 is not allowed"),
         (["--config", "config.yaml", "--model.num_layers", "24"], "is for 12 layers, but the model has 24"),
         (["--config", "config.yaml", "--drop.sensitivity", "gaps.json"], "gaps.json cannot be read: No such file"),
-        (["--config", "config.yaml", "--model.num_layers", "0"], "model.num_layers = 0: must be at least 1"),
-        (["--config", "config.yaml", "--parallel.tensor_model_parallel_size", "0"], "must be at least 1"),
+        (
+            ["--config", "config.yaml", "--model.num_layers", "0"],
+            "model.num_layers = 0 is not allowed: it must be an integer of at least 1",
+        ),
+        (["--config", "config.yaml", "--parallel.tensor_model_parallel_size", "0"], "must be an integer of at least 1"),
         (["--config", "config.yaml", "--parallel.tensor_model_parallel_size", "3"], "must be divisible by"),
         (["--config", "config.yaml", "--drop.block_layers", "[1.5]"], "drop.block_layers"),
         (["--config", "config.yaml", "--drop.allow_layers", "[true]"], "drop.allow_layers"),

@@ -23,9 +23,9 @@ NO_PATHS = {
 }
 """Options of the commands that take text which is no path."""
 COMMANDS = [
-    *(["prepare"], ["pretrain"], ["profile"], ["schedule", "show"], ["schedule", "fit"], ["evaluate", "lambada"]),
+    *(["prepare"], ["pretrain"], ["schedule", "show"], ["schedule", "fit"], ["evaluate", "lambada"]),
     *(["evaluate", "perplexity"], ["generate"], ["compare"], ["predict"], ["export", "hf"], ["import", "hf"]),
-    *(["profile", part] for part in ("merge", "show", "lists", "rank")),
+    *(["sensitivity", part] for part in ("measure", "merge", "show", "lists", "rank")),
 ]
 
 

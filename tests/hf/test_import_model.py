@@ -233,7 +233,8 @@ def test_an_imported_checkpoint_is_loaded_on_other_layouts(
 def test_the_config_that_is_written_starts_a_run_from_the_imported_weights(
     ask: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_sbld.cli.main import _parse_config, _pretrain_parser
+    from megatron_sbld.cli.parser import parse_config
+    from megatron_sbld.cli.pretrain import pretrain_parser
 
     fields = {**GPT2, "vocab_size": 259, "n_positions": 32}
     corpus = prepare_corpus(tmp_path)
@@ -260,7 +261,7 @@ def test_the_config_that_is_written_starts_a_run_from_the_imported_weights(
         "--model.hidden_dropout=0",
         "--model.attention_dropout=0",
     ]
-    config: Config = _parse_config(_pretrain_parser(), args)[0]
+    config: Config = parse_config(pretrain_parser(), args)[0]
     assert run_here(config) == 0
     assert len(losses(tmp_path / "run")) == 2
     export_hf(str(tmp_path / "run"), str(tmp_path / "out"))  # the weights are the imported ones

@@ -21,8 +21,8 @@ from tests.launch.cluster import REPOSITORY
 from tests.training.trainer_helpers import prepare_corpus, tiny_sections
 
 SCRIPTS = REPOSITORY / "scripts"
-COMMANDS = [SCRIPTS / f"{name}.sh" for name in ("pretrain", "profile", "eval_lambada")]
-JOBS = [SCRIPTS / "slurm" / f"{name}.sbatch" for name in ("pretrain", "profile", "eval_lambada")]
+COMMANDS = [SCRIPTS / f"{name}.sh" for name in ("pretrain", "measure_sensitivity", "eval_lambada")]
+JOBS = [SCRIPTS / "slurm" / f"{name}.sbatch" for name in ("pretrain", "measure_sensitivity", "eval_lambada")]
 CHAIN = SCRIPTS / "slurm" / "submit_chain.sh"
 CONFIG = str(REPOSITORY / "configs" / "gpt3_350m.yaml")
 ARRAY = {
@@ -163,16 +163,16 @@ def test_the_chain_shows_its_commands_without_slurm(tmp_path: Path) -> None:
     passages.write_text("a b\n")
     whole = run(tmp_path, CHAIN, "--dry-run", "--parts", "4", CONFIG, "runs/x", passages, "--drop.theta", "0.7")
     assert whole.returncode == 0, whole.stderr
-    profile, pretrain, evaluate = [line for line in whole.stdout.splitlines() if line.startswith("+ sbatch")]
-    assert "--array=1-4" in profile
-    assert f"profile.sbatch {CONFIG} runs/x/sensitivity --drop.theta 0.7" in profile
+    measure, pretrain, evaluate = [line for line in whole.stdout.splitlines() if line.startswith("+ sbatch")]
+    assert "--array=1-4" in measure
+    assert f"measure_sensitivity.sbatch {CONFIG} runs/x/sensitivity --drop.theta 0.7" in measure
     assert "--dependency=afterok:" in pretrain
     assert "--drop.sensitivity runs/x/sensitivity/sensitivity.json --drop.theta 0.7" in pretrain
     assert f"eval_lambada.sbatch runs/x {passages}" in evaluate
 
     reused = run(tmp_path, CHAIN, "--dry-run", "--sensitivity", CONFIG, CONFIG, "runs/x", passages)
     assert reused.stdout.count("+ sbatch") == 2
-    assert "profile.sbatch" not in reused.stdout
+    assert "measure_sensitivity.sbatch" not in reused.stdout
 
 
 def container_of(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""`megatron-sbld profile` in one process on real text: planted sensitivities are found, and runs can be stopped."""
+"""`sensitivity measure` in one process on real text: planted sensitivities are found, and runs can be stopped."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import yaml
 
 from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config
-from megatron_sbld.measure.plan import has_optimizer_state, parse_layers, parse_numbers
+from megatron_sbld.measure.options import parse_layers, parse_numbers
+from megatron_sbld.measure.plan import has_optimizer_state
 from megatron_sbld.measure.runs import OneLayerPolicy
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.sensitivity.measurement import ProfileFolder
+from megatron_sbld.sensitivity.measurement import MeasurementFolder
 from megatron_sbld.training import model
 from tests.measure.measure_helpers import measure, state_is_restored, values
 from tests.training.trainer_helpers import (
@@ -140,7 +141,9 @@ def test_parts_on_their_own_equal_the_whole(config: Config, whole: Path, tmp_pat
     assert measure(config, tmp_path / "b", iterations=N, layers="2-3") == 0
     assert not (tmp_path / "a" / "sensitivity.json").exists()
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "m.json")])
+        cli.main(
+            ["sensitivity", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "m.json")]
+        )
     assert ended.value.code == 0
     merged, expected = (SensitivityFile.load(file) for file in (tmp_path / "m.json", whole / "sensitivity.json"))
     assert (merged.gap, merged.gap_stderr, merged.block) == (expected.gap, expected.gap_stderr, expected.block)
@@ -326,7 +329,7 @@ def test_a_run_ends_early_once_its_rank_is_settled(planted: Config, tmp_path: Pa
     runs = values(tmp_path / "out")
     assert {len(runs[name]) for name in ("baseline", "layer 1", "layer 5")} == {40}
     assert 10 <= len(runs["layer 2"]) < 40
-    found = ProfileFolder.read(tmp_path / "out")
+    found = MeasurementFolder.read(tmp_path / "out")
     low, middle, high = (found.gap(1234, layer) for layer in (DISTURBING, 2, LEARNING))
     assert low.mean < middle.mean < high.mean
     assert middle.mean == pytest.approx(0.0, abs=0.2 * (high.mean - low.mean))
@@ -421,13 +424,13 @@ def test_the_command_writes_file_and_plot_and_prints_the_table(
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--training.micro_batch_size", "4", "--config", path, "--iterations", str(N)]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", *arguments])
+        cli.main(["sensitivity", "measure", *arguments])
     assert ended.value.code == 0
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert "sensitivity" in capsys.readouterr().out
     found, expected = (SensitivityFile.load(folder / "sensitivity.json") for folder in (out, whole))
     assert found.gap == expected.gap
-    assert found.measured_with["command"] == " ".join(["megatron-sbld", "profile", *arguments])
+    assert found.measured_with["command"] == " ".join(["megatron-sbld", "sensitivity", "measure", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -446,7 +449,7 @@ def test_mistakes_on_the_command_line_end_in_one_message(
     capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", *args])
+        cli.main(["sensitivity", "measure", *args])
     printed = capsys.readouterr().err
     assert ended.value.code == cli.EXIT_MISTAKE
     assert message in " ".join(printed.split())
@@ -463,7 +466,8 @@ def test_sigterm_ends_the_run_at_the_next_iteration_and_the_next_call_goes_on(
 ) -> None:
     path = write(tmp_path, tiny_sections(tmp_path / "run", corpus, training={**RUN, "train_iters": 5000}))
     out, iterations = tmp_path / "out", 40
-    command = [sys.executable, "-m", "megatron_sbld", "profile", "--config", path, "--out", str(out), "--layers", "1-2"]
+    command = [sys.executable, "-m", "megatron_sbld", "sensitivity", "measure", "--config", path]
+    command += ["--out", str(out), "--layers", "1-2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--iterations", str(iterations)], stdout=log, stderr=log, env=environment)

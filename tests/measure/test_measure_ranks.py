@@ -1,4 +1,4 @@
-"""`megatron-sbld profile` on two processes: every layout like one process, restored and continued bit for bit.
+"""`sensitivity measure` on two processes: every layout like one process, restored and continued bit for bit.
 
 One start of the processes runs all cases; what one process has to do comes before.
 """
@@ -68,7 +68,7 @@ N = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("profile_ranks")
+    return tmp_path_factory.mktemp("measure_ranks")
 
 
 @pytest.fixture(scope="module")

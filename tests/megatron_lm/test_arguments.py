@@ -89,14 +89,14 @@ def test_nothing_is_looked_at_without_a_policy() -> None:
         ({"sbld_theta": 1.5}, r"--sbld-theta = 1.5 .*\(0, 1\]"),
         ({"sbld_policy": "sbld"}, "--sbld-sensitivity = None is not allowed with --sbld-policy sbld"),
         ({"sbld_sampler": "balanced", "pipeline_model_parallel_size": 3}, "pipeline stages = 3"),
-        ({"sbld_replicas": "distinct"}, "--sbld-replicas = 'distinct' needs --sbld-sampler balanced"),
+        ({"sbld_replicas": "distinct"}, "--sbld-replicas = 'distinct' does not work with --sbld-sampler = 'bernoulli'"),
         (
             {"sbld_replicas": "distinct", "sbld_sampler": "balanced", "overlap_grad_reduce": True},
-            "--overlap-grad-reduce does not work with --sbld-replicas distinct",
+            "--sbld-replicas = 'distinct' does not work with --overlap-grad-reduce = True",
         ),
         (
             {"sbld_replicas": "distinct", "sbld_granularity": "sample", "micro_batch_size": 1},
-            "--micro-batch-size = 1 does not work",
+            "--sbld-replicas = 'distinct' does not work with --micro-batch-size = 1",
         ),
         ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl = 'transformer_engine' does not work"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp = True does not work"),
@@ -113,7 +113,10 @@ def test_a_mistake_is_refused_by_the_arguments_name(changed: dict[str, Any], mes
 
 
 def test_a_dynamic_sensitivity_by_microbatches_is_refused() -> None:
-    with pytest.raises(ValueError, match="--sbld-sensitivity-update dynamic does not work with --sbld-decision-scope"):
+    message = (
+        "--sbld-sensitivity-update = 'dynamic' does not work with --sbld-decision-scope = 'microbatch' in Megatron-LM"
+    )
+    with pytest.raises(ValueError, match=message):
         check(
             sbld_policy="sbld",
             sbld_sensitivity="file.json",

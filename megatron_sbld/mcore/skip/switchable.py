@@ -29,6 +29,7 @@ from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, in_backw
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
 from megatron_sbld.mcore.versions import check_megatron_core
+from megatron_sbld.method.combinations import refuse_combinations
 
 
 class _SkippedLayer(torch.autograd.Function):
@@ -94,7 +95,7 @@ class SwitchableLayer(TransformerLayer):
         if self._drop_buckets is None:
             # Looked up here, once: a layer may have been made switchable before its model was wrapped.
             self._drop_buckets = LayerBuckets(self)
-            _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
+            self._drop_controller.refuse({"overlap_grad_reduce": self._drop_buckets.reports_gradients})
             _let_buckets_be_skipped(self._drop_buckets.wrapper)
         buckets = self._drop_buckets
         self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
@@ -281,12 +282,7 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
         raise ValueError(
             f"layer {layer.layer_number} has cross-attention, and only decoder-only models can be made switchable"
         )
-    refuse_unsupported_switches(
-        layer.config,
-        microbatch_scope=controller.scope == "microbatch",
-        sample_granularity=controller.granularity == "sample",
-        distinct_replicas=not controller.replicas_run_alike,
-    )
+    refuse_unsupported_switches(layer.config, controller)
     if controller.scales_residual and are_fused(layer):
         _refuse_compiled_scales(layer)
 
@@ -299,18 +295,9 @@ def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[Transfor
 
 def _refuse_compiled_scales(layer: TransformerLayer) -> None:
     if hasattr(layer, "_compiled_forward"):
-        raise ValueError(
-            f"layer {layer.layer_number} is compiled, and its branches are fused and scaled: each scale would be "
-            "compiled anew; leave out fuse_residual, or use residual_scale 'none'"
-        )
-
-
-def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:
-    if buckets.reports_gradients and not controller.replicas_run_alike:
-        raise ValueError(
-            "replicas 'distinct' does not work with overlap_grad_reduce: a replica that skips a layer would start its "
-            "reductions in another order than one that runs it; use replicas 'shared' or switch the overlap off"
-        )
+        scaled: dict[str, Any] = {"torch_compile": True, "residual": "fused", "residual_scale": "inverse_keep_prob"}
+        names = {"torch_compile": f"layer {layer.layer_number}: torch_compile"}
+        refuse_combinations(scaled, lambda name: names.get(name, name))
 
 
 def _refuse_equal_replicas(controller: DropController) -> None:

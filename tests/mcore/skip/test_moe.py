@@ -261,8 +261,8 @@ def test_megatrons_rule_for_which_layers_have_experts() -> None:
 @pytest.mark.parametrize(
     ("model", "ep", "message"),
     [
-        (MOE, 2, "replicas 'distinct' does not work with expert_model_parallel_size = 2"),
-        (GLOBAL_LOSS, 1, "replicas 'distinct' does not work with moe_router_load_balancing_type = 'global_aux_loss'"),
+        (MOE, 2, "replicas = 'distinct' does not work with expert_model_parallel_size = 2"),
+        (GLOBAL_LOSS, 1, "replicas = 'distinct' does not work with moe_router_load_balancing_type = 'global_aux_loss'"),
     ],
 )
 def test_distinct_replicas_that_would_wait_for_each_other_are_refused(model: dict, ep: int, message: str) -> None:
