@@ -93,6 +93,7 @@ def test_another_length_leaves_the_learning_rates_fields_alone_and_is_checked_wi
     assert "peak_iteration = 0.2 is not allowed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_options_may_have_dashes_and_compare_needs_no_value(config, capsys):
     arguments = ("--config", config, "--gpus", 2, "--target-gain", 0.1, "--compare-policies", "--hardware=h200")
     assert predict(*arguments) == 0
