@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Trains the same GPT with every method of dropping layers, over several seeds, at equal mean keep probability.
 
+    python benchmarks/compare_methods.py --text TRAIN --valid-text VALID --out OUT
+
 The question is whether sensitivity helps: so all methods get the same mean keep probability over layers and iterations,
 PLD's at theta 0.5 unless another is given, by the choice of their theta alone (bisection on the policy; no run is
 looked at). Methods are those of the paper's Table 6 and a decreasing drop rate that ends in full depth. Before them
@@ -34,12 +36,13 @@ import tokenizers
 import yaml
 from rich.progress import Progress
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.report import ROOT, command_line
 from megatron_sbld.data.documents import DocumentRules, find_files, read_documents
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.policy import mean_keep_prob
 
-ROOT = Path(__file__).resolve().parent.parent
 SEPARATOR = "<|endoftext|>"
 PLD_THETA = 0.5
 NO_LISTS = {"block_fraction": 0.0, "allow_fraction": 0.0}
@@ -90,7 +93,7 @@ def main() -> None:
     run_all("evaluate", evaluate(args, runs), 1, args.out)
     run_all("compare", {"compare": cli("compare", *runs, "--out", str(args.out / "comparison"))}, 1, args.out)
     print((args.out / "comparison" / "comparison.md").read_text())
-    print(f"in {args.out / 'comparison'}; the command: {shlex.join(['python', *sys.argv])}")
+    print(f"in {args.out / 'comparison'}; the command: {command_line()}")
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,6 +7,7 @@ field, they are checked where they are used.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -44,12 +45,16 @@ class In:
         check_number(name, value, self.interval)
 
     def __str__(self) -> str:
+        low, high = self.interval[1:-1].split(", ")
+        if high == "inf":
+            return f"{'at least' if self.interval[0] == '[' else 'above'} {low}"
         return f"in {self.interval}"
 
 
+_ANY_NUMBER = In("(-inf, inf)")
 Count = Annotated[int, Whole(1)]
 CountOrZero = Annotated[int, Whole(0)]
-Finite = Annotated[float, In("(-inf, inf)")]
+Finite = Annotated[float, _ANY_NUMBER]
 NotNegative = Annotated[float, In("[0, inf)")]
 Positive = Annotated[float, In("(0, inf)")]
 Share = Annotated[float, In("[0, 1]")]
@@ -83,12 +88,17 @@ def notes(section: type, kind: type) -> dict[str, Any]:
     return {name: found[0] for name, found in by_name.items() if found}
 
 
-def choices(word: Any) -> tuple[Any, ...]:
-    """What a Literal allows, or a Literal or None; empty for other types."""
-    kind = _type_of(word)
-    if typing.get_origin(kind.base) is not Literal:
-        return ()
-    return (*typing.get_args(kind.base), *((None,) if kind.optional else ()))
+def ranges(section: type) -> dict[str, str]:
+    """A sentence on the range of each field that has one, for --help; fields of sections within as `section.field`."""
+    found = {}
+    for name, hint in _hints(section):
+        kind = _type_of(hint)
+        if isinstance(kind.base, type) and dataclasses.is_dataclass(kind.base):
+            found.update({f"{name}.{inner}": text for inner, text in ranges(kind.base).items()})
+        limits = [str(note) for note in kind.notes if isinstance(note, Whole | In) and note != _ANY_NUMBER]
+        if limits:
+            found[name] = f"{limits[0][0].upper()}{limits[0][1:]}."
+    return found
 
 
 @dataclass(frozen=True)

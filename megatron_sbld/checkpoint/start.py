@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megatron_sbld.checkpoint.resume import Change, SavedRun, check_resume, find
 from megatron_sbld.checkpoint.state import failures_name
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.blend import data_facts
+from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -40,12 +41,15 @@ class Start:
     changes: list[Change] = field(default_factory=list)
     """What the present config has otherwise than the saved one; of a run that goes on."""
 
-    def length(self, config: Config) -> RunLength:
-        """The run's length, as planned when it began or when checkpoint.replan planned it anew."""
-        return RunLength(config.training) if self.saved is None else run_length(self.saved, config)
+
+def planned_length(config: Config, start: Start | None) -> RunLength:
+    """The length of a run, as planned when it began or when checkpoint.replan planned it anew."""
+    if start is None or start.saved is None:
+        return RunLength(config.training)
+    return run_length(start.saved, config)
 
 
-def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
+def find_start(config: Config, tokenizer: Tokenizer, data: RunData) -> Start | None:
     """Apply checkpoint.resume and checkpoint.load. Reads files only; every rank finds the same.
 
     Raises:
@@ -67,7 +71,7 @@ def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
         start = find_load(config, tokenizer)
     if start is not None and start.saved is not None:
         try:
-            check_resume(start.saved, config, data_facts(config))
+            start = dataclasses.replace(start, changes=check_resume(start.saved, config, data.train.facts))
         except ValueError as error:
             raise ValueError(f"checkpoint {start.checkpoint.path}: {error}") from error
     return start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 def _lambada(args: list[str]) -> int:
+    from megatron_sbld.data.documents import InputFormat
+
     parser = _evaluate_parser(
         "lambada --checkpoint DIR [DIR ...] --data FILE [--raw] [options]",
         "Score the last word of each passage, given the passage: right when each of its tokens is the most likely one. "
@@ -21,7 +23,7 @@ def _lambada(args: list[str]) -> int:
         'passages: one a line, tokenised with spaces as LAMBADA is distributed, or JSON lines, {"text": passage}; .gz '
         "and .xz are unpacked",
     )
-    parser.add_argument("--format", type=Literal["auto", "text", "jsonl"], default="auto", help="of the data")
+    parser.add_argument("--format", type=InputFormat, default="auto", help="of the data")
     parser.add_argument(
         "--raw", action="store_true", help="score plain text as it is, with spaces between tokens, not detokenised"
     )
@@ -33,6 +35,8 @@ def _lambada(args: list[str]) -> int:
 
 
 def _perplexity(args: list[str]) -> int:
+    from megatron_sbld.config.sections import TextFormat
+
     parser = _evaluate_parser(
         "perplexity --checkpoint DIR [DIR ...] --data PATH [--format wikitext] [--stride N] [options]",
         "Score every token of a text, each once, in windows of the model's context; a document's first token is given "
@@ -41,7 +45,7 @@ def _perplexity(args: list[str]) -> int:
     )
     parser.add_argument(
         "--format",
-        type=Literal["auto", "text", "jsonl", "wikitext", "dataset"],
+        type=TextFormat,
         default="auto",
         help="of the data; wikitext: articles are documents, text is detokenised, words are counted before that",
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron_sbld.cli.command import Command
 from megatron_sbld.cli.parser import CommandParser
 
@@ -15,6 +13,8 @@ _IMPORT_USAGE = "import hf SOURCE OUT [--precision TYPE] [--tokenizer SPEC] [--p
 
 def _export(args: list[str]) -> int:
     """`megatron-sbld export hf`."""
+    from megatron_sbld.hf.options import ExportDtype
+
     parser = CommandParser(
         _EXPORT_USAGE,
         "Write a checkpoint as a folder that Hugging Face's transformers loads without remote code: in the GPT-2 "
@@ -28,9 +28,7 @@ def _export(args: list[str]) -> int:
         help="a checkpoint, or the newest of a run folder; also Megatron-LM's (torch_dist)",
     )
     parser.add_argument("out", help="folder to make")
-    parser.add_argument(
-        "--dtype", type=Literal["fp32", "bf16", "fp16", "as-saved"], default="as-saved", help="type of the weights"
-    )
+    parser.add_argument("--dtype", type=ExportDtype, default="as-saved", help="type of the weights")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file: 5GB, 500MB, 2GiB, ...")
     parser.add_argument(
         "--tokenizer",
@@ -58,6 +56,8 @@ def _export(args: list[str]) -> int:
 
 def _import(args: list[str]) -> int:
     """`megatron-sbld import hf`."""
+    from megatron_sbld.config.sections import Precision
+
     parser = CommandParser(
         _IMPORT_USAGE,
         "Make a checkpoint of a local folder in Hugging Face's GPT-2, Llama or GPT-NeoX format, with a config.yaml to "
@@ -68,7 +68,7 @@ def _import(args: list[str]) -> int:
     parser.add_argument("out", help="folder to make: config.yaml, checkpoints/, tokenizer/")
     parser.add_argument(
         "--precision",
-        type=Literal["fp32", "bf16", "fp16"] | None,
+        type=Precision | None,
         help="of the weights, and training.precision; default: as the source has it",
     )
     parser.add_argument(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
+from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import expand_options
 from megatron_sbld.files.strict_yaml import load_yaml
 
@@ -38,6 +39,15 @@ class CommandParser(ArgumentParser):
         super().__init__(
             prog="megatron-sbld", usage=f"megatron-sbld {usage}", description=description, exit_on_error=False
         )
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        """As jsonargparse's; --help says each number's range as well."""
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        allowed = ranges(theclass)
+        for action in self._actions:
+            if action.dest in allowed:
+                action.help = f"{action.help or ''} {allowed[action.dest]}".strip()
+        return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """As jsonargparse's, with the paths among the options expanded; ValueError where that cannot be."""

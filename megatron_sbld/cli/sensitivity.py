@@ -82,11 +82,17 @@ def _show(args: list[str]) -> int:
 
 
 def _lists(args: list[str]) -> int:
+    from megatron_sbld.method.config import default_of
+
     usage = "sensitivity lists FILE [--block FRACTION] [--allow FRACTION] [--output FILE]"
     parser = CommandParser(usage, _sentence("lists"))
     parser.add_argument("paths", nargs=1, help="sensitivity file")
-    parser.add_argument("--block", type=float, default=0.15, help="share of layers in the Block list, in [0, 1]")
-    parser.add_argument("--allow", type=float, default=0.15, help="share of layers in the Allow list, in [0, 1]")
+    parser.add_argument(
+        "--block", type=float, default=default_of("block_fraction"), help="share of layers in the Block list, in [0, 1]"
+    )
+    parser.add_argument(
+        "--allow", type=float, default=default_of("allow_fraction"), help="share of layers in the Allow list, in [0, 1]"
+    )
     parser.add_argument("--output", help="sensitivity file to write; default: only print")
     given = parser.parse_args(args)
 

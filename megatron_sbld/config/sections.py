@@ -12,15 +12,16 @@ from typing import Annotated, Literal
 
 from megatron_sbld.fields import BelowOne, Count, CountOrZero, In, NotNegative, Positive, PositiveShare, Whole
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.words import Normalization, TransformerImpl
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Of the weights that a layer computes with."""
-TransformerImpl = Literal["auto", "local", "transformer_engine"]
-"""Which spec layers are built from."""
 TextFormat = Literal["auto", "text", "jsonl", "wikitext", "dataset"]
 """What text is read from to be scored."""
 RecomputedModule = Literal["core_attn", "mlp", "layernorm"]
 """Parts of a layer that are recomputed by themselves."""
+TimeoutMinutes = Annotated[float, In("[0.1, 100000]")]
+"""Healthy ranks can be silent for seconds while they start."""
 MAX_SEED = 2**31 - 1
 """Of weights and data: NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks."""
 
@@ -50,8 +51,8 @@ class ModelConfig:
     rotary_base: Count = 10000
     """Base of the rotary embedding."""
     rotary_percent: PositiveShare = 1.0
-    """Share of a head that is rotated, in (0, 1]."""
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Share of a head that is rotated."""
+    normalization: Normalization = "LayerNorm"
     """Normalisation of the layers' inputs and of the output."""
     layernorm_epsilon: Positive = 1e-5
     """Epsilon of the normalisation."""
@@ -108,7 +109,7 @@ class ParallelConfig:
     """Free a stage's output once it is sent, as Megatron-LM always does."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto is nccl where CUDA is available, else gloo."""
-    distributed_timeout_minutes: Annotated[float, In("[0.1, 100000]")] = 10.0  # healthy ranks start in seconds
+    distributed_timeout_minutes: TimeoutMinutes = 10.0
     """A rank that dies, gives no sign of life, or lets others wait for longer than this ends the run on all ranks, with
     exit status 76 and a message that names it and the iteration; start the run again to go on from its last checkpoint.
     (Where all ranks of a machine are stopped, torchrun takes 30 s more to kill them.)

@@ -37,15 +37,15 @@ from megatron_sbld.data.documents import (
     surveyed_documents,
 )
 from megatron_sbld.data.encode import encode_documents
-from megatron_sbld.data.prepare_config import PrepareConfig
+from megatron_sbld.data.prepare_config import LONGEST_CHARACTER, PrepareConfig
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.fields import check_fields
 from megatron_sbld.files.outputs import refuse_inputs
 
 __all__ = ["PrepareConfig", "PrepareResult", "SplitCounts", "prepare", "verify_dataset"]
 
 _PROGRESS_SECONDS = 0.2
 _LISTED_SKIPS = 5  # skipped files named in the summary; all are in the metadata
-_LONGEST_CHARACTER = 4  # bytes in UTF-8
 _EXAMPLE_BYTES = 65536
 
 
@@ -151,17 +151,7 @@ def split_documents(documents: int, valid_fraction: float, seed: int) -> np.ndar
 def _check(config: PrepareConfig) -> None:
     if not config.inputs:
         raise ValueError("inputs: at least one file or folder is needed")
-    if not 0 <= config.valid_fraction < 1:
-        raise ValueError(f"valid_fraction = {config.valid_fraction} is not in [0, 1)")
-    if config.seed < 0:
-        raise ValueError(f"seed = {config.seed} is negative")
-    if config.workers is not None and config.workers < 1:
-        raise ValueError(f"workers = {config.workers} is not a positive number")
-    if config.max_document_bytes is not None and config.max_document_bytes < _LONGEST_CHARACTER:
-        raise ValueError(
-            f"max_document_bytes = {config.max_document_bytes}: must be at least {_LONGEST_CHARACTER}, which a single "
-            "character may need"
-        )
+    check_fields(config)
     if config.input_format == "text" and config.text_key != "text":
         raise ValueError(f"text_key = {config.text_key!r} has no effect with input_format = text")
 
@@ -178,7 +168,7 @@ def _check_documents(config: PrepareConfig, found: Survey) -> None:
     if "text" in found.kinds.values():
         advice.insert(0, "name the line that separates documents (document_separator)")
     smaller = min(_EXAMPLE_BYTES, found.text_bytes // 2)
-    if smaller >= _LONGEST_CHARACTER:
+    if smaller >= LONGEST_CHARACTER:
         advice.insert(0, f"cut it into pieces (max_document_bytes, for instance {smaller})")
     raise ValueError(
         f"inputs: a single document of {found.text_bytes:,} bytes cannot be split into train and valid "

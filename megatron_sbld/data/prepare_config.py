@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from megatron_sbld.data.documents import InputFormat
+from megatron_sbld.fields import BelowOne, Count, CountOrZero, Whole
+
+LONGEST_CHARACTER = 4
+"""Bytes of a single character in UTF-8, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +33,14 @@ class PrepareConfig:
     document_separator: str | None = "<|endoftext|>"
     """Text files: a line equal to this separates documents; a file without one is one document, and null leaves every
     file whole."""
-    max_document_bytes: int | None = None
-    """Cut longer documents into documents of at most this size, at least 4: at line ends, a longer line at white space,
+    max_document_bytes: Annotated[int, Whole(LONGEST_CHARACTER)] | None = None
+    """Cut longer documents into documents of at most this size: at line ends, a longer line at white space,
     a longer word between characters; None cuts none."""
-    valid_fraction: float = 0.05
-    """Share of the documents that goes to the validation set, in [0, 1); 0 writes no validation set."""
-    seed: int = 1234
-    """Seed of the split into train and valid; not negative."""
-    workers: int | None = None
+    valid_fraction: BelowOne = 0.05
+    """Share of the documents that goes to the validation set; 0 writes no validation set."""
+    seed: CountOrZero = 1234
+    """Seed of the split into train and valid."""
+    workers: Count | None = None
     """Processes that tokenize; None is one for each processor that this process may use."""
     overwrite: bool = False
     """Replace an existing set of this name."""

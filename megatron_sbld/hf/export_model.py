@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -27,11 +27,11 @@ from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.model import is_anonymous, read_trained_model
 from megatron_sbld.hf.format import EMBEDDING, OUTPUT, Format, Rule, positions
 from megatron_sbld.hf.formats import format_of_model
+from megatron_sbld.hf.options import ExportDtype
 from megatron_sbld.hf.safetensors_files import ShardWriter, parse_size
 from megatron_sbld.hf.stored_weights import StoredWeights
 from megatron_sbld.hf.tokenizer import write_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron_sbld.training.model import DTYPES
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def export_hf(
     Raises:
         ValueError: no format holds the model, the checkpoint is damaged, or the tokenizer is another one.
     """
-    check_choice("--dtype", dtype, (*DTYPES, "as-saved"))
+    check_choice("--dtype", dtype, get_args(ExportDtype))
     target, shard_bytes = Path(out), parse_size("--max_shard_size", max_shard_size)
     check_free(target)
     source = _open(Path(checkpoint), tokenizer, config)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_sbld.checks import check_integer
+from megatron_sbld.fields import CountOrZero, PositiveShare, Whole, check_fields
 from megatron_sbld.sensitivity.measurement import Method
 
 
@@ -18,28 +20,29 @@ class MeasureOptions:
     """train: the paper's, a run without each layer against a baseline. leave_one_out: loss of a trained model at
     evaluation without each layer. block_influence: 1 - cosine similarity of each layer's input and output; no loss
     difference, so the rule for the Allow list finds no layer and drop.allow_layers has to name them."""
-    iterations: int | None = None
+    iterations: CountOrZero | None = None
     """Iterations of each run (train), or of training before the evaluation (the others). None is 500; for the others
     with --from none."""
-    drop_prob: float | None = None
-    """train: probability with which the one layer is dropped, in (0, 1]; None is 0.9."""
+    drop_prob: PositiveShare | None = None
+    """train: probability with which the one layer is dropped; None is 0.9."""
     layers: str | None = None
     """Layers to be measured, as 1-8,17, or 2/8 for the second of eight parts; None is all. `sensitivity
     merge` joins folders that have them all between them."""
     seeds: str | None = None
     """Seeds of weights, data order and decisions, as 1,2,3; gaps are averaged. None takes training.seed and
     drop.seed."""
-    window: int | None = None
+    window: Annotated[int, Whole(2)] | None = None
     """train: iterations at the end of the runs that gaps are averaged over; None is a fifth of them, at least 10."""
-    batches: int | None = None
+    batches: Annotated[int, Whole(2)] | None = None
     """leave_one_out, block_influence: global batches to evaluate on, which come next in the data's order; None is
     40."""
     early_stop: bool = False
     """train: end a layer's run once its rank is settled and no list depends on it."""
 
 
-def check_unused(options: MeasureOptions) -> None:
-    """Refuse options that the method does not use."""
+def check_options(options: MeasureOptions) -> None:
+    """Refuse options out of range, and those that the method does not use."""
+    check_fields(options, "--")
     of_train = {"drop_prob": options.drop_prob, "window": options.window, "early_stop": options.early_stop or None}
     unused = {"batches": options.batches} if options.method == "train" else of_train
     for name, value in unused.items():

@@ -19,12 +19,12 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 import megatron_sbld
 from megatron_sbld.checkpoint.files import MANIFEST, find_checkpoint, verify_weights
 from megatron_sbld.checkpoint.start import Start, find_load
-from megatron_sbld.checks import check_integer, check_number
-from megatron_sbld.config.sections import Config
+from megatron_sbld.checks import check_integer
+from megatron_sbld.config.sections import MAX_SEED, Config
 from megatron_sbld.config.validate import train_iterations, validate
-from megatron_sbld.data.blend import check_data, parse_blend
+from megatron_sbld.data.blend import RunData, check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_sbld.measure.options import MeasureOptions, check_unused, parse_layers, parse_numbers
+from megatron_sbld.measure.options import MeasureOptions, check_options, parse_layers, parse_numbers
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import Method, Request
@@ -35,7 +35,6 @@ AFFORDABLE_FRACTION = 0.05
 """Of the training run: what a measurement should cost at most (SBLD, "Layer-Wise Sensitivity")."""
 FORWARD_COST = 1.0 / 3.0
 """Of a training iteration: a forward pass alone; backward takes twice as long."""
-_MAX_SEED = 2**31 - 1
 
 # How a drop is carried out; what decides where and how often is the measurement's own.
 _DROP_FIELDS = ("decision_scope", "sampler", "balance_stages", "replicas", "granularity", "residual", "dropped_update")
@@ -54,6 +53,7 @@ class MeasurePlan:
 
     config: Config
     tokenizer: Tokenizer
+    data: RunData
     start: Start | None
     method: Method
     iterations: int
@@ -98,13 +98,13 @@ def plan_measurement(config: Config, options: MeasureOptions, load: str | None, 
     load: the checkpoint of `--from`; None takes checkpoint.load, with load_optimizer as the config has it.
     Raises ValueError naming the field or the option.
     """
-    check_unused(options)
+    check_options(options)
     lists = config.drop.block_fraction, config.drop.allow_fraction
     config = _measuring_config(config, options.out)
     validate(config, world_size)
     check_model(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_data(config, tokenizer)
+    data = check_data(config, tokenizer)
     note = None
     if load is not None:
         whole_state = has_optimizer_state(Path(load))
@@ -119,12 +119,13 @@ def plan_measurement(config: Config, options: MeasureOptions, load: str | None, 
         start = dataclasses.replace(start, changes=changes)
     iterations, batches = _lengths(config, options, start)
     layers = parse_layers(options.layers, config.model.num_layers)
-    seeds = parse_numbers("--seeds", options.seeds, 0, _MAX_SEED) or [config.training.seed]
+    seeds = parse_numbers("--seeds", options.seeds, 0, MAX_SEED) or [config.training.seed]
     block, allow = choose_lists(range(config.model.num_layers), [1e9] * config.model.num_layers, *lists)
-    drop_prob = 0.9 if options.drop_prob is None else check_number("--drop_prob", options.drop_prob, "(0, 1]")
+    drop_prob = 0.9 if options.drop_prob is None else options.drop_prob
     return MeasurePlan(
         config=config,
         tokenizer=tokenizer,
+        data=data,
         start=start,
         method=options.method,
         iterations=iterations,
@@ -188,7 +189,7 @@ def _lengths(config: Config, options: MeasureOptions, start: Start | None) -> tu
     else:
         iterations = (500 if start is None else 0) if options.iterations is None else options.iterations
         check_integer("--iterations", iterations, 0 if start is not None else 1)
-        batches = check_integer("--batches", 40 if options.batches is None else options.batches, 2)
+        batches = 40 if options.batches is None else options.batches
     if first + iterations + batches > total:
         needed = f"--iterations {iterations}" + (f" and --batches {batches}" if batches else "")
         raise ValueError(
@@ -212,11 +213,10 @@ def _settings(plan: MeasurePlan, world_size: int) -> dict[str, Any]:
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             if name not in ignored:
                 settings[f"{section}.{name}"] = value
-    blend = parse_blend(config.data.train_data_path, "data.train_data_path")
     settings["data.tokenizer"] = f"{_name(config.data.tokenizer)} {plan.tokenizer.fingerprint()}"
     settings["data.train_data_path"] = [
         [_name(found.prefix), found.tokens, found.lengths_crc32, weight]
-        for found, weight in zip(blend.datasets, blend.weights, strict=True)
+        for found, weight in zip(plan.data.train.datasets, plan.data.train.weights, strict=True)
     ]
     settings["--from"] = _checkpoint(plan.start) if plan.start is not None else None
     settings |= {"--method": plan.method, "--iterations": plan.iterations}

@@ -14,6 +14,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_sbld.checkpoint.start import planned_length
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.rng_state import reseed
@@ -133,7 +134,9 @@ class Measurement(ABC):
         """The model with its initial weights, or what the checkpoint has, and the data."""
         plan = self.plan
         seed_everything(seed)
-        run = self._built = Run(plan.config_of(seed), plan.tokenizer, FullDepthPolicy(plan.num_layers), plan.start)
+        config, policy = plan.config_of(seed), FullDepthPolicy(plan.num_layers)
+        length = planned_length(config, plan.start)
+        run = self._built = Run(config, plan.tokenizer, plan.data, policy, plan.start, length)
         if run.iteration and seed != plan.config.training.seed:
             reseed(seed, run.iteration)  # another seed's dropout is not the checkpoint's
         return run

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import docstring_parser
 
+from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
 from megatron_sbld.method.config import DropConfig
 
@@ -31,8 +32,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("layer dropping (megatron-sbld)")
     hints = typing.get_type_hints(DropConfig)
     described = {param.arg_name: param.description for param in docstring_parser.parse_from_object(DropConfig).params}
+    allowed = ranges(DropConfig)
     for field in dataclasses.fields(DropConfig):
-        description = " ".join((described[field.name] or "").split()).replace("%", "%%")
+        text = f"{described[field.name] or ''} {allowed.get(field.name, '')}"
+        description = " ".join(text.split()).replace("%", "%%")
         group.add_argument(
             argument_name(field.name),
             dest=_PREFIX + field.name,

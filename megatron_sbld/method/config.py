@@ -43,7 +43,7 @@ class DropConfig:
     schedule: ScheduleName | None = None
     """theta over training; None takes the policy's own: sbld pwegd, pld exponential, the others constant."""
     theta: PositiveShare = 0.9
-    """The schedule's limit: the keep probability it starts or ends at, in (0, 1]; below 0.4 warns (SBLD)."""
+    """The schedule's limit: the keep probability it starts or ends at; below 0.4 warns (SBLD)."""
     a: Annotated[Finite, Of("pwegd")] = 2.0
     """PWEGD: shape."""
     b: Annotated[Positive | None, Of("pwegd")] = None
@@ -85,22 +85,22 @@ class DropConfig:
     """Dynamic: iterations from one update of the sensitivity to the next. An update takes half a millisecond, so a
     hundred iterations hide it, and it is a tenth of update_memory, so nothing is seen late."""
     update_memory: Annotated[int, Whole(10), Of("dynamic")] = 1000
-    """Dynamic: iterations after which an observation's weight has fallen to 1/e, at least 10. At 1,000 a layer that is
+    """Dynamic: iterations after which an observation's weight has fallen to 1/e. At 1,000 a layer that is
     dropped in 1 of 5 iterations is known to about 1/18 of the noise between batches; longer is more exact, slower."""
     exploration: Annotated[float, In("[0, 0.5)"), Of("dynamic")] = 0.02
-    """Dynamic: least probability with which each layer outside of the Block list is kept, and dropped, in [0, 0.5): a
-    layer that always runs cannot be observed. At 0.02 such a layer is dropped 20 times in 1,000 iterations."""
+    """Dynamic: least probability with which each layer outside of the Block list is kept, and dropped: a layer that
+    always runs cannot be observed. At 0.02 such a layer is dropped 20 times in 1,000 iterations."""
     release_block: Annotated[bool, Of("dynamic")] = False
     """Dynamic: drop Block layers with probability `exploration` too, and take one off the list while its sensitivity is
     significantly lower than measured and below that of a layer outside of the list."""
     block_layers: Annotated[list[int] | None, Of("sbld")] = None
     """SBLD: layers that are never dropped; None takes block_fraction of the layers by sensitivity."""
     block_fraction: Annotated[Share, Of("sbld")] = 0.15
-    """SBLD: share of layers in the Block list, in [0, 1]."""
+    """SBLD: share of layers in the Block list."""
     allow_layers: Annotated[list[int] | None, Of("sbld")] = None
     """SBLD: layers kept with allow_keep_prob throughout; None takes allow_fraction by sensitivity."""
     allow_fraction: Annotated[Share, Of("sbld")] = 0.15
-    """SBLD: share of layers in the Allow list, in [0, 1]."""
+    """SBLD: share of layers in the Allow list."""
     allow_keep_prob: Annotated[Share, Of("sbld")] = 0.4
     """SBLD: keep probability of the Allow list's layers."""
     residual_scale: ResidualScale | None = None
@@ -109,7 +109,7 @@ class DropConfig:
     """Who adds a branch to the residual stream in training, with any policy: Megatron, or one kernel that computes
     residual + scale * dropout(branch + bias) with random numbers of its own (MEGATRON_SBLD_RESIDUAL says on what)."""
     recovery_fraction: Share = 0.0
-    """Last share of the iterations in which nothing is dropped, in [0, 1]."""
+    """Last share of the iterations in which nothing is dropped."""
     decision_scope: Scope = "iteration"
     """One draw for an iteration, or one for each microbatch."""
     granularity: Granularity = "layer"

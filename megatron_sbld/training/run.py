@@ -37,7 +37,7 @@ from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import data_parallel_size
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import TrainingData
-from megatron_sbld.data.blend import data_facts
+from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.files.strict_yaml import dump_yaml
 from megatron_sbld.health.liveness import SAVING
@@ -48,6 +48,7 @@ from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.method.build import updates_sensitivity
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.ranks import on_rank_0
+from megatron_sbld.training.changes import CHANGES_FILE, record_changes
 from megatron_sbld.training.metrics import MetricsWriter, set_aside
 from megatron_sbld.training.model import (
     build_model,
@@ -70,14 +71,23 @@ class Run:
     Writes nothing unless `open_run_folder` is called, so that others (measure/) can train without a run folder.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: Start | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        data: RunData,
+        policy: Policy,
+        start: Start | None,
+        length: RunLength,
+    ) -> None:
         self.config = config
         self.run_dir = Path(config.logging.run_dir)
         self.goes_on = start is not None and start.checkpoint.path.parent == self.run_dir / "checkpoints"
         """Whether it starts from a checkpoint of its own, so that the rows in the run folder are its own too."""
+        self._changes = [] if start is None else start.changes
         self.tokenizer = tokenizer
-        self.length = RunLength(config.training) if start is None else start.length(config)
-        self.train_iters = self.length.train_iters
+        self.length = length
+        self.train_iters = length.train_iters
         self.iteration = 0
         self.consumed_samples = 0
         self._extra_tokens = 0  # of samples of another seq_length, beyond those of the present one
@@ -103,7 +113,8 @@ class Run:
         """Mean loss per token of the last iteration."""
         if start is not None:
             self._restore(start)
-        self.data = TrainingData(config, tokenizer, self.length, self.consumed_samples)
+        self._train_data = data.train.facts
+        self.data = TrainingData(config, tokenizer, data, length, self.consumed_samples)
 
     @property
     def consumed_tokens(self) -> int:
@@ -112,7 +123,6 @@ class Run:
 
     def open_run_folder(self) -> None:
         """Let the run save checkpoints and write its metrics. Collective."""
-        self._train_data = data_facts(self.config)  # once: it reads every index
         self.checkpoints = CheckpointManager(
             self.run_dir / "checkpoints",
             keep_last=self.config.checkpoint.keep_last,
@@ -258,8 +268,11 @@ class Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = dataclasses.asdict(self.config)
         (self.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
-        if not self.goes_on:
-            set_aside(self.run_dir / "metrics.jsonl")
+        if self.goes_on:
+            record_changes(self.run_dir, self.iteration + 1, self._changes)
+        else:
+            for name in ("metrics.jsonl", CHANGES_FILE):
+                set_aside(self.run_dir / name)
         return MetricsWriter(self.config.logging, self.iteration + 1, self.train_iters, resolved)
 
     def note(self, text: str) -> None:

@@ -12,14 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks import peers, profile_trace
+from benchmarks import residual as benchmark
+from benchmarks.common.residual_cases import ByteCounter, Case, Operands, implementations, needed
+from benchmarks.common.residual_timing import Measurement, Timer, using
 from megatron_sbld.residual.choice import VARIABLE
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import peers
-import profile_trace
-import residual as benchmark
-from _residual_cases import ByteCounter, Case, Operands, implementations, needed
-from _residual_timing import Measurement, Timer, using
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -22,6 +22,7 @@ from megatron_sbld.cli import pretrain
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data import prepare
+from megatron_sbld.data.blend import find_data
 from megatron_sbld.data.dataset_files import verify_dataset
 from megatron_sbld.data.prepare import PrepareConfig
 from megatron_sbld.data.tokenizer import load_tokenizer
@@ -454,8 +455,8 @@ def test_a_damaged_checkpoint_is_read_skipped_or_refused_with_a_message(
     shutil.copytree(shared / "done", tmp_path / "run")
     config = in_folder(tiny_run(tmp_path, shared / "corpus"), tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "iter_0000003" / name
-    tokenizer = load_tokenizer("byte")
-    outcomes = corrupt_and_read(path, path, lambda: find_start(config, tokenizer))
+    tokenizer, data = load_tokenizer("byte"), find_data(config)
+    outcomes = corrupt_and_read(path, path, lambda: find_start(config, tokenizer, data))
     assert sum(outcomes.values()) >= 100
 
 

@@ -334,6 +334,20 @@ def test_a_run_of_another_length_is_noted(tmp_path: Path, capsys: pytest.Capture
     assert "training.train_iters differs (900, not 400)" in capsys.readouterr().out
 
 
+def test_a_run_that_was_resumed_with_other_settings_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, pld = run_pair(tmp_path)
+    change = {"iteration": 101, "before": "pld", "after": "none"}
+    rows = [{**change, "field": field} for field in ("drop.policy", "parallel.tensor_model_parallel_size")]
+    (tmp_path / "full" / "changes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("fit", full, pld, "--peak-theta", "0.8") == 0
+    printed = capsys.readouterr().out
+    noted = "full was resumed with other settings, and is compared by its last: drop.policy was pld up to iteration 100"
+    assert noted in printed
+    assert "parallel" not in printed, "another layout has the same losses"
+
+
 def other_model(folder: Path) -> tuple[str, str]:
     return run_pair(folder, {"model": dataclasses.replace(MODEL, hidden_size=128)})
 

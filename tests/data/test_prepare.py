@@ -427,10 +427,10 @@ def test_an_output_inside_the_input_folder_is_not_read_the_next_time(tmp_path, c
     [
         ({"inputs": []}, "inputs: at least one"),
         ({"inputs": ["/nowhere/x"]}, "inputs: '/nowhere/x' does not exist"),
-        ({"valid_fraction": 1.0}, r"valid_fraction = 1.0 is not in \[0, 1\)"),
+        ({"valid_fraction": 1.0}, r"valid_fraction = 1.0 is not allowed: it must be a number in \[0, 1\)"),
         ({"seed": -1}, "seed = -1"),
         ({"workers": 0}, "workers = 0"),
-        ({"max_document_bytes": 3}, "max_document_bytes = 3: must be at least 4"),
+        ({"max_document_bytes": 3}, "max_document_bytes = 3 is not allowed: it must be an integer of at least 4"),
         ({"document_separator": "\n\n"}, "no line equals it"),
         ({"input_format": "text", "text_key": "body"}, "text_key = 'body' has no effect with input_format = text"),
         ({"include": ["*.no"]}, r"no file matches \['\*.no'\]"),

@@ -13,15 +13,14 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.measure.measure import measure as measure_sensitivity
 from megatron_sbld.measure.options import MeasureOptions
 from megatron_sbld.measure.state import RunSnapshot
-from megatron_sbld.method.policy import FullDepthPolicy
 from megatron_sbld.sensitivity.measurement import MeasurementFolder
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.run import Run, microbatch_calculator
 from megatron_sbld.training.stop import stop_flag
+from tests.training.trainer_helpers import full_depth_run
 
 
 def measure(config: Config, out: Path | str, load: Path | str | None = None, **options: Any) -> int | str:
@@ -59,8 +58,7 @@ def state_is_restored(case: tuple[Config, int]) -> str:
     """
     config, before = case
     with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        run = Run(config, tokenizer, FullDepthPolicy(config.model.num_layers), None)
+        run = full_depth_run(config)
         for chunk in run.chunks:
             chunk.train()
         for _ in range(before):

@@ -62,7 +62,7 @@ def test_the_help_is_the_fields_own_documentation(capsys: pytest.CaptureFixture[
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert "None is 10 % of the iterations" in shown
-    assert "SBLD: weight of theta(t). (default: 1.0)" in shown
+    assert "SBLD: weight of theta(t). At least 0. (default: 1.0)" in shown
 
 
 def test_another_provider_of_arguments_is_kept() -> None:

@@ -19,6 +19,7 @@ from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import TrainingData
+from megatron_sbld.data.blend import find_data
 from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.method.build import build_policy
@@ -198,7 +199,7 @@ def marginal_costs(config: Config, keep_probs: NDArray[np.float64], num_batches:
         make_switchable(model, controller)
         model.train()
         length = RunLength(change(config, training={"train_iters": TRAINED + OBSERVED}).training)
-        batches = TrainingData(config, tokenizer, length, TRAINED * 16).train_batches(num_batches)
+        batches = TrainingData(config, tokenizer, find_data(config), length, TRAINED * 16).train_batches(num_batches)
         found = np.empty((num_batches, 1 + layers))
         for number, batch in enumerate(itertools.islice(batches, num_batches)):
             for position in range(1 + layers):

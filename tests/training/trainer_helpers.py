@@ -18,8 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sbld.checkpoint.start import find_start, planned_length
 from megatron_sbld.config.sections import Config
+from megatron_sbld.data.blend import check_data
+from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.method.policy import FullDepthPolicy
 from megatron_sbld.sensitivity.file import SensitivityFile
+from megatron_sbld.training.run import Run
 from tests.harness import run_distributed
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
@@ -211,6 +216,15 @@ def run_here(config: Config) -> int | str:
         return pretrain(config, TasksInTraining)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def full_depth_run(config: Config) -> Run:
+    """The parts of a run that drops nothing, from where the config says; within `distributed_run`."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    data = check_data(config, tokenizer)
+    start = find_start(config, tokenizer, data)
+    policy = FullDepthPolicy(config.model.num_layers)
+    return Run(config, tokenizer, data, policy, start, planned_length(config, start))
 
 
 def trained(config: Config, folder: Path) -> list[float]:

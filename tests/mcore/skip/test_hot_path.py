@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.common.operations import SYNCHRONISATIONS, difference, host_operations, record, synchronisations
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.skip.switchable import _SkippedLayer
@@ -27,9 +26,6 @@ from tests.mcore.helpers import (
     train_step,
     wrap_ddp,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-from _operations import SYNCHRONISATIONS, difference, host_operations, record, synchronisations
 
 OVERLAPPED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True, "overlap_param_gather": True}
 
