@@ -24,6 +24,7 @@ CASE = Case(s=32, b=4, hidden=64, rows="all", wide=False, dropout_prob=0.0)
 ALL = {one.name: one for one in implementations()[0]}
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_all_tables_and_says_what_they_are_worth(tmp_path: Path) -> None:
     out = tmp_path / "results" / "residual.md"
     options = ["--hidden-sizes", "64", "--seq-length", "16", "--rows", "all", "none", "tokens-50", "--rounds", "2"]

@@ -287,6 +287,7 @@ def read_on_rank(folder, corpus):
     return replica, tensor
 
 
+@pytest.mark.slow
 def test_two_replicas_share_the_rows_and_two_tensor_parallel_ranks_read_the_same(tmp_path, corpus):
     (first, tensor_first), (second, tensor_second) = run_distributed(read_on_rank, 2, str(tmp_path), corpus)
     assert tensor_first == tensor_second

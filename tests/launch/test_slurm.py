@@ -24,6 +24,7 @@ from tests.training.trainer_helpers import LAYERS, losses
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(missing_programs()), reason=f"Slurm is not installed: {', '.join(missing_programs())}"),
 ]

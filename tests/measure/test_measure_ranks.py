@@ -25,6 +25,8 @@ from tests.training.trainer_helpers import (
     tiny_run,
 )
 
+pytestmark = pytest.mark.slow
+
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 INTERLEAVED = {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2}
@@ -142,7 +144,6 @@ def test_a_snapshot_restores_the_run_bit_for_bit(outcomes: dict[str, list[Any]],
     assert outcomes[f"snapshot {name}, {before}"] == ["", ""]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", SLOW_SNAPSHOTS)
 def test_a_snapshot_restores_the_run_of_further_layouts(
@@ -159,7 +160,6 @@ def test_every_layout_measures_what_one_process_does(
     check_measurement(outcomes, folder, layout, method)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", SLOW_LAYOUTS)
 def test_further_layouts_measure_what_one_process_does(

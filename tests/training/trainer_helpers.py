@@ -66,17 +66,21 @@ BOTH_OVERLAPS = {
     "overlap_param_gather": True,
     "ddp_bucket_size": 20_000,
 }
+MODULES = (
+    "argparse ast calendar codecs configparser contextlib csv dataclasses difflib doctest enum fractions functools "
+    "heapq inspect optparse pickle random shutil statistics subprocess tarfile textwrap threading tokenize traceback "
+    "typing uuid"
+)
+SOURCES = [str(Path(os.__file__).with_name(f"{name}.py")) for name in MODULES.split()]
+"""Text that every machine has, in every Python from 3.10 on, and that no change of this package changes."""
 
 
 def prepare_corpus(folder: Path) -> Path:
-    """This package's own sources as byte-level tokens; the prefix without _train or _valid."""
+    """Python's own sources as byte-level tokens; the prefix without _train or _valid."""
     from megatron_sbld.data.prepare import PrepareConfig, prepare
 
     corpus = folder / "corpus"
-    sources = str(REPOSITORY / "megatron_sbld")
-    prepare(
-        PrepareConfig(inputs=[sources], include=["*.py"], output=str(corpus), valid_fraction=0.2, workers=1, quiet=True)
-    )
+    prepare(PrepareConfig(inputs=SOURCES, output=str(corpus), valid_fraction=0.2, workers=1, quiet=True))
     return corpus
 
 
