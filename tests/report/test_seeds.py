@@ -448,7 +448,8 @@ def test_groups_of_uneven_and_unvalidated_runs_are_plotted(tmp_path):
         seed_run(tmp_path / "layerdrop-1", 1, (math.nan,), "layerdrop"),
     ]
     compare(folders, out=str(tmp_path / "out"))
-    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"loss.png", "keep_prob.png", "tradeoff.png"}
+    plots = {"loss.png", "loss_compute.png", "keep_prob.png", "tradeoff.png"}
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == plots
 
 
 def drawn_tradeoff(tmp_path, monkeypatch, num_rows):
