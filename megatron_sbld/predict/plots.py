@@ -94,7 +94,8 @@ def plot_gain(predictor: Predictor, file: Path) -> None:
     axes = figure.subplots()
     ideal: Floats | None = None
     for sampler in samplers:
-        stages = drop.balance_stages if sampler == "balanced" else None
+        # Stages share out their layers among balance_stages whatever the sampler.
+        stages = drop.balance_stages if sampler == "balanced" or drop.stages is not None else None
         section = dataclasses.replace(drop, sampler=sampler, balance_stages=stages)
         found = [predictor.predict(dataclasses.replace(section, theta=float(theta))) for theta in thetas]
         if ideal is None:

@@ -37,7 +37,7 @@ class LayerTable:
     keep_probs: NDArray[np.float64]
     """[iterations, L]"""
     listed: list[str]
-    """Block, Allow or nothing, by layer."""
+    """Block, Allow, Keep (drop.keep_layers) or nothing, by layer."""
     begins: list[int] | None
     """First iteration of each layer; None without stages."""
 
@@ -105,7 +105,7 @@ def layer_table(policy: Policy, outlook: Forecast) -> LayerTable:
     peak = [] if outlook.peak is None else [outlook.peak.first]
     iterations = sorted({1, *peak, *ends})
     recovers = [iteration >= policy.first_recovery_iteration for iteration in iterations]
-    listed = [""] * policy.num_layers
+    listed = ["Keep" if layer in policy.keep_layers else "" for layer in range(1, policy.num_layers + 1)]
     if isinstance(policy, SBLDPolicy):
         for name, layers in (("Block", policy.block_layers), ("Allow", policy.allow_layers)):
             for layer in layers:

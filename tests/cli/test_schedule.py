@@ -95,14 +95,14 @@ def test_show_prints_the_forecast_and_every_layer_with_its_list(
 def test_show_takes_options_over_the_file_and_saves_plots_and_figures(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--drop.theta", "0.7", "--drop.allow_layers=[2]", "--out", "out/schedule")
+    options = ("--drop.theta", "0.7", "--drop.allow_layers=[2]", "--drop.keep_layers=[3]", "--out", "out/schedule")
     assert command("show", *options, "--config", "config.yaml") == 0
     out = folder / "out" / "schedule"
     assert sorted(path.name for path in out.iterdir()) == ["schedule.json", "schedule.png"]
     assert png_size(out / "schedule.png") == (1500, 1200)
     content = json.loads((out / "schedule.json").read_text())
     assert content["drop"]["theta"] == 0.7
-    assert content["layers"]["listed"][:3] == ["Block", "Allow", ""]
+    assert content["layers"]["listed"][:4] == ["Block", "Allow", "Keep", ""]
     assert np.array(content["layers"]["keep_probs"]).shape == (8, LAYERS)
     assert content["forecast"]["total"]["last"] == ITERATIONS
     assert 0.5 < content["layers_share"] < 1.0
