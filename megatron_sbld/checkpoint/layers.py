@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _LAYERS = "decoder.layers."
 
@@ -56,9 +60,21 @@ def place_layers(chunk: GPTModel, state: dict[str, Any], layers: LayerMap, metad
         del state[name]
     for index, layer in enumerate(chunk.decoder.layers):
         saved = layers.places.get(layer.layer_number)
-        if saved is None:
-            continue
-        prefix = f"{_LAYERS}{index}."
-        own = layer.sharded_state_dict(prefix, [(0, saved - 1, layers.num_saved)], metadata)
-        replace_prefix_for_sharding(own, prefix, _LAYERS)
-        state.update(own)
+        if saved is not None:
+            state.update(_state_of_layer(layer, index, saved, layers.num_saved, metadata))
+    if dist.get_world_size() == 1:  # megatron-core then insists that all of a tensor is read
+        for saved in set(range(1, layers.num_saved + 1)) - set(layers.places.values()):
+            unread = _state_of_layer(chunk.decoder.layers[0], 0, saved, layers.num_saved, metadata)
+            for name, item in unread.items():
+                if isinstance(item, ShardedTensor | ShardedTensorFactory):
+                    state[f"unread.{saved}.{name}"] = replace(item, data=torch.empty_like(item.data))
+
+
+def _state_of_layer(
+    layer: TransformerLayer, index: int, saved: int, num_saved: int, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """The sharded state of the chunk's layer at `index`, in the place of the checkpoint's layer `saved`."""
+    prefix = f"{_LAYERS}{index}."
+    state: dict[str, Any] = layer.sharded_state_dict(prefix, [(0, saved - 1, num_saved)], metadata)
+    replace_prefix_for_sharding(state, prefix, _LAYERS)
+    return state

@@ -277,7 +277,8 @@ def load_weights(
     on_rank_0(lambda: files.verify_weights(path))
     with content.failures_name(path):
         state = content.model_state(model_chunks, content.content_metadata(content.NOT_DISTRIBUTED), layers)
-        loaded = content.read(path, state, ignored=("optimizer", "chained_", "rng_state", "rerun_state_machine"))
+        others = ("optimizer", "chained_", "rng_state", "rerun_state_machine")
+        loaded = content.read(path, state, ignored=others, partly=layers is not None)
         content.load_model(model_chunks, loaded)
     if optimizer is not None:
         optimizer.reload_model_params()

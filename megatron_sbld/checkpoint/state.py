@@ -188,20 +188,23 @@ def write_shards(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup) -> 
     dcp.save(snapshot.shards, storage_writer=writer, planner=planner, process_group=group)
 
 
-def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...]) -> dict[str, Any]:
+def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...], partly: bool = False) -> dict[str, Any]:
     """Load a sharded state dict, and all that ranks share. Collective.
 
     Args:
         path: the checkpoint.
         state: the sharded state dict to be filled.
         ignored: beginnings of keys that may be in the checkpoint without being asked for.
+        partly: whether parts of its tensors may be left unread.
 
     Raises:
         ValueError: the checkpoint lacks something, or holds something that no rank asked for.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls torch by names that torch deprecates
-        loaded, unused, absent = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
+        loaded, unused, absent = dist_checkpointing.load(
+            state, str(path), strict=StrictHandling.RETURN_ALL, validate_access_integrity=not partly
+        )
     absent_on_ranks: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(absent_on_ranks, absent)
     problems = {

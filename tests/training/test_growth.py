@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.checkpoint.files import latest_complete, read_train_state
 from megatron_sbld.config.flops import layer_flops_per_token
 from megatron_sbld.config.sections import Config
 from tests.training.trainer_helpers import (
@@ -29,6 +28,7 @@ from tests.training.trainer_helpers import (
     write_sensitivity,
 )
 
+pytestmark = pytest.mark.slow  # mcore/skip/test_growth.py has a fast part
 STAGES = [[0.5, 1], [0.75, 2], [1.0, 4]]  # grows after iterations 4 and 6 of 8
 
 
@@ -73,25 +73,6 @@ def test_rows_tell_how_many_layers_have_begun_and_what_ran(tmp_path: Path, corpu
     assert found[-1]["executed_flops"] - found[0]["executed_flops"] == pytest.approx(3 * layer)
 
 
-def test_validation_runs_the_layers_that_have_begun(tmp_path: Path, corpus: Path) -> None:
-    """Zero projections change nothing at the growth, so that what follows validates alike only if this holds."""
-    data = {"train_data_path": [f"{corpus}_train"], "valid_data_path": [f"{corpus}_valid"]}
-    training = {"eval_interval": 1, "eval_iters": 2}
-    config = staged_run(tmp_path / "run", corpus, {"stage_layers": "last"}, data=data, training=training)
-    assert run_here(config) == 0
-    shallow = tiny_run(
-        tmp_path / "shallow",
-        corpus,
-        model={"num_layers": 1},
-        data=data,
-        training={**training, "exit_after_iterations": 4},
-    )
-    assert run_here(shallow) == 75
-    grown = [row["valid_loss"] for row in rows(tmp_path / "run") if "valid_loss" in row]
-    assert len(grown) == 8
-    assert all(abs(loss) > 0 for loss in grown)
-
-
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A run that was stopped while two of its layers had begun."""
@@ -117,12 +98,23 @@ def test_a_growing_checkpoint_is_the_shallower_model(growing: Path, tmp_path: Pa
     assert model.config.n_layer == 2
 
 
-def test_the_evaluation_of_a_growing_checkpoint_is_what_the_run_validated(
-    growing: Path, tmp_path: Path, corpus: Path
+def test_tasks_in_training_and_the_evaluation_of_the_checkpoint_run_the_same_layers(
+    tmp_path: Path, corpus: Path
 ) -> None:
-    """The loss of the exported, shallower model on the next batch is the run's own before its update."""
-    state = read_train_state(latest_complete(growing / "checkpoints").path)  # type: ignore[union-attr]
-    assert state["drop"]["growth"]["begun"] == [2, 4]
+    from megatron_sbld.config.sections import ParallelConfig
+    from megatron_sbld.evaluation.model import read_trained_model
+    from megatron_sbld.evaluation.run import evaluate_checkpoints
+    from megatron_sbld.evaluation.tasks import PerplexityTask
+
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 3)
+    data = {"train_data_path": [f"{corpus}_train"], "valid_data_path": [], "perplexity_path": str(text)}
+    config = staged_run(tmp_path / "run", corpus, {"stage_layers": [4, 2]}, data=data, training={"task_interval": 5})
+    assert run_here(change(config, training={"exit_after_iterations": 5})) == 75
+    (shown,) = [row for row in rows(tmp_path / "run") if "perplexity_bits_per_byte" in row]
+    task = PerplexityTask(str(text), config.data.perplexity_format)
+    (evaluated,) = evaluate_checkpoints(task, [read_trained_model(tmp_path / "run")], ParallelConfig())
+    assert evaluated.result.bits_per_byte == pytest.approx(shown["perplexity_bits_per_byte"], rel=1e-6)
 
 
 def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:

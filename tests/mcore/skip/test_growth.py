@@ -16,12 +16,19 @@ from tests.harness import model_parallel, single_process
 from tests.mcore.helpers import build_optimizer, forward_backward, mean_loss, tiny_config, tiny_gpt, wrap_ddp
 from tests.mcore.skip.freeze_helpers import State, layer_of, states, step
 
-PRECISIONS: dict[str, dict[str, Any]] = {
+SHARDED = {"use_distributed_optimizer": True}
+KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
+    "fp32, distributed optimizer": {"ddp": SHARDED},
     "bf16": {"params_dtype": torch.bfloat16, "bf16": True},
+    "bf16, distributed optimizer": {"params_dtype": torch.bfloat16, "bf16": True, "ddp": SHARDED},
     "fp16": {"params_dtype": torch.float16, "fp16": True},
 }
-OPTIMIZERS: dict[str, dict[str, Any]] = {"plain": {}, "distributed": {"use_distributed_optimizer": True}}
+"""Precision and optimizer; all but two are slow."""
+QUICK = ("fp32", "bf16, distributed optimizer")
+every_kind = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 T = 10
 LR = 1e-2
 
@@ -93,15 +100,14 @@ def shallow_copy_of(deep: Training, layers: list[int], **options: Any) -> Traini
     return shallow
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@every_kind
 @pytest.mark.parametrize(
     ("num_layers", "counts"), [(4, (1,)), (4, (2,)), (2, (1,))], ids=["1 of 4", "2 of 4", "1 of 2"]
 )
 def test_before_the_growth_it_is_the_shallower_model_bit_for_bit(
-    num_layers: int, counts: tuple[int, ...], precision: str, kind: str
+    num_layers: int, counts: tuple[int, ...], kind: str
 ) -> None:
-    options = {"ddp": OPTIMIZERS[kind], **PRECISIONS[precision]}
+    options = KINDS[kind]
     with model_parallel():
         deep = Training(staged(num_layers, *counts), **options)
         layers = sorted(deep.controller.growth.begun)
@@ -135,13 +141,10 @@ def test_a_waiting_layer_keeps_weights_and_moments_whatever_dropped_update_says(
                     assert state["step"] == 4
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_first_step_of_a_layer_is_adams_own_first_one(precision: str, kind: str) -> None:
+@every_kind
+def test_the_first_step_of_a_layer_is_adams_own_first_one(kind: str) -> None:
     with model_parallel():
-        training = Training(
-            staged(4, 1), ddp=OPTIMIZERS[kind], optimizer={"weight_decay": 0.0}, **PRECISIONS[precision]
-        )
+        training = Training(staged(4, 1), optimizer={"weight_decay": 0.0}, **KINDS[kind])
         for iteration in range(1, 5):
             training.step(iteration)
         before = training.states()
@@ -180,11 +183,10 @@ def test_a_layer_that_its_policy_drops_at_first_waits_for_its_first_gradient() -
         assert seen
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_zero_projections_leave_the_loss_as_it_was(precision: str, kind: str) -> None:
+@every_kind
+def test_zero_projections_leave_the_loss_as_it_was(kind: str) -> None:
     with model_parallel():
-        training = Training(staged(4, 1), "zero", ddp=OPTIMIZERS[kind], **PRECISIONS[precision])
+        training = Training(staged(4, 1), "zero", **KINDS[kind])
         for iteration in range(1, 5):
             training.step(iteration)
         before = training.loss(5)
@@ -196,13 +198,12 @@ def test_zero_projections_leave_the_loss_as_it_was(precision: str, kind: str) ->
         assert training.states()["decoder.layers.2.mlp.linear_fc2.weight"]["main"].any()
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@every_kind
 @pytest.mark.parametrize("copy_moments", [False, True])
-def test_copies_are_those_of_the_nearest_running_layer(copy_moments: bool, precision: str, kind: str) -> None:
+def test_copies_are_those_of_the_nearest_running_layer(copy_moments: bool, kind: str) -> None:
     with model_parallel():
         policy = staged(4, 2, rule=[2, 4])
-        training = Training(policy, "copy", copy_moments=copy_moments, ddp=OPTIMIZERS[kind], **PRECISIONS[precision])
+        training = Training(policy, "copy", copy_moments=copy_moments, **KINDS[kind])
         for iteration in range(1, 5):
             training.step(iteration)
         before = training.states()
