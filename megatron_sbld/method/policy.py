@@ -1,8 +1,8 @@
 """keep_probs(t): the probability with which each layer runs at iteration t = 1..T, by policy.
 
 docs/method.md section 2 (SBLD; SBLD, Algorithms 1 and 2) and section 4 (PLD, LayerDrop, stochastic depth).
-A policy turns theta(t) of a schedule into one keep probability for each of the L layers. It draws nothing (plan.py) and
-knows nothing of models. Policies are immutable.
+A policy turns theta(t) of a schedule into one keep probability for each of the L layers. It draws nothing, as
+decisions.py does, and knows nothing of models. Policies are immutable.
 """
 
 from __future__ import annotations
