@@ -38,12 +38,13 @@ def prepare(text: Path, work: Path) -> None:
         "valid": [book[:VALID_CHARACTERS] for book in others[:half]],
         "final": [book[:FINAL_CHARACTERS] for book in others[half:]],
     }
+    tokens = {}
     for vocabulary in VOCABULARY.values():
         tokenizer = work / f"tokenizer_{vocabulary}.json"
         _train_tokenizer(books, vocabulary, tokenizer)
         for name, documents in parts.items():
-            _tokenize(documents, work, f"{name}_{vocabulary}", tokenizer)
-    facts = {"text": _digest(parts), "tokens": _count_tokens(work, parts)}
+            tokens[f"{name}_{vocabulary}"] = _tokenize(documents, work, f"{name}_{vocabulary}", tokenizer)
+    facts = {"text": _digest(parts), "tokens": tokens}
     (work / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -95,8 +96,8 @@ def _train_tokenizer(books: Sequence[str], vocabulary: int, file: Path) -> None:
     backend.save(str(file))
 
 
-def _tokenize(documents: Sequence[str], work: Path, name: str, tokenizer: Path) -> None:
-    """A data set of all documents, as `megatron-sbld prepare` makes it; the text itself does not stay."""
+def _tokenize(documents: Sequence[str], work: Path, name: str, tokenizer: Path) -> int:
+    """A data set of all documents, as `megatron-sbld prepare` makes it; its tokens. The text itself does not stay."""
     from megatron_sbld.data.prepare import PrepareConfig  # loads megatron-core: only where it is needed
     from megatron_sbld.data.prepare import prepare as make_dataset
 
@@ -104,7 +105,8 @@ def _tokenize(documents: Sequence[str], work: Path, name: str, tokenizer: Path) 
     text.write_text("".join(f"{document.rstrip()}\n{SEPARATOR}\n" for document in documents), encoding="utf-8")
     files = {"inputs": [str(text)], "output": str(work / name), "tokenizer": str(tokenizer)}
     try:
-        make_dataset(PrepareConfig(**files, valid_fraction=0.0, workers=1, overwrite=True, quiet=True))
+        config = PrepareConfig(**files, valid_fraction=0.0, workers=1, overwrite=True, quiet=True)
+        return make_dataset(config).splits["train"].tokens
     finally:
         text.unlink()
 
@@ -116,10 +118,3 @@ def _digest(parts: dict[str, list[str]]) -> str:
         for document in documents:
             content.update(document.encode())
     return content.hexdigest()[:12]
-
-
-def _count_tokens(work: Path, parts: dict[str, list[str]]) -> dict[str, int]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    names = [f"{name}_{vocabulary}" for vocabulary in VOCABULARY.values() for name in parts]
-    return {name: int(IndexedDataset(str(work / f"{name}_train")).sequence_lengths.sum()) for name in names}

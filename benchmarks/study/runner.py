@@ -190,8 +190,13 @@ def _tail(run_dir: Path) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, cwd=data.ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    """Of the checkout, and whether the package in it was changed since."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=data.ROOT, capture_output=True, text=True, check=False).stdout
+
+    changed = git("status", "--porcelain", "--", "megatron_sbld").strip()
+    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
 def _processor() -> str:
