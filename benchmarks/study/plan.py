@@ -1,7 +1,9 @@
 """Which runs there are, in the order of what is most worth knowing, as far as the rows so far decide it.
 
-A method's learning rate is chosen by successive halving: the whole grid at 1.3 tokens a parameter, the two best at 5,
-the best at 20. A variant of a method begins with the two best of that method. What depends on rows that are not there
+A method's learning rate is chosen by successive halving: the whole grid at 1.3 tokens a parameter, and on to higher
+rates as long as the highest is the best; at 5 the best and the one below it, because longer runs want lower rates; at
+20 the best. A variant of a method begins with the two rates of that method. The undropped run, against which all are
+held, has two rates at 20 as well. What depends on rows that are not there
 yet is a `Waiting`, so the plan grows while the study goes on; a run that it has named once stays the same.
 """
 
@@ -27,6 +29,7 @@ from study.rows import Results
 from study.settings import CURVE_BATCHES, CURVE_POINTS, LAYERS, Spec
 
 GRID = (2e-3, 4e-3, 8e-3)
+HIGHER = (1.6e-2, 3.2e-2)
 FIRST, SECOND, LAST = 1.3, 5.0, 20.0
 BETWEEN = (2.5, 10.0)
 """More lengths of the undropped frontier, and of the methods that are claimed."""
@@ -124,32 +127,45 @@ class Plan:
         """A method's runs at a budget, with the learning rates that it has left there."""
         if budget == FIRST:
             if method.head is None:
-                yield from (self._spec(width, method, budget, lr) for lr in GRID)
+                yield from (self._spec(width, method, budget, lr) for lr in self._grid(width, method))
             return
-        head = METHODS[method.head] if method.head else method
-        rates: list[float] | None
-        if budget <= SECOND:
-            rates, count = self._best_rates(width, head, FIRST, 2), 2
-        else:
-            keep = 2 if method is UNDROPPED and budget == LAST else 1  # the baseline is tuned at least as well
-            rates, count = self._best_rates(width, method, SECOND, keep), keep
-        if rates is None:
-            name = f"once/w{width}/{method.name}/{budget:g}"
-            yield Waiting(name, "learning rate not chosen yet", count, count * self._about(width, method, budget))
-        else:
+        rates = self._rates(width, method, budget)
+        if rates is not None:
             yield from (self._spec(width, method, budget, lr) for lr in rates)
+            return
+        count = 2 if budget <= SECOND or _two_at_last(method, budget) else 1
+        name, cost = f"once/w{width}/{method.name}/{budget:g}", count * self._about(width, method, budget)
+        yield Waiting(name, "learning rate not chosen yet", count, cost)
 
-    def _best_rates(self, width: int, method: Method, budget: float, count: int) -> list[float] | None:
-        """The best learning rates of a budget; None until all runs of it that decide are there."""
-        candidates = GRID if budget == FIRST else self._best_rates(width, _head(method), FIRST, 2)
-        if candidates is None:
+    def _rates(self, width: int, method: Method, budget: float) -> list[float] | None:
+        """The learning rates that a method has left at a budget above FIRST; None while they are not decided."""
+        head = METHODS[method.head] if method.head else method
+        best = self._best(width, head, FIRST, self._grid(width, head))
+        if best is None or (best == self._grid(width, head)[-1] and best != HIGHER[-1]):
             return None
-        losses = {
-            lr: self._results.loss(width=width, method=method.name, budget=budget, lr=lr, seed=1) for lr in candidates
-        }
+        left = _with_lower(best)
+        if budget <= SECOND:
+            return left
+        best = self._best(width, method, SECOND, left)
+        if best is None:
+            return None
+        return _with_lower(best) if _two_at_last(method, budget) else [best]
+
+    def _grid(self, width: int, method: Method) -> list[float]:
+        """The learning rates at FIRST, as far as they have been found to be needed."""
+        grid = list(GRID)
+        for higher in HIGHER:
+            if self._best(width, method, FIRST, grid) != grid[-1]:
+                break
+            grid.append(higher)
+        return grid
+
+    def _best(self, width: int, method: Method, budget: float, rates: Sequence[float]) -> float | None:
+        """The best of some rates; None until all of them have run."""
+        losses = {lr: self._results.loss(width=width, method=method.name, budget=budget, lr=lr, seed=1) for lr in rates}
         if None in losses.values():
             return None
-        return sorted(losses, key=lambda lr: (losses[lr], lr))[:count]
+        return min(losses, key=lambda lr: (losses[lr], lr))
 
     def _leading(self, width: int, excluded: Sequence[Method] = ()) -> list[Method]:
         """The methods of lowest loss by the first seed at LAST, one of each family, as many as are claimed."""
@@ -247,5 +263,12 @@ class Plan:
         return Spec(width=width, method=method.name, budget=budget, lr=lr, seed=seed, drop=drop, **processes, **more)
 
 
-def _head(method: Method) -> Method:
-    return METHODS[method.head] if method.head else method
+def _with_lower(best: float) -> list[float]:
+    """A rate and the one below it in the grid, or above it for the lowest."""
+    ladder = (*GRID, *HIGHER)
+    at = ladder.index(best)
+    return [best, ladder[at - 1] if at else ladder[1]]
+
+
+def _two_at_last(method: Method, budget: float) -> bool:
+    return method is UNDROPPED and budget == LAST

@@ -169,6 +169,12 @@ def test_the_learning_rate_is_chosen_by_successive_halving() -> None:
     first = rows_at(1.3, {2e-3: 5.2, 4e-3: 5.0, 8e-3: None})  # the last diverged
     assert rates(first[:2], 5.0) == []
     assert rates(first, 5.0) == [4e-3, 2e-3]
+    rising = rows_at(1.3, {2e-3: 5.2, 4e-3: 5.1, 8e-3: 5.0})
+    assert rates(rising, 1.3) == [*GRID, 1.6e-2], "the best is the highest: one more"
+    assert rates(rising, 5.0) == []
+    rising += rows_at(1.3, {1.6e-2: 5.1})
+    assert rates(rising, 1.3) == [*GRID, 1.6e-2]
+    assert rates(rising, 5.0) == [8e-3, 4e-3]
     second = rows_at(5.0, {2e-3: 4.4, 4e-3: 4.5})
     assert rates(first + second, 10.0) == [2e-3]
     assert rates(first + second, 20.0) == [2e-3, 4e-3]
