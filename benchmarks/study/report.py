@@ -113,9 +113,8 @@ def _facts(rows: Sequence[dict[str, Any]], left_out: int) -> str:
         ),
         "- Protocol: equal training FLOPs, counted from the layers that ran, logits included; AdamW, WSD with a linear "
         "decay over the last fifth; a learning rate for each method from 2e-3, 4e-3, 8e-3, and higher ones while the "
-        "highest is the best, by successive halving at 1.3 and 5 tokens a parameter; each novel is read once. Loss: nats "
-        "a token at full depth, of about 200,000 "
-        "tokens of other novels, each with at least half of the context",
+        "highest is the best, by successive halving at 1.3 and 5 tokens a parameter; each novel is read once. Loss: "
+        "nats a token at full depth, of about 200,000 tokens of other novels, each with at least half of the context",
         "- Saving: 1 - FLOPs / FLOPs of undropped training to the same loss, by interpolation over undropped runs that "
         "each have their own decay. Intervals are 95 %, over seeds (standard deviation pooled); without one there was "
         "one seed. The claimed methods were chosen by their first seed, which is one of the three",

@@ -76,7 +76,7 @@ def test_a_run_that_is_stopped_has_no_row_and_can_go_on(work: Path) -> None:
 
 def test_what_the_trainer_refuses_is_told(work: Path) -> None:
     spec = dataclasses.replace(SPEC, decay="sometimes")
-    with pytest.raises(runner.StudyError, match=r"exit status 2.*lr_decay_style"):
+    with pytest.raises(runner.StudyError, match=r"(?s)exit status 2.*lr_decay_style"):
         runner.run(spec, place_in(work))
 
 
