@@ -21,11 +21,16 @@ $(VENV)/.ready-dev: $(SOURCES)
 	EXTRAS=dev $(SET_UP)
 	touch $(VENV)/.ready $@
 
-test: setup
-	$(BIN)/python -m pytest -m "not slow"
+# Two files at a time, each in one process: their fixtures start processes and train once for all tests of a file.
+TWO_FILES := -n 2 --dist loadfile
 
+test: setup
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow"
+
+# The second part even where the first fails.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(TWO_FILES) -m "slow and not alone"; status=$$?; \
+	$(BIN)/python -m pytest -m "slow and alone" && exit $$status
 
 # What needs a CUDA device; from all other tests GPUs are hidden.
 test-gpu: setup
@@ -37,4 +42,4 @@ lint: setup
 	$(BIN)/mypy
 
 quickstart: $(VENV)/.ready
-	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--profile)
+	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--measure)

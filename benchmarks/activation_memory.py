@@ -18,38 +18,35 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from _gain_report import environment_lines, publish
-from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
-from _measure import random_batches
-from _memory import depth_of_run, fit_line, peak_of_allocations, spread
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    init_num_microbatches_calculator,
-)
-from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.layouts import Layout, make_config
+from benchmarks.common.memory import depth_of_run, fit_line, measure_peak, spread
+from benchmarks.common.model import random_batches
+from benchmarks.common.options import (
+    add_model_options,
+    add_recompute_option,
+    add_run_options,
+    check_at_least,
+    make_parser,
+)
+from benchmarks.common.processes import check_config, megatron_run
+from benchmarks.common.report import model_text, publish, recomputation_text, run_lines
 from megatron_sbld.config.sections import Config
-from megatron_sbld.config.validate import validate
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.model import build_model, build_optimizer
-from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import train_step
 
-ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 2  # iterations at full depth: gradients and the optimizer's state exist afterwards
 KEEP_PROBS = (0.5, 0.7, 0.9)  # of the table of depths
 RUN_ITERATIONS = 100_000  # of a run in that table
@@ -119,63 +116,28 @@ class Iteration:
         train_step(self._config, self._chunks, self._optimizer, [batches], stop_requested=False)
 
 
-def measure_peak(run: Callable[[], Any]) -> int:
-    """The most bytes that a call has allocated at one time, above what was allocated before."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return peak_of_allocations([event.nbytes() for event in events])
-
-
 def main() -> None:
     args = parse_args()
+    torch.set_num_threads(args.threads)
     config = make_config(args, Layout(1))
-    try:
-        validate(config, 1)
-    except ValueError as error:
-        sys.exit(f"activation_memory.py: error: {error}")
-    with distributed_run(config):
-        size = config.training.micro_batch_size
-        init_num_microbatches_calculator(dist.get_rank(), None, size, size, data_parallel_size=1)
-        try:
-            iteration = Iteration(args, config)
-            measured = [iteration.measure(kept) for kept in args.kept]
-        finally:
-            destroy_num_microbatches_calculator()
-    text = "\n".join(report(args, measured)) + "\n"
-    publish(text, args.out)
+    check_config(config)
+    with megatron_run(config):
+        iteration = Iteration(args, config)
+        measured = [iteration.measure(kept) for kept in args.kept]
+    publish(report(args, measured), args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(
-        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
-        **{"rounds": 1, "keep_probs": [], "warmup": WARMUP, "block_iterations": 1},  # make_config counts iterations
+    parser = make_parser(__doc__)
+    add_model_options(parser, one_microbatch=True)
+    add_recompute_option(parser)
+    parser.add_argument(
+        "--kept", type=int, nargs="+", help="numbers of kept layers; default: none, 1/4, 1/2, 3/4 and all"
     )
-    add, shown = parser.add_argument, "; default here: %(default)s"
-    add("--num-layers", type=int, default=24, help="transformer layers" + shown)
-    add("--kept", type=int, nargs="+", help="numbers of kept layers; default: none, 1/4, 1/2, 3/4 and all")
-    add("--hidden-size", type=int, help="width" + shown)
-    add("--num-attention-heads", type=int, help="attention heads" + shown)
-    add("--seq-length", type=int, help="tokens of a sample" + shown)
-    add("--vocab-size", type=int, help="vocabulary" + shown)
-    add("--micro-batch-size", type=int, help="samples of a microbatch" + shown)
-    add("--precision", choices=("fp32", "bf16"), help="default here: %(default)s")
-    add("--recompute-granularity", choices=("full", "selective"), help="recompute activations; default: no")
-    add("--seed", type=int, default=1234, help="of weights and tokens" + shown)
-    add("--out", type=Path, default=ROOT / "runs" / "activation_memory.md", help="default: runs/activation_memory.md")
+    add_run_options(parser, "activation_memory", seed_of="weights and tokens")
     args = parser.parse_args()
     args.global_batch_size = args.micro_batch_size
-    if args.num_layers < 1 or args.vocab_size < 1:
-        parser.error("--num-layers and --vocab-size must be at least 1")
+    check_at_least(parser, args, num_layers=1, vocab_size=1, threads=1)
     if args.kept is None:
         args.kept = sorted({args.num_layers * quarter // 4 for quarter in range(5)})
     if len(set(args.kept)) < 2 or not all(0 <= kept <= args.num_layers for kept in args.kept):
@@ -186,7 +148,6 @@ def parse_args() -> argparse.Namespace:
 def report(args: argparse.Namespace, measured: Sequence[Memory]) -> list[str]:
     """Markdown: the measured table, the line through it, and what samplers make of it."""
     fixed, layer, deviation = fit_line([one.kept_layers for one in measured], [one.peak for one in measured])
-    recomputation = f"{args.recompute_granularity} recomputation" if args.recompute_granularity else "no recomputation"
     lines = [
         "# Memory of activations with dropped layers",
         "",
@@ -194,12 +155,8 @@ def report(args: argparse.Namespace, measured: Sequence[Memory]) -> list[str]:
         "and optimizer state. Saved: what autograd keeps between forward and backward pass. The method: docstring of "
         "`benchmarks/activation_memory.py`.",
         "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/activation_memory.py', *sys.argv[1:]])}`",
-        *(f"- {line}" for line in environment_lines()),
-        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}",
-        f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, "
-        f"sequence {args.seq_length}, vocabulary {args.vocab_size}, {args.precision}, "
-        f"micro batch {args.micro_batch_size}, no dropout, {recomputation}",
+        *run_lines(args.seed),
+        f"- Model: {model_text(args)}, micro batch {args.micro_batch_size}, no dropout, {recomputation_text(args)}",
         "",
         "| layers kept | peak | saved for backward | peak / peak of full depth |",
         "| ---: | ---: | ---: | ---: |",

@@ -19,14 +19,13 @@ dropped layer none; a reduction takes 2 (n - 1)/n x bytes / bandwidth without la
 it, as the distributed optimizer does. Saved is the exposed time with all buckets reduced less that with the skippable
 ones left out, as a share of the mean iteration, over draws of the decisions. The optimizer's step counts as free, so
 shares are upper bounds. NumPy alone; --measure adds what a reduction takes here, on two processes, and what leaving
-some out saves, on two and four (_reduction_time.py).
+some out saves, on two and four (common/reduction_time.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +35,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.report import command_line, publish
 from megatron_sbld.config.flops import layer_flops_per_token, logits_flops_per_token
 from megatron_sbld.config.sections import ModelConfig
 from megatron_sbld.method.decisions import draw_plan
@@ -43,7 +44,6 @@ from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy, Policy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.predict.parameters import Bucket, default_bucket_size, layer_parameters, make_buckets
 
-ROOT = Path(__file__).resolve().parent.parent
 WORTH = 0.02  # of an iteration: what would justify building it
 VOCAB_SIZE = 51200
 Floats = NDArray[np.float64]
@@ -182,11 +182,7 @@ def draws(policy: Policy, args: argparse.Namespace) -> NDArray[np.bool_]:
 
 def main() -> None:
     args = parse_args()
-    text = "\n".join(report(args)) + "\n"
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-    print(text, end="")
+    publish(report(args), args.out)
 
 
 def parse_args() -> argparse.Namespace:
@@ -228,7 +224,7 @@ def report(args: argparse.Namespace) -> list[str]:
         'A model, not a measurement, but for a last section "Measured"; the method: docstring of '
         "`benchmarks/bucket_model.py`.",
         "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/bucket_model.py', *sys.argv[1:]])}`",
+        f"- Command: `{command_line()}`",
         f"- Date: {time.strftime('%Y-%m-%d')}; seed: {args.seed}, {args.draws} draws",
         f"- Gradients of {args.bytes_per_value} bytes, {reduction}; {args.tflops:g} TFLOP/s a GPU; microbatches of "
         f"{args.micro_batch_size} samples of 2048 tokens; vocabulary {VOCAB_SIZE}",
@@ -241,7 +237,7 @@ def report(args: argparse.Namespace) -> list[str]:
         lines += ["", *saved_table(args, savings[at_layers], title)]
     lines += ["", *verdict(args, savings[False])]
     if args.measure:
-        from _reduction_time import measured_lines  # needs torch and Megatron
+        from benchmarks.common.reduction_time import measured_lines  # needs torch and Megatron
 
         lines += ["", *measured_lines(args.seed)]
     return lines

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Trains the same GPT with every method of dropping layers, over several seeds, at equal mean keep probability.
 
+    python benchmarks/compare_methods.py --text TRAIN --valid-text VALID --out OUT
+
 The question is whether sensitivity helps: so all methods get the same mean keep probability over layers and iterations,
 PLD's at theta 0.5 unless another is given, by the choice of their theta alone (bisection on the policy; no run is
 looked at). Methods are those of the paper's Table 6 and a decreasing drop rate that ends in full depth. Before them
-`megatron-sbld profile` measures the sensitivity, with the same model and text, on `--profile-seeds` of its own.
+`megatron-sbld sensitivity measure` measures it, with the same model and text, on `--profile-seeds` of its own.
 
 With `--data-parallel-size 2 --methods undropped layerdrop-balanced layerdrop-distinct` the question is whether
 data-parallel replicas that drop distinct layers train better than ones that share their decisions.
@@ -34,12 +36,13 @@ import tokenizers
 import yaml
 from rich.progress import Progress
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.report import ROOT, command_line
 from megatron_sbld.data.documents import DocumentRules, find_files, read_documents
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.policy import mean_keep_prob
 
-ROOT = Path(__file__).resolve().parent.parent
 SEPARATOR = "<|endoftext|>"
 PLD_THETA = 0.5
 NO_LISTS = {"block_fraction": 0.0, "allow_fraction": 0.0}
@@ -90,7 +93,7 @@ def main() -> None:
     run_all("evaluate", evaluate(args, runs), 1, args.out)
     run_all("compare", {"compare": cli("compare", *runs, "--out", str(args.out / "comparison"))}, 1, args.out)
     print((args.out / "comparison" / "comparison.md").read_text())
-    print(f"in {args.out / 'comparison'}; the command: {shlex.join(['python', *sys.argv])}")
+    print(f"in {args.out / 'comparison'}; the command: {command_line()}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -104,8 +107,14 @@ def parse_args() -> argparse.Namespace:
     but_replicas = f"default: all but {', '.join(REPLICAS)}"
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=DROP_SECTIONS, help=but_replicas)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, data, decisions" + shown)
-    parser.add_argument("--profile-seeds", type=int, nargs="+", default=[101, 102, 103], help="of the profile" + shown)
-    parser.add_argument("--profile-iters", type=int, default=100, help="iterations of a profile's run" + shown)
+    parser.add_argument(
+        "--profile-seeds",
+        type=int,
+        nargs="+",
+        default=[101, 102, 103],
+        help="of the runs that measure sensitivity" + shown,
+    )
+    parser.add_argument("--profile-iters", type=int, default=100, help="iterations of such a run" + shown)
     parser.add_argument(
         "--jobs", type=int, default=2, help="runs at a time, a thread for each of their processes" + shown
     )
@@ -194,20 +203,20 @@ def prepare_data(args: argparse.Namespace) -> None:
 
 
 def measure_sensitivity(args: argparse.Namespace, config: Path) -> Path:
-    """The paper's procedure over the profile's seeds, spread over the jobs by layers."""
+    """The paper's procedure over seeds of its own, spread over the jobs by layers."""
     result = args.out / "sensitivity.json"
     if not result.exists():
         shares = np.array_split(np.arange(1, args.num_layers + 1), min(args.jobs, args.num_layers))
-        parts = {f"profile-{share[0]}-{share[-1]}": f"{share[0]}-{share[-1]}" for share in shares}
+        parts = {f"sensitivity-{share[0]}-{share[-1]}": f"{share[0]}-{share[-1]}" for share in shares}
         options = ["--iterations", str(args.profile_iters), "--seeds", ",".join(map(str, args.profile_seeds))]
         options += ["--config", str(config)]
         commands = {
-            name: cli("profile", "--out", str(args.out / name), "--layers", layers, *options)
+            name: cli("sensitivity", "measure", "--out", str(args.out / name), "--layers", layers, *options)
             for name, layers in parts.items()
         }
-        run_all("profile", commands, args.jobs, args.out)
+        run_all("measure", commands, args.jobs, args.out)
         folders = [str(args.out / name) for name in parts]
-        run_all("merge", {"merge": cli("profile", "merge", *folders, "--output", str(result))}, 1, args.out)
+        run_all("merge", {"merge": cli("sensitivity", "merge", *folders, "--output", str(result))}, 1, args.out)
     return result
 
 

@@ -17,8 +17,6 @@ No real iteration is as fast.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -26,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _gain_report import environment_lines
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.options import make_parser
+from benchmarks.common.report import publish, run_lines
 from megatron_sbld.config.flops import ideal_speedup, layer_share, training_flops
 from megatron_sbld.config.sections import Config, ModelConfig
 from megatron_sbld.controller import DropController
@@ -48,15 +48,11 @@ def main() -> None:
     args = parse_args()
     with distributed_run(Config()):
         lines = report(args)
-    text = "\n".join(lines) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+    publish(lines, args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--iterations", type=int, default=2000, help="observed, in ten blocks of which the median counts; %(default)s")
     add("--micro-batch-size", type=int, default=4, help="samples of a microbatch; default: %(default)s")
@@ -75,9 +71,7 @@ def report(args: argparse.Namespace) -> list[str]:
     lines = [
         "# What `drop.sensitivity_update: dynamic` adds to an iteration",
         "",
-        f"- Command: `{shlex.join(['python', *sys.argv])}`",
-        *(f"- {line}" for line in environment_lines()),
-        f"- Seed: {SEED}; load average over the last minute: {os.getloadavg()[0]:.1f}",
+        *run_lines(SEED),
         f"- Iteration: lower bound for GPT-3 350M ({MODEL.num_layers} layers, hidden {MODEL.hidden_size}, sequence "
         f"{MODEL.seq_length}) on one GPU, micro batch {args.micro_batch_size}: FLOPs of the kept layers and the logits "
         f"at {args.peak_tflops:g} TFLOP/s",

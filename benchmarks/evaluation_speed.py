@@ -12,7 +12,6 @@ their padding; of overlapping windows all tokens count, since all are computed. 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _gain_report import environment_lines, publish
 from rich.progress import track
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.options import check_at_least, make_parser
+from benchmarks.common.report import publish, run_lines
 from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks, read_trained_model
 from megatron_sbld.evaluation.requests import Request
@@ -41,11 +42,11 @@ def main() -> None:
     with distributed_run(config):
         (model,) = load_chunks(trained, config)
         seconds, tokens = measure(args, trained, model)
-    publish("\n".join(report(args, trained, config.training.precision, seconds, tokens)) + "\n", args.out)
+    publish(report(args, trained, config.training.precision, seconds, tokens), args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or run folder")
     parser.add_argument("--lambada", required=True, help="passages, as for `evaluate lambada`")
     parser.add_argument("--text", required=True, help="text, as for `evaluate perplexity`")
@@ -56,8 +57,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="markdown file to write")
     args = parser.parse_args()
-    if min(args.limit, args.rounds, args.batch_tokens) < 1:
-        parser.error("--limit, --rounds and --batch-tokens must be at least 1")
+    check_at_least(parser, args, limit=1, rounds=1, batch_tokens=1)
     return args
 
 
@@ -129,9 +129,7 @@ def report(
         "interleaved rounds; medians over the rounds, and in brackets the smallest and the largest. Aim: at least 0.5. "
         "The method: docstring of `benchmarks/evaluation_speed.py`.",
         "",
-        f"- Command: `{shlex.join(['python', *sys.argv])}`",
-        *(f"- {line}" for line in environment_lines()),
-        f"- Seed: {SEED}",
+        *run_lines(SEED),
         f"- Model: GPT, {model.num_layers} layers, hidden {model.hidden_size}, context {model.context}, vocabulary "
         f"{trained.tokenizer.vocab_size:,}, {precision}; microbatches of at most {args.batch_tokens:,} tokens",
         f"- {args.rounds} rounds",

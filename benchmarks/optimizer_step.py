@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +28,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _gain_report import environment_lines, publish
-from _options import check_at_least, check_one_process
 from megatron.core.optimizer import clip_grads
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.options import check_at_least, check_one_process, make_parser
+from benchmarks.common.report import publish, run_lines
 from megatron_sbld.config.sections import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.training import model as trainer
 from megatron_sbld.training.processes import distributed_run
@@ -52,15 +51,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with distributed_run(Config(training=TrainingConfig(seed=args.seed))):
         lines = report(args)
-    text = "\n".join(lines) + "\n"
-    if args.out is None:
-        print(text, end="")
-    else:
-        publish(text, args.out)
+    publish(lines, args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--num-layers", type=int, default=24, help="transformer layers; default: %(default)s")
     add("--hidden-size", type=int, default=32, help="width; default: %(default)s")
@@ -86,9 +81,7 @@ def report(args: argparse.Namespace) -> list[str]:
     return [
         "# Megatron's optimizer step",
         "",
-        f"- Command: `{shlex.join(['python', *sys.argv])}`",
-        *(f"- {line}" for line in environment_lines()),
-        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}, this program included",
+        *run_lines(args.seed),
         f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, vocabulary {VOCAB_SIZE}; one process",
         f"- {args.rounds} steps of each program, in turns",
         "",

@@ -7,10 +7,10 @@
 Peers: this project on megatron-core, with Megatron's residual adds and with `drop.residual: fused`, each with its own
 layers and with `training.torch_compile`; Hugging Face transformers' OPT with its built-in LayerDrop (`pip install
 '.[bench]'`); a plain PyTorch loop that leaves dropped layers out, eager and with compiled layers. What they share and
-where they differ is in _peer_models.py. All run in one process, one after the other, on the same random tokens.
+where they differ is in common/peer_models.py. All run in one process, one after the other, on the same random tokens.
 
 What is measured. Rounds; in each round, for each keep_prob and each peer, one block of undropped and one of dropped
-iterations, then one undropped iteration whose layers are timed by hooks (_layer_times.py). The order of the peers
+iterations, then one undropped iteration whose layers are timed by hooks (common/layer_times.py). The order of the peers
 rotates with the rounds, and the order of a pair alternates, so that a slower moment of the machine meets all alike.
 Every peer takes the same decisions, one draw an iteration from (seed, iteration): this project draws them itself, the
 loop is given them, and OPT's own random numbers are replaced by ones that give them, after it has drawn its own.
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,14 +36,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from _gain import Interval, Pairs, PassTimes, interval, measure_gain
-from _gain_report import environment_lines, number_text, percent_text, publish
-from _layer_times import ModuleTimer
-from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config, warn_of_load
-from _measure import DISTINCT_BATCHES, Deadline, progress_bar, random_batches
-from _options import SHOWN, add_model_options, add_time_option, check_at_least, check_named_once, check_one_process
-from _peer_models import (
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.gain import Pairs, PassTimes, measure_gain, time_ratio
+from benchmarks.common.layer_times import ModuleTimer
+from benchmarks.common.layouts import Layout, make_config
+from benchmarks.common.model import DISTINCT_BATCHES, random_batches
+from benchmarks.common.options import (
+    SHOWN,
+    add_block_options,
+    add_model_options,
+    add_run_options,
+    add_time_option,
+    check_at_least,
+    check_named_once,
+    check_one_process,
+    make_parser,
+)
+from benchmarks.common.peer_models import (
     AFTER_ALL,
     TRANSFORMERS_HINT,
     CompiledTorch,
@@ -55,22 +65,16 @@ from _peer_models import (
     PlainTorch,
     deepspeed_note,
 )
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    get_num_microbatches,
-    init_num_microbatches_calculator,
-)
-
+from benchmarks.common.processes import check_config, megatron_run, warn_of_load
+from benchmarks.common.report import gain_text, model_text, number_text, publish, run_lines
+from benchmarks.common.rounds import Deadline, progress_bar
 from megatron_sbld.config.sections import Config
-from megatron_sbld.config.validate import validate
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import Batch
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.method.policy import LayerDropPolicy
-from megatron_sbld.training.processes import distributed_run
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = ("megatron", "fused", "megatron-compiled", "fused-compiled")
 PEERS = (*OWN, "opt", "plain", "plain-compiled")
 
@@ -203,47 +207,30 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     config = make_config(args, Layout(1))
-    try:
-        validate(config, 1)
-    except ValueError as error:
-        sys.exit(f"peers.py: error: {error}")
+    check_config(config)
     warn_of_load()
-    with distributed_run(config):
-        training = config.training
-        init_num_microbatches_calculator(
-            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, data_parallel_size=1
-        )
-        try:
-            comparison = Comparison(args, config)
-            results = comparison.measure()
-            text = "\n".join(report(args, comparison, results)) + "\n"
-        finally:
-            destroy_num_microbatches_calculator()
-    publish(text, args.out)
+    with megatron_run(config):
+        comparison = Comparison(args, config)
+        results = comparison.measure()
+        lines = report(args, comparison, results)
+    publish(lines, args.out)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(
-        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS), num_layers=24, recompute_granularity=None
-    )
-    add, shown = parser.add_argument, SHOWN
-    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="what is measured" + shown)
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="what is measured" + SHOWN)
     add_model_options(parser)
-    add("--keep-probs", type=float, nargs="+", default=[0.7, 0.5], help="of every layer" + shown)
+    add("--keep-probs", type=float, nargs="+", default=[0.7, 0.5], help="of every layer" + SHOWN)
     add(
         "--dropped-update",
         choices=("freeze", "apply"),
         default="freeze",
-        help="of this project: freeze passes over dropped layers as the other programs do, apply steps them" + shown,
+        help="of this project: freeze passes over dropped layers as the other programs do, apply steps them" + SHOWN,
     )
-    add("--rounds", type=int, default=12, help="pairs of blocks for each peer and keep_prob" + shown)
+    add_block_options(parser, rounds=12, rounds_of="pairs of blocks for each peer and keep_prob", warmup=4)
     add_time_option(parser)
-    add("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
-    add("--warmup", type=int, default=4, help="iterations of each peer before the first block" + shown)
-    add("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
-    add("--threads", type=int, default=1, help="torch's CPU threads" + shown)
-    add("--out", type=Path, default=ROOT / "runs" / "peers.md", help="report; default: runs/peers.md")
+    add_run_options(parser, "peers", seed_of="weights, tokens and decisions")
     args = parser.parse_args()
     check_args(parser, args)
     return args
@@ -262,7 +249,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 def report(args: argparse.Namespace, comparison: Comparison, results: Sequence[Measurement]) -> list[str]:
     """Markdown: what was measured with what, a table of speeds and gains, and one of the first peer against others."""
     packages = ["torch", "megatron-core", *(["transformers"] if "opt" in args.peers else [])]
-    environment = environment_lines(packages)
     tokens = comparison.rounds * args.block_iterations * args.global_batch_size * args.seq_length
     lines = [
         "# Dropping layers in several programs",
@@ -272,11 +258,8 @@ def report(args: argparse.Namespace, comparison: Comparison, results: Sequence[M
         "layers; ratio = (realised - 1) / (ideal - 1). In brackets: 95 % confidence intervals by bootstrap over the "
         "rounds. The method: docstring of `benchmarks/peers.py`.",
         "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/peers.py', *sys.argv[1:]])}`",
-        *(f"- {line}" for line in environment),
-        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}, this program included",
-        f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, "
-        f"sequence {args.seq_length}, vocabulary {args.vocab_size}, {args.precision}, no dropout; one process",
+        *run_lines(args.seed, packages),
+        f"- Model: {model_text(args)}, no dropout; one process",
         "- Parameters: "
         + ", ".join(f"{peer.name} {sum(p.numel() for p in peer.model.parameters()):,}" for peer in comparison.peers),
         f"- Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; AdamW, clipping at 1; "
@@ -301,7 +284,7 @@ def gain_row(
     gain = measure_gain(pairs, result.pass_times(comparison.rounds, num_microbatches), num_microbatches, seed=args.seed)
     return (
         f"| {result.name} | {keep_prob:g} | {gain.kept_fraction:.1%} | {tokens / undropped.sum():,.0f} "
-        f"| {tokens / dropped.sum():,.0f} | {gain.ideal - 1:+.2%} | {percent_text(gain.realised)} "
+        f"| {tokens / dropped.sum():,.0f} | {gain.ideal - 1:+.2%} | {gain_text(gain.realised)} "
         f"| {'-' if gain.ratio is None else number_text(gain.ratio)} |"
     )
 
@@ -322,18 +305,12 @@ def speed_table(args: argparse.Namespace, results: Sequence[Measurement]) -> lis
     ]
     for other in others:
         undropped = [sum(np.array(result.undropped[p]) for p in args.keep_probs) for result in (other, first)]
-        ratios = [speed_ratio(*undropped, seed=args.seed)]
+        ratios = [time_ratio(*undropped, seed=args.seed)]
         ratios += [
-            speed_ratio(np.array(other.dropped[p]), np.array(first.dropped[p]), seed=args.seed) for p in args.keep_probs
+            time_ratio(np.array(other.dropped[p]), np.array(first.dropped[p]), seed=args.seed) for p in args.keep_probs
         ]
         lines.append(f"| {other.name} | " + " | ".join(number_text(ratio) for ratio in ratios) + " |")
     return lines
-
-
-def speed_ratio(others: Floats, own: Floats, *, samples: int = 2000, seed: int = 0) -> Interval:
-    """How many times as fast as another program: block times of the same rounds, [R] each, rounds drawn together."""
-    rounds = np.random.default_rng(seed).integers(len(own), size=(samples, len(own)))
-    return interval(float(others.sum() / own.sum()), others[rounds].sum(axis=1) / own[rounds].sum(axis=1))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,29 +23,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from _gain_report import environment_lines, publish
-from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, make_config
-from _measure import random_batches, switch_layers
-from _operations import device_operations, difference, host_operations, record, synchronisations
-from _options import SHOWN, add_model_options, check_at_least, check_one_process
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    get_num_microbatches,
-    init_num_microbatches_calculator,
-)
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.layouts import Layout, make_config
+from benchmarks.common.model import SwitchedModel, random_batches
+from benchmarks.common.operations import device_operations, difference, host_operations, record, synchronisations
+from benchmarks.common.options import (
+    SHOWN,
+    add_model_options,
+    add_run_options,
+    check_at_least,
+    check_one_process,
+    make_parser,
+)
+from benchmarks.common.processes import check_config, megatron_run
+from benchmarks.common.report import ROOT, model_text, publish, run_lines
 from megatron_sbld.config.sections import Config
-from megatron_sbld.config.validate import validate
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
-from megatron_sbld.mcore.skip.switchable import decoder_layers
 from megatron_sbld.method.policy import LayerDropPolicy
-from megatron_sbld.training.model import build_model, build_optimizer
-from megatron_sbld.training.processes import distributed_run
+from megatron_sbld.training.model import build_optimizer
 from megatron_sbld.training.step import train_step
 
-ROOT = Path(__file__).resolve().parent.parent
 WARMUP = 3  # the optimizer makes its state, and the controller checks its window
 
 
@@ -70,22 +67,18 @@ class Iteration:
         self._config = config
         self._number = 0
         self._controller = DropController(LayerDropPolicy(lambda t: self.theta, args.num_layers), seed=args.seed)
-        self._chunks = build_model(config, args.vocab_size)
-        self._layers = [layer for chunk in self._chunks for layer in decoder_layers(chunk)]
-        self._stock = [type(layer) for layer in self._layers]
-        make_switchable(self._chunks, self._controller)
-        self._switchable = [type(layer) for layer in self._layers]
-        self._optimizer = build_optimizer(config, self._chunks)
+        self._model = SwitchedModel(config, args.vocab_size, self._controller)
+        self._optimizer = build_optimizer(config, self._model.chunks)
         self._batches = itertools.cycle(random_batches(args, get_num_microbatches(), args.seed))
-        for chunk in self._chunks:
+        for chunk in self._model.chunks:
             chunk.train()
 
     def stock(self) -> None:
-        switch_layers(self._layers, self._stock)
+        self._model.switch(False)
         self._train()
 
     def switchable(self) -> None:
-        switch_layers(self._layers, self._switchable)
+        self._model.switch(True)
         self._number += 1
         self._controller.begin_iteration(self._number, get_num_microbatches())
         self._train()
@@ -97,7 +90,7 @@ class Iteration:
 
     def _train(self) -> None:
         batches = itertools.islice(self._batches, get_num_microbatches())
-        train_step(self._config, self._chunks, self._optimizer, [batches], stop_requested=False)
+        train_step(self._config, self._model.chunks, self._optimizer, [batches], stop_requested=False)
 
 
 def main() -> None:
@@ -105,22 +98,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = make_config(args, Layout(1))
     config = replace(config, optimizer=replace(config.optimizer, lr=1e-12, min_lr=0.0))
-    try:
-        validate(config, 1)
-    except ValueError as error:
-        sys.exit(f"profile_trace.py: error: {error}")
-    with distributed_run(config):
-        training = config.training
-        init_num_microbatches_calculator(
-            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, data_parallel_size=1
-        )
-        try:
-            traced = trace_all(args, Iteration(args, config))
-            num_microbatches = get_num_microbatches()
-        finally:
-            destroy_num_microbatches_calculator()
-    text = "\n".join(report(args, traced, num_microbatches)) + "\n"
-    publish(text, args.out)
+    check_config(config)
+    with megatron_run(config):
+        traced = trace_all(args, Iteration(args, config))
+        num_microbatches = get_num_microbatches()
+    publish(report(args, traced, num_microbatches), args.out)
     print(f"traces in {args.traces}", file=sys.stderr)
     stock, nothing_dropped, _ = traced
     if nothing_dropped.host != stock.host or nothing_dropped.device != stock.device:
@@ -128,20 +110,12 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(
-        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
-        # one iteration of each kind is traced; make_config counts those of a measurement
-        **{"recompute_granularity": None, "rounds": 1, "keep_probs": [], "warmup": WARMUP, "block_iterations": 1},
-        num_layers=24,
-    )
-    add, shown = parser.add_argument, SHOWN
+    parser = make_parser(__doc__)
+    add = parser.add_argument
     add_model_options(parser)
-    add("--keep-prob", type=float, default=0.5, help="of the iteration that drops layers" + shown)
-    add("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
-    add("--threads", type=int, default=1, help="torch's CPU threads" + shown)
+    add("--keep-prob", type=float, default=0.5, help="of the iteration that drops layers" + SHOWN)
+    add_run_options(parser, "profile_trace", seed_of="weights, tokens and decisions")
     add("--traces", type=Path, default=ROOT / "runs" / "traces", help="folder of the traces; default: runs/traces")
-    add("--out", type=Path, default=ROOT / "runs" / "profile_trace.md", help="report; default: runs/profile_trace.md")
     args = parser.parse_args()
     if not 0 < args.keep_prob < 1:
         parser.error(f"--keep-prob {args.keep_prob} is not allowed: must be in (0, 1)")
@@ -181,12 +155,8 @@ def report(args: argparse.Namespace, traced: Sequence[Traced], num_microbatches:
         "backward, optimizer step, loss), counted from torch.profiler's traces. A wait is an item() or a CUDA "
         "synchronisation. The method: docstring of `benchmarks/profile_trace.py`.",
         "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/profile_trace.py', *sys.argv[1:]])}`",
-        *(f"- {line}" for line in environment_lines()),
-        f"- Seed: {args.seed}; load average over the last minute: {os.getloadavg()[0]:.1f}",
-        f"- Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, "
-        f"sequence {args.seq_length}, vocabulary {args.vocab_size}, {args.precision}; "
-        f"{num_microbatches} microbatch(es)",
+        *run_lines(args.seed),
+        f"- Model: {model_text(args)}; {num_microbatches} microbatch(es)",
         "",
         "| iteration | layers kept | host operations | kernels | waits | trace |",
         "| --- | ---: | ---: | ---: | ---: | --- |",

@@ -13,14 +13,15 @@ controller: the pair at keep_prob 1 therefore shows what switchable layers cost 
 figure for that comes from timing the added calls in a loop.
 
 Ideal gain = T / (T - time of the dropped layers). A layer's time is that of its forward and backward passes,
-recomputation included, read by hooks around it (_layer_times.py) in one undropped iteration after each pair of blocks,
-and T is the time of these iterations, so that a slower moment of the machine enlarges both alike. Hooks time each layer
-in its place and under the load it has in training; a layer run by itself would find other caches, and a regression of
-times on decisions would take the realised gain for the ideal one. The optimizer step and the gradient reduction of a
-dropped layer are not counted in it, although reductions of buckets without a kept layer are left out. With --overlap a
-layer's time is that of the microbatches during which nothing is gathered or reduced. Counted is what the actual
-decisions of the dropped blocks save on the critical path: on the slowest rank of each stage and, with pipeline stages,
-in the 1F1B schedule with its bubbles, computed from every stage's durations with free transfers (_gain.py).
+recomputation included, read by hooks around it (common/layer_times.py) in one undropped iteration after each pair of
+blocks, and T is the time of these iterations, so that a slower moment of the machine enlarges both alike. Hooks time
+each layer in its place and under the load it has in training; a layer run by itself would find other caches, and a
+regression of times on decisions would take the realised gain for the ideal one. The optimizer step and the gradient
+reduction of a dropped layer are not counted in it, although reductions of buckets without a kept layer are left out.
+With --overlap a layer's time is that of the microbatches during which nothing is gathered or reduced. Counted is what
+the actual decisions of the dropped blocks save on the critical path: on the slowest rank of each stage and, with
+pipeline stages, in the 1F1B schedule with its bubbles, computed from every stage's durations with free transfers
+(common/gain.py).
 
 With pipeline stages there is a second ideal, that of an even spread: every stage drops the same share of its layers'
 time. It is what a sampler is judged by: realised / even compares samplers, realised / critical path only says whether
@@ -39,7 +40,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -48,33 +48,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gain import Pairs, PassTimes, even_ratio_difference, measure_gain, saved_time
-from _gain_report import Case, LayoutResult, report
-from _layouts import (
-    ALL_LAYOUTS,
-    CPU_DEFAULTS,
-    GPU_DEFAULTS,
-    LAYOUTS,
-    SAMPLERS,
-    Layout,
-    bucket_size,
-    make_config,
-    start_processes,
-    warn_of_load,
-)
-from _measure import RankMeasurement, Run
-from _options import SHOWN, add_model_options, add_time_option, check_at_least, check_named_once
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    init_num_microbatches_calculator,
-)
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.gain import Pairs, PassTimes, even_ratio_difference, measure_gain, saved_time
+from benchmarks.common.gain_plan import Case
+from benchmarks.common.gain_report import LayoutResult, report
+from benchmarks.common.gain_run import RankMeasurement, Run, run_length
+from benchmarks.common.layouts import ALL_LAYOUTS, LAYOUTS, SAMPLERS, Layout, bucket_size, make_config
+from benchmarks.common.options import (
+    SHOWN,
+    add_block_options,
+    add_model_options,
+    add_recompute_option,
+    add_run_options,
+    add_time_option,
+    check_at_least,
+    check_named_once,
+    make_parser,
+)
+from benchmarks.common.processes import check_config, megatron_run, start_processes, stop, warn_of_load
+from benchmarks.common.report import model_text, publish, recomputation_text
 from megatron_sbld.config.sections import Config
-from megatron_sbld.config.validate import data_parallel_size, validate
 from megatron_sbld.layout.pipeline import Floats, schedule_time
-from megatron_sbld.training.processes import distributed_run, world_size_from_environment
-
-ROOT = Path(__file__).resolve().parent.parent
+from megatron_sbld.training.processes import world_size_from_environment
 
 
 def main() -> None:
@@ -82,10 +78,7 @@ def main() -> None:
     layouts = [LAYOUTS[name] for name in args.layouts] if args.layouts else [layout_of_options(args)]
     on_gpu = torch.cuda.is_available()
     possible = [layout for layout in layouts if not on_gpu or layout.processes <= torch.cuda.device_count()]
-    try:
-        check_layouts(args, possible)
-    except ValueError as error:
-        sys.exit(f"realised_gain.py: error: {error}")
+    check_layouts(args, possible)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if int(os.environ.get("RANK", "0")) == 0:
         warn_of_load()
@@ -95,68 +88,59 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS), num_layers=24)
-    shown = SHOWN
-
-    layout = parser.add_argument_group("layout (under torchrun; what these leave of the processes is data-parallel)")
-    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, help="default: 1")
-    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="default: 1")
-    layout.add_argument("--overlap", action="store_true", help="reduce gradients while backward runs")
-    layout.add_argument(
-        "--distributed-optimizer",
-        action="store_true",
-        help="shard the optimizer's state; with --overlap also gather parameters while forward runs",
+    parser = make_parser(__doc__)
+    add_layout_options(
+        parser.add_argument_group("layout (under torchrun; what these leave of the processes is data-parallel)")
     )
-    layout.add_argument(
-        "--bucket-size",
-        type=int,
-        help="parameters of a bucket of overlapped gradients; default: Megatron's on a GPU, else 3.2 layers",
-    )
-    layout.add_argument(
-        "--sampler",
-        nargs="+",
-        choices=SAMPLERS,
-        default=["bernoulli"],
-        help="one, or both in one run; balanced balances the pipeline's stages" + shown,
-    )
-    layout.add_argument(
-        "--layouts",
-        nargs="+",
-        choices=LAYOUTS,
-        help="start the processes of these, one layout after the other, into one report, without torchrun",
-    )
-    layout.add_argument("--all-layouts", action="store_true", help=f"the same as --layouts {' '.join(ALL_LAYOUTS)}")
-
     model = parser.add_argument_group("model and batch")
     add_model_options(model)
-    model.add_argument(
-        "--recompute-granularity",
-        choices=("full", "selective"),
-        help="recompute activations; default: no recomputation",
-    )
+    add_recompute_option(model)
     model.add_argument(
         "--torch-compile",
         action="store_true",
         help="with training.torch_compile, undropped blocks too; not on layouts with tensor parallelism",
     )
-
     measurement = parser.add_argument_group("measurement")
     measurement.add_argument(
-        "--keep-probs", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5], help="besides 1" + shown
+        "--keep-probs", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5], help="besides 1" + SHOWN
     )
-    measurement.add_argument("--rounds", type=int, default=12, help="pairs of blocks for each keep_prob" + shown)
+    add_block_options(measurement, rounds=12, rounds_of="pairs of blocks for each keep_prob", warmup=6)
     add_time_option(measurement)
-    measurement.add_argument("--block-iterations", type=int, default=3, help="iterations of a block" + shown)
-    measurement.add_argument("--warmup", type=int, default=6, help="iterations before the first block" + shown)
-    measurement.add_argument("--seed", type=int, default=1234, help="of weights, tokens and decisions" + shown)
-    measurement.add_argument("--threads", type=int, default=1, help="torch's CPU threads of a process" + shown)
-    measurement.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "realised_gain.md", help="report; default: runs/realised_gain.md"
-    )
+    add_run_options(measurement, "realised_gain", seed_of="weights, tokens and decisions")
     args = parser.parse_args()
     check_args(parser, args)
     return args
+
+
+def add_layout_options(layout: argparse._ArgumentGroup) -> None:
+    add = layout.add_argument
+    add("--tensor-model-parallel-size", type=int, default=1, help="default: 1")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="default: 1")
+    add("--overlap", action="store_true", help="reduce gradients while backward runs")
+    add(
+        "--distributed-optimizer",
+        action="store_true",
+        help="shard the optimizer's state; with --overlap also gather parameters while forward runs",
+    )
+    add(
+        "--bucket-size",
+        type=int,
+        help="parameters of a bucket of overlapped gradients; default: Megatron's on a GPU, else 3.2 layers",
+    )
+    add(
+        "--sampler",
+        nargs="+",
+        choices=SAMPLERS,
+        default=["bernoulli"],
+        help="one, or both in one run; balanced balances the pipeline's stages" + SHOWN,
+    )
+    add(
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        help="start the processes of these, one layout after the other, into one report, without torchrun",
+    )
+    add("--all-layouts", action="store_true", help=f"the same as --layouts {' '.join(ALL_LAYOUTS)}")
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -190,20 +174,18 @@ def layout_of_options(args: argparse.Namespace) -> Layout:
 
 
 def config_of(args: argparse.Namespace, layout: Layout) -> Config:
-    config = make_config(args, layout)
+    config = make_config(args, layout, train_iters=run_length(args, layout.samplers))
     return replace(config, training=replace(config.training, torch_compile=args.torch_compile))
 
 
 def check_layouts(args: argparse.Namespace, layouts: Sequence[Layout]) -> None:
     """The trainer's own checks, for every layout that is going to run."""
     if not layouts:
-        raise ValueError(f"more processes than the {torch.cuda.device_count()} GPU(s) of this machine")
+        stop(f"more processes than the {torch.cuda.device_count()} GPU(s) of this machine")
     for layout in layouts:
-        validate(config_of(args, layout), layout.processes)
+        check_config(config_of(args, layout), layout.processes)
         if args.vocab_size % layout.tensor:
-            raise ValueError(
-                f"--vocab-size {args.vocab_size}: must be divisible by the tensor-parallel size {layout.tensor}"
-            )
+            stop(f"--vocab-size {args.vocab_size}: must be divisible by the tensor-parallel size {layout.tensor}")
 
 
 def launch(args: argparse.Namespace, layout: Layout) -> LayoutResult:
@@ -216,20 +198,12 @@ def run_layout(args: argparse.Namespace, layout: Layout) -> LayoutResult:
     torch.set_num_threads(args.threads)
     config = config_of(args, layout)
     load_before = os.getloadavg()[0]
-    with distributed_run(config):
-        replicas = data_parallel_size(config, dist.get_world_size())
-        training = config.training
-        init_num_microbatches_calculator(
-            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, replicas
-        )
-        try:
-            run = Run(args, config, layout.samplers)
-            own = run.measure(layout.title)
-            everyone: list[RankMeasurement] = [own] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
-            return evaluate(args, layout, everyone, run.num_microbatches, load_before)
-        finally:
-            destroy_num_microbatches_calculator()
+    with megatron_run(config):
+        run = Run(args, config, layout.samplers)
+        own = run.measure(layout.title)
+        everyone: list[RankMeasurement] = [own] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        return evaluate(args, layout, everyone, run.num_microbatches, load_before)
 
 
 def evaluate(
@@ -296,24 +270,13 @@ def pass_times(args: argparse.Namespace, everyone: list[RankMeasurement], num_mi
 
 def write_report(args: argparse.Namespace, results: list[LayoutResult], left_out: Sequence[Layout]) -> None:
     torch.set_num_threads(args.threads)  # the report names it, and the processes of --layouts are others
-    launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if "RANK" in os.environ else ["python"]
-    text = report(results, list(config_lines(args, left_out)), shlex.join([*launcher, *program()]), args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
-    print(text)
-    print(f"written to {args.out}", file=sys.stderr)
-
-
-def program() -> list[str]:
-    return ["benchmarks/realised_gain.py", *sys.argv[1:]]
+    publish(report(results, list(config_lines(args, left_out)), args.seed), args.out)
 
 
 def config_lines(args: argparse.Namespace, left_out: Sequence[Layout]) -> Iterator[str]:
     """The configuration, for the report."""
     yield (
-        f"Model: GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, sequence "
-        f"{args.seq_length}, vocabulary {args.vocab_size}, {args.precision}, no dropout, "
-        + (f"{args.recompute_granularity} recomputation" if args.recompute_granularity else "no recomputation")
+        f"Model: {model_text(args)}, no dropout, {recomputation_text(args)}"
         + (", layers compiled by torch" if args.torch_compile else "")
     )
     yield f"Batch: {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; Adam, clipping at 1"

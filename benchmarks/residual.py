@@ -6,10 +6,11 @@
 
 Each case is a shape [s, b, hidden] of the residual stream, the rows that x has, dropout, and the residual's dtype; x is
 bf16. In each round a clone of the residual and each implementation's forward and backward pass are timed once, in an
-order that rotates, with cold caches (_residual_timing.py). Share of clone's bandwidth = needed bytes / time, by the
-clone's bytes / time, where "needed" is what the function cannot do without (_residual_cases.py). An implementation
-that needs several passes over memory has a low share even if each pass is as fast as memory. Predicted times are the
-bytes that the implementation has to move by the model in _residual_cases.py, at the clone's bandwidth.
+order that rotates, with cold caches (common/residual_timing.py). Share of clone's bandwidth = needed bytes / time, by
+the clone's bytes / time, where "needed" is what the function cannot do without (common/residual_cases.py). An
+implementation that needs several passes over memory has a low share even if each pass is as fast as memory. Predicted
+times are the bytes that the implementation has to move by the model in common/residual_cases.py, at the clone's
+bandwidth.
 
 Then the step time of a GPT with `drop.residual: stock` and `fused`, in alternating blocks of one run.
 
@@ -21,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,29 +29,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _gain import Interval
-from _gain_report import environment_lines, number_text, publish
-from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, warn_of_load
-from _options import SHOWN, add_model_options, check_at_least, check_named_once, check_one_process
-from _residual_cases import ROWS, Case, Implementation, implementations, versions
-from _residual_step import measure_step, step_config
-from _residual_timing import Measurement, Timer, time_ratio
 from rich.console import Console
 from rich.progress import track
 
-from megatron_sbld.config.validate import validate
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.gain import Interval, time_ratio
+from benchmarks.common.options import (
+    SHOWN,
+    add_block_options,
+    add_model_options,
+    add_run_options,
+    check_at_least,
+    check_named_once,
+    check_one_process,
+    make_parser,
+)
+from benchmarks.common.processes import check_config, stop, warn_of_load
+from benchmarks.common.report import model_text, number_text, publish, run_lines
+from benchmarks.common.residual_cases import ROWS, Case, Implementation, implementations, versions
+from benchmarks.common.residual_step import measure_step, step_config
+from benchmarks.common.residual_timing import Measurement, Timer
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.ranks import this_device
 from megatron_sbld.residual import describe_choice
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("add", "step")
 AIM = {"forward": 0.95, "backward": 0.90}  # of clone's bandwidth
 FORECAST_HIDDEN_SIZES = [1024, 2304, 3072, 8192]
 FORECAST_SHAPE = (2048, 4)  # tokens, samples
 FORECAST_BANDWIDTH = 3.0e12  # of a clone on an H100 SXM: 90 % of its 3.35 TB/s
-ON_GPU = {"hidden_sizes": FORECAST_HIDDEN_SIZES, "num_layers": 24}
-ON_CPU = {"hidden_sizes": [256], "num_layers": 2, "hidden_size": 64, "seq_length": 64, "micro_batch_size": 4}
+ON_CPU = {"num_layers": 2, "hidden_size": 64, "seq_length": 64, "micro_batch_size": 4}
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,12 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     configs = [step_config(args, prob) for prob in args.dropout_probs] if "step" in args.parts else []
+    for config in configs:
+        check_config(config)
     try:
-        for config in configs:
-            validate(config, 1)
         choice = describe_choice(this_device())
     except (ValueError, RuntimeError) as error:
-        sys.exit(f"residual.py: error: {error}")
+        stop(error)
     warn_of_load()
     measurements, timer, missing = [], Timer(this_device()), []
     if "add" in args.parts:
@@ -86,8 +92,7 @@ def main() -> None:
     steps = [
         StepTimes(prob, *measure_step(args, config)) for prob, config in zip(args.dropout_probs, configs, strict=False)
     ]
-    lines = report(args, choice, measurements, missing, timer, steps)
-    publish("\n".join(lines) + "\n", args.out)
+    publish(report(args, choice, measurements, missing, timer, steps), args.out)
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -100,27 +105,18 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.set_defaults(
-        **{**(GPU_DEFAULTS if on_gpu else CPU_DEFAULTS), **(ON_GPU if on_gpu else ON_CPU)},
-        **{"keep_probs": [], "recompute_granularity": None},  # make_config counts iterations
-    )
+    parser, on_gpu = make_parser(__doc__), torch.cuda.is_available()
     add, shown = parser.add_argument, SHOWN
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the add by itself, a model's step" + shown)
-    add("--hidden-sizes", type=int, nargs="+", help="of the add" + shown)
+    sizes = FORECAST_HIDDEN_SIZES if on_gpu else [256]
+    add("--hidden-sizes", type=int, nargs="+", default=sizes, help="of the add" + shown)
     add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="that x has" + shown)
     add("--dropout-probs", type=float, nargs="+", default=[0.0, 0.1], help="of the add and the step" + shown)
     add("--without", nargs="+", metavar="NAME", help="implementations to leave out, as the report names them")
-    add_model_options(
-        parser.add_argument_group("the step's model; --seq-length and --micro-batch-size are the add's as well")
-    )
-    add("--rounds", type=int, default=20, help="of each case, and pairs of blocks of steps" + shown)
-    add("--block-iterations", type=int, default=3, help="steps of a block" + shown)
-    add("--warmup", type=int, default=4, help="steps of each kind before the first block" + shown)
-    add("--seed", type=int, default=1234, help="of tensors, weights and tokens" + shown)
-    add("--threads", type=int, default=1, help="torch's CPU threads" + shown)
-    add("--out", type=Path, default=ROOT / "runs" / "residual.md", help="report; default: runs/residual.md")
+    model = parser.add_argument_group("the step's model; --seq-length and --micro-batch-size are the add's as well")
+    add_model_options(model, **({} if on_gpu else ON_CPU))
+    add_block_options(parser, rounds=20, rounds_of="of each case, and pairs of blocks of steps", warmup=4)
+    add_run_options(parser, "residual", seed_of="tensors, weights and tokens")
     args = parser.parse_args()
     check_args(parser, args)
     return args
@@ -162,12 +158,10 @@ def report(
         f"Aim on a GPU: at least {AIM['forward']:.0%} of clone's bandwidth forward and {AIM['backward']:.0%} backward, "
         "ahead of every peer. Share of clone's bandwidth = needed bytes / time, by the clone's bytes / time, needed "
         "being what the function cannot do without. In brackets: 95 % confidence intervals by bootstrap over rounds. "
-        "The method: docstring of `benchmarks/residual.py`; the model of bytes: `benchmarks/_residual_cases.py`.",
+        "The method: docstring of `benchmarks/residual.py`; the model of bytes: `benchmarks/common/residual_cases.py`.",
         "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/residual.py', *sys.argv[1:]])}`",
-        *(f"- {line}" for line in environment_lines(["torch", "megatron-core", *versions()])),
-        f"- Seed: {args.seed}; {args.rounds} rounds; load average over the last minute: {os.getloadavg()[0]:.1f}, this "
-        "program included",
+        *run_lines(args.seed, ["torch", "megatron-core", *versions()]),
+        f"- {args.rounds} rounds",
         f'- Measured as "fused": {choice}',
         *(f"- {line}" for line in missing),
     ]
@@ -275,10 +269,9 @@ def step_table(args: argparse.Namespace, steps: Sequence[StepTimes]) -> list[str
         "",
         "## Step time, `drop.residual: stock` and `fused`",
         "",
-        f"GPT, {args.num_layers} layers, hidden {args.hidden_size}, {args.num_attention_heads} heads, sequence "
-        f"{args.seq_length}, vocabulary {args.vocab_size}, {args.precision}; {args.global_batch_size} samples in "
-        f"microbatches of {args.micro_batch_size}; nothing dropped; {args.rounds} pairs of blocks of "
-        f"{args.block_iterations} steps. Ratio: fused over stock, above 1 fused is the faster one.",
+        f"{model_text(args)}; {args.global_batch_size} samples in microbatches of {args.micro_batch_size}; nothing "
+        f"dropped; {args.rounds} pairs of blocks of {args.block_iterations} steps. Ratio: fused over stock, above 1 "
+        "fused is the faster one.",
         "",
         "| hidden_dropout | stock, ms | fused, ms | tokens/s stock | tokens/s fused | their ratio |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -288,7 +281,7 @@ def step_table(args: argparse.Namespace, steps: Sequence[StepTimes]) -> list[str
         speeds = [tokens / times.mean() for times in (one.stock, one.fused)]
         lines.append(
             f"| {one.dropout_prob:g} | {per_step[0]:,.1f} | {per_step[1]:,.1f} | {speeds[0]:,.0f} | {speeds[1]:,.0f} "
-            f"| {number_text(time_ratio(one.stock, one.fused, args.seed))} |"
+            f"| {number_text(time_ratio(one.stock, one.fused, seed=args.seed))} |"
         )
     return lines
 

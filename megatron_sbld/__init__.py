@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_sbld.controller import DropController
-    from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
+    from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
     from megatron_sbld.method.decisions import draw_plan
     from megatron_sbld.method.policy import (
         FullDepthPolicy,
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
         PLDPolicy,
         Policy,
         SBLDPolicy,
+        StagedPolicy,
         StochasticDepthPolicy,
     )
-    from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Polynomial, Schedule
+    from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Plateau, Polynomial, Schedule, Steps
+    from megatron_sbld.method.stages import Stages
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "controller": ("DropController",),
-    "mcore": ("freeze_dropped_layers", "fuse_residual", "make_switchable"),
+    "mcore": ("freeze_dropped_layers", "fuse_residual", "grow_in_stages", "make_switchable"),
     "method.decisions": ("draw_plan",),
     "method.policy": (
         "FullDepthPolicy",
@@ -33,9 +35,11 @@ _HOMES = {
         "PLDPolicy",
         "Policy",
         "SBLDPolicy",
+        "StagedPolicy",
         "StochasticDepthPolicy",
     ),
-    "method.schedule": ("PWEGD", "Constant", "Exponential", "Linear", "Polynomial", "Schedule"),
+    "method.schedule": ("PWEGD", "Constant", "Exponential", "Linear", "Plateau", "Polynomial", "Schedule", "Steps"),
+    "method.stages": ("Stages",),
 }
 
 __all__ = [
@@ -47,15 +51,20 @@ __all__ = [
     "LayerDropPolicy",
     "Linear",
     "PLDPolicy",
+    "Plateau",
     "Policy",
     "Polynomial",
     "SBLDPolicy",
     "Schedule",
+    "StagedPolicy",
+    "Stages",
+    "Steps",
     "StochasticDepthPolicy",
     "__version__",
     "draw_plan",
     "freeze_dropped_layers",
     "fuse_residual",
+    "grow_in_stages",
     "make_switchable",
 ]
 

@@ -11,7 +11,8 @@ from typing import Any
 def check_number(name: str, value: Any, allowed: str) -> float:
     """Return value as a float, or raise ValueError unless it is a finite number in `allowed`, such as "(0, 1]"."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _contains(allowed, value):
-        raise ValueError(f"{name} = {value!r} is not allowed: it must be a number in {allowed}")
+        finite = ", and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be a number in {allowed}{finite}")
     return float(value)
 
 

@@ -9,7 +9,7 @@ communication; once a window of iterations the ranks compare what they drew (agr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -18,20 +18,19 @@ from numpy.typing import NDArray
 
 from megatron_sbld.agreement import Settings, check_agreement, record_of_window
 from megatron_sbld.checks import check_choice, check_integer, check_keys, check_layer_number
+from megatron_sbld.growth import Growth
+from megatron_sbld.method.choices import DroppedUpdate, Granularity, Replicas, ResidualScale, Sampler, Scope
+from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.decisions import (
     MAX_REPLICA,
     MAX_SAMPLES,
     MAX_SEED,
-    Granularity,
-    Replicas,
-    Sampler,
-    Scope,
     draw_sample_counts,
     draw_samples,
     plain_stages,
     replicas_run_alike,
 )
-from megatron_sbld.method.policy import Policy, ResidualScale
+from megatron_sbld.method.policy import Policy
 
 CHECKPOINT_KEY = "sbld"
 """Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
@@ -84,12 +83,8 @@ class DropController:
         check_choice("sampler", sampler, get_args(Sampler))
         check_choice("replicas", replicas, get_args(Replicas))
         check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
-        _check_granularity(granularity, num_samples, replicas)
+        _check_granularity(granularity, num_samples)
         self._replicas_run_alike = replicas_run_alike(replicas, granularity)
-        if not self._replicas_run_alike and sampler != "balanced":
-            raise ValueError(f"replicas 'distinct' needs sampler 'balanced', got sampler {sampler!r}")
-        if sampler == "bernoulli" and stages is not None:
-            raise ValueError(f"stages = {stages!r} is used by sampler 'balanced' only, got sampler 'bernoulli'")
         self.policy = policy
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.scope: Scope = scope
@@ -97,7 +92,8 @@ class DropController:
         self.stages = stages
         self.granularity: Granularity = granularity
         self.num_samples = None if num_samples is None else int(num_samples)
-        self.replicas = replicas
+        self.replicas: Replicas = replicas
+        self.refuse({})
         self.replica = check_integer("replica", replica, 0, MAX_REPLICA)
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
         self.window = check_integer("window", window, 1)
@@ -115,6 +111,9 @@ class DropController:
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
         self._checks: list[Callable[[], None]] = []
+        self.num_replicas = 1
+        """Data-parallel replicas of the run; told by what attaches the controller, needed with `distinct` alone."""
+        self.growth = Growth(policy)
         self._draw(0, 1, self.keep_probs, replica)  # refuses stages and replicas that cannot be
 
     @property
@@ -144,6 +143,19 @@ class DropController:
         """Whether all data-parallel replicas run the same layers, each on as many samples."""
         return self._replicas_run_alike
 
+    def refuse(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError where this controller does not work with others' settings (method/combinations.py)."""
+        own = {
+            "decision_scope": self.scope,
+            "sampler": self.sampler,
+            "balance_stages": self.stages,
+            "granularity": self.granularity,
+            "micro_batch_size": self.num_samples,
+            "replicas": self.replicas,
+        }
+        names = {"decision_scope": "scope", "balance_stages": "stages", "micro_batch_size": "num_samples"}
+        refuse_combinations({**settings, **own}, lambda name: names.get(name, name))
+
     def begin_iteration(self, iteration: int, num_microbatches: int) -> None:
         """Draw the decisions of `iteration` (1..T); call on every rank before each forward-backward pass.
 
@@ -164,6 +176,8 @@ class DropController:
         if self.num_samples is not None:
             replica = self.replica if self.replicas == "distinct" else 0
             sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
+        self.growth.end_iteration(self._ran)
+        self.growth.let_begin(self.policy.begun_layers(iteration))
         # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
         self.begun += 1
         self.iteration = iteration
@@ -179,6 +193,27 @@ class DropController:
         """Call `check` at the beginning of the next iteration; what it raises, begin_iteration raises."""
         self._checks.append(check)
 
+    def note_step(self) -> None:
+        """The optimizer makes a step with the gradients of this iteration. Call it on every rank, whatever it steps."""
+        self.growth.note_step()
+
+    def makes_first_step(self, layer_number: int) -> bool:
+        """Whether the optimizer steps the layer (1-based) for the first time since it began, with a gradient."""
+        return self.growth.awaits_first_step(layer_number) and layer_number in self._ran()
+
+    def has_begun(self, layer_number: int) -> bool:
+        """Whether the layer (1-based) has begun; the others run in evaluation neither. Without stages all have."""
+        return layer_number in self.growth.begun
+
+    def _ran(self) -> frozenset[int]:
+        """Layers that some microbatch of the present iteration runs on some replica."""
+        ran = self.plan.any(axis=0)
+        if not self.replicas_run_alike:
+            for replica in range(self.num_replicas):
+                counts = self._draw(self.iteration, self.num_microbatches, self.keep_probs, replica)
+                ran |= (counts > 0).any(axis=0)
+        return frozenset((np.flatnonzero(ran) + 1).tolist())
+
     def replace_policy(self, policy: Policy) -> None:
         """Use another policy of this model from the next iteration on, whose decisions ranks compare anew.
 
@@ -192,6 +227,8 @@ class DropController:
             )
         self.policy = policy
         self._verified = None
+        if not self.begun:
+            self.growth.start(policy)
 
     def kept(self, layer_number: int, microbatch: int) -> bool:
         """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration, on any sample."""
@@ -236,10 +273,8 @@ class DropController:
             ValueError: distinct replicas drop different layers, and none knows the others' decisions.
         """
         if not self.replicas_run_alike:
-            raise ValueError(
-                "replicas 'distinct' does not work with dropped_update 'freeze': whether every replica dropped a layer "
-                "is known to none of them; use replicas 'shared' or dropped_update 'apply'"
-            )
+            freeze: DroppedUpdate = "freeze"
+            self.refuse({"dropped_update": freeze})
         check_layer_number(layer_number)
         return len(self.plan) > 0 and not bool(self.plan[:, layer_number - 1].any())
 
@@ -250,6 +285,7 @@ class DropController:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to take the same decisions, also on another parallel layout."""
+        self.growth.end_iteration(self._ran)
         return {
             "seed": self.seed,
             "scope": self.scope,
@@ -260,6 +296,7 @@ class DropController:
             "replicas": self.replicas,
             "num_layers": self.num_layers,
             "iteration": self.iteration,
+            "growth": self.growth.state_dict(self.policy),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
@@ -270,7 +307,9 @@ class DropController:
         Raises:
             ValueError: the state is of a model with another number of layers, or not what state_dict made.
         """
-        check_keys("the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers"))
+        check_keys(
+            "the drop state", state, ("seed", "scope", "sampler", "stages", "replicas", "num_layers", "iteration")
+        )
         if state["num_layers"] != self.num_layers:
             raise ValueError(
                 f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"
@@ -278,9 +317,10 @@ class DropController:
         if self.sampler == "balanced" and state["sampler"] == "balanced":
             self.stages = state["stages"]
         self._verified = None
+        self.policy, line = self.growth.load_state_dict(state.get("growth"), self.policy, state["iteration"] + 1)
         state = {"granularity": "layer", "num_samples": None, **state}  # older states have neither
         present = self.state_dict()
-        return [
+        return [line] * bool(line) + [
             f"drop {name}: {state[name]!r} when saved, {present[name]!r} now"
             for name in ("seed", "scope", "sampler", "granularity", "num_samples", "replicas")
             if state[name] != present[name]
@@ -322,7 +362,7 @@ class DropController:
         )
 
 
-def _check_granularity(granularity: str, num_samples: int | None, replicas: str) -> None:
+def _check_granularity(granularity: str, num_samples: int | None) -> None:
     check_choice("granularity", granularity, get_args(Granularity))
     if granularity == "layer":
         if num_samples is not None:
@@ -331,8 +371,3 @@ def _check_granularity(granularity: str, num_samples: int | None, replicas: str)
             )
         return
     check_integer("num_samples", num_samples, 1, MAX_SAMPLES)
-    if replicas == "distinct" and num_samples == 1:
-        raise ValueError(
-            "replicas 'distinct' with granularity 'sample' needs num_samples of 2 at least: with one sample (the "
-            "micro_batch_size) there is nothing that replicas could choose differently"
-        )

@@ -6,7 +6,7 @@ on held-out text, and a table and plots end it. The table says nothing of the re
 another, measure what else the machine does. Every call makes a folder of its own, so no run is ever continued or
 mixed with an older one.
 
-SBLD takes the sensitivity in configs/quickstart_sensitivity.json; with --profile (`make quickstart PROFILE=1`) that of
+SBLD takes the sensitivity in configs/quickstart_sensitivity.json; with --measure (`make quickstart PROFILE=1`) that of
 this model on this text is measured first. The committed file is what `make quickstart PROFILE=1` measured on the
 standard library, as its `measured_with` says.
 """
@@ -38,7 +38,7 @@ RUNS = {
 }
 # Of each of the 25 runs that measure the sensitivity: as long as the run warms up, and twice that again. All together
 # they cost about as much as four of the runs that follow, far above the 5 % of a real run.
-PROFILE_ITERS = 50
+MEASURE_ITERS = 50
 HELD_OUT_DOCUMENTS = 12  # of at most 16384 bytes: some seconds a run
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -47,16 +47,16 @@ def main() -> None:
     args = parse_args()
     out = make_folder(args.out)
     text = corpus_of_standard_library(out) if args.text is None else args.text.resolve()
-    steps = len(RUNS) + (4 if args.profile else 3)
+    steps = len(RUNS) + (4 if args.measure else 3)
     prefix = out / "data" / "corpus"
     prepare = ["prepare", str(text), "--output", str(prefix), "--max_document_bytes", "16384"]
     run_step(f"1/{steps} tokenize {text}", cli(*prepare))
     first, runs = 2, dict(RUNS)
-    if args.profile:
-        iters = PROFILE_ITERS if args.iters is None else min(PROFILE_ITERS, args.iters)
+    if args.measure:
+        iters = MEASURE_ITERS if args.iters is None else min(MEASURE_ITERS, args.iters)
         title = f"2/{steps} measure the sensitivity: 25 runs of {iters} iterations"
-        run_step(title, profile(prefix, out / "profile", iters, args.iters))
-        first, runs["sbld"] = 3, [*RUNS["sbld"][:-1], str(out / "profile" / "sensitivity.json")]
+        run_step(title, measure(prefix, out / "sensitivity", iters, args.iters))
+        first, runs["sbld"] = 3, [*RUNS["sbld"][:-1], str(out / "sensitivity" / "sensitivity.json")]
     for number, (name, options) in enumerate(runs.items(), start=first):
         run_step(f"{number}/{steps} train: {name}", pretrain(prefix, out / name, options, args.iters))
     folders = [str(out / name) for name in RUNS]
@@ -72,9 +72,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--iters", type=int, help=f"iterations of each run; default: as in {CONFIG}")
     parser.add_argument(
-        "--profile",
+        "--measure",
         action="store_true",
-        help=f"measure the sensitivity of this model on this text first, in 25 runs of {PROFILE_ITERS} iterations "
+        help=f"measure the sensitivity of this model on this text first, in 25 runs of {MEASURE_ITERS} iterations "
         f"(more than the three runs together take), instead of using {SENSITIVITY}",
     )
     parser.add_argument("--out", type=_path, help="folder to make; default: runs/quickstart/<date and time>")
@@ -117,20 +117,20 @@ def standard_library_sources() -> Iterator[Path]:
 
 def pretrain(prefix: Path, run_dir: Path, options: list[str], iters: int | None) -> list[str]:
     """The command that trains one of the runs."""
-    command = [*launcher("pretrain", prefix, iters), "--logging.run_dir", str(run_dir), *options]
+    command = [*launcher(["pretrain"], prefix, iters), "--logging.run_dir", str(run_dir), *options]
     return [*command, "--data.valid_data_path", json_list(f"{prefix}_valid")]
 
 
-def profile(prefix: Path, out: Path, iters: int, run_iters: int | None) -> list[str]:
+def measure(prefix: Path, out: Path, iters: int, run_iters: int | None) -> list[str]:
     """The command that measures the sensitivity, for runs of `run_iters`."""
-    return [*launcher("profile", prefix, run_iters), "--out", str(out), "--iterations", str(iters)]
+    return [*launcher(["sensitivity", "measure"], prefix, run_iters), "--out", str(out), "--iterations", str(iters)]
 
 
-def launcher(subcommand: str, prefix: Path, iters: int | None) -> list[str]:
+def launcher(subcommand: list[str], prefix: Path, iters: int | None) -> list[str]:
     """A command under torchrun, with config, training data, precision and length of the runs."""
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli.main", subcommand]
+    command += ["--nproc-per-node", "1" if gpus == 1 else "2", "-m", "megatron_sbld.cli.main", *subcommand]
     command += ["--config", CONFIG, "--data.train_data_path", json_list(f"{prefix}_train")]
     if gpus:
         command += ["--training.precision", "bf16"]

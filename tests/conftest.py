@@ -60,6 +60,22 @@ def shared_file() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="module")
+def asked_for(request: pytest.FixtureRequest) -> Callable[..., frozenset[str]]:
+    """Takes tests of the module to those of their cases, by the parameter `name`, that this call of pytest runs.
+
+    For modules that run all cases in one start of processes: `make test` leaves out those of `make test-slow`.
+    """
+
+    def find(*tests: Callable[..., None]) -> frozenset[str]:
+        functions = {test.__name__ for test in tests}
+        mine = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+        asked = [item for item in mine if item.originalname in functions]
+        return frozenset(item.callspec.params.get("name", item.name) for item in asked)
+
+    return find
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """Megatron's parallel state in this process alone."""

@@ -99,7 +99,8 @@ def all_cases(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, flo
     return ranks_agree(), one_rank_is_odd(odd_rank), one_rank_replaces_its_policy(odd_rank), replicas
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) -> None:
     odd_rank = world_size - 1
     results = run_distributed(all_cases, world_size, odd_rank)

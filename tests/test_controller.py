@@ -72,16 +72,20 @@ def test_the_window_changes_nothing_but_how_often_ranks_are_compared(window: int
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"replicas": "distinct"}, "needs sampler 'balanced'"),
+        (
+            {"replicas": "distinct"},
+            "replicas = 'distinct' does not work with sampler = 'bernoulli' and granularity = 'layer'",
+        ),
         ({"window": 0}, "window = 0 is not allowed: it must be an integer of at least 1"),
-        ({"stages": 2}, "stages = 2 is used by sampler 'balanced' only"),
+        ({"stages": 2}, "stages = 2 does not work with sampler = 'bernoulli'"),
         ({"granularity": "token"}, "granularity = 'token' .* one of layer, sample"),
         ({"granularity": "sample"}, "num_samples = None .* an integer"),
         ({"granularity": "sample", "num_samples": 0}, "num_samples = 0 .* an integer"),
         ({"num_samples": 2}, "num_samples = 2 is used by granularity 'sample' only"),
         (
             {"granularity": "sample", "num_samples": 1, "replicas": "distinct"},
-            "replicas 'distinct' with granularity 'sample' needs num_samples of 2 at least",
+            "replicas = 'distinct' does not work with num_samples = 1 and granularity = 'sample': .* set "
+            "num_samples to 2 at",
         ),
     ],
 )
@@ -121,7 +125,7 @@ def test_a_layer_is_dropped_throughout_when_no_microbatch_runs_it(scope: str) ->
 def test_distinct_replicas_cannot_say_what_all_of_them_dropped() -> None:
     controller = DropController(HALF, sampler="balanced", replicas="distinct")
     controller.begin_iteration(1, 1)
-    with pytest.raises(ValueError, match="replicas 'distinct' does not work with dropped_update 'freeze'"):
+    with pytest.raises(ValueError, match="replicas = 'distinct' does not work with dropped_update = 'freeze'"):
         controller.dropped_throughout(1)
 
 

@@ -67,6 +67,7 @@ def test_the_usage_lists_the_command(capsys: pytest.CaptureFixture[str]) -> None
     assert "\n  doctor " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_installed_but_broken_is_named_and_fails(tmp_path: Path) -> None:
     write_package(tmp_path, "flash_attn", "print('noise')\nraise ImportError('undefined symbol: _ZN3c10')\n")
     write_package(tmp_path, "apex")  # as PyPI's, a web toolkit

@@ -25,9 +25,11 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sbld.checkpoint import files
 from megatron_sbld.checkpoint import state as content
 from megatron_sbld.checkpoint.files import Layout
+from megatron_sbld.checkpoint.layers import LayerMap
 from megatron_sbld.config.flops import ffn_hidden_size
 from megatron_sbld.config.sections import Config, ModelConfig
 from megatron_sbld.controller import CHECKPOINT_KEY
+from megatron_sbld.mcore.optimizer.params import gather_params
 from megatron_sbld.mcore.optimizer.state import load_state, sharded_state
 from megatron_sbld.mcore.rng_state import reseed, restore_rng_state, sharded_rng_state
 from megatron_sbld.ranks import on_rank_0
@@ -255,7 +257,10 @@ def load_checkpoint(
 
 
 def load_weights(
-    path: Path, model_chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None = None
+    path: Path,
+    model_chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    layers: LayerMap | None = None,
 ) -> None:
     """Load the weights alone from any torch_dist checkpoint, Megatron-LM's or ours, saved on any layout. Collective.
 
@@ -263,6 +268,7 @@ def load_weights(
         path: the checkpoint's own folder.
         model_chunks: this rank's model chunks, wrapped or not.
         optimizer: its fp32 copies of the weights are renewed; None if there is none.
+        layers: which layers of the checkpoint go where; the model's others keep their weights. None: each to its own.
 
     Raises:
         ValueError: it is not a checkpoint, is damaged, or is of another model.
@@ -270,8 +276,9 @@ def load_weights(
     path = Path(path)
     on_rank_0(lambda: files.verify_weights(path))
     with content.failures_name(path):
-        state = content.model_state(model_chunks, content.content_metadata(content.NOT_DISTRIBUTED))
-        loaded = content.read(path, state, ignored=("optimizer", "chained_", "rng_state", "rerun_state_machine"))
+        state = content.model_state(model_chunks, content.content_metadata(content.NOT_DISTRIBUTED), layers)
+        others = ("optimizer", "chained_", "rng_state", "rerun_state_machine")
+        loaded = content.read(path, state, ignored=others, partly=layers is not None)
         content.load_model(model_chunks, loaded)
     if optimizer is not None:
         optimizer.reload_model_params()
@@ -283,6 +290,7 @@ def check_compatible(
     *,
     saved_vocab_size: int | None = None,
     vocab_size: int | None = None,
+    growing: bool = False,
 ) -> None:
     """Refuse a checkpoint whose weights do not fit the model that a config describes.
 
@@ -291,6 +299,7 @@ def check_compatible(
         config: the present one.
         saved_vocab_size: tokens of the saved run's tokenizer; compared where both are given.
         vocab_size: tokens of the present tokenizer.
+        growing: whether the model may have more layers than the checkpoint.
 
     Raises:
         ValueError: names every field that differs, its value and the checkpoint's.
@@ -299,7 +308,7 @@ def check_compatible(
     problems = [
         f"model.{name} is {present[name]!r}, but the checkpoint has {saved[name]!r}"
         for name in present
-        if present[name] != saved[name]
+        if present[name] != saved[name] and not (growing and name == "num_layers" and present[name] > saved[name])
     ]
     if None not in (saved_vocab_size, vocab_size) and vocab_size != saved_vocab_size:
         problems.append(f"data.tokenizer has {vocab_size} tokens, but the checkpoint's model {saved_vocab_size}")
@@ -351,7 +360,7 @@ def _state_to_save(
 ) -> dict[str, Any]:
     """Megatron-LM's state dict of a run. Collective."""
     metadata = content.content_metadata(layout.optimizer_format)
-    content.gather_params(model_chunks)
+    gather_params(model_chunks)
     state = content.model_state(model_chunks, metadata)
     state["optimizer"] = sharded_state(optimizer, state, content.with_group(metadata))
     state["opt_param_scheduler"] = scheduler.state_dict()

@@ -20,7 +20,9 @@ BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
 LENGTH_FIELDS = ("training.train_iters", "training.train_samples", *BATCH_FIELDS)
 """How many samples an iteration reads, and how many there are: learning rate, drops and data are planned with them."""
 
-PLANNED_FIELDS = (*LENGTH_FIELDS, "training.seed", "model.seq_length")
+_TRAIN_DATA = "what data.train_data_path holds"
+
+PLANNED_FIELDS = (*LENGTH_FIELDS, "training.seed", "model.seq_length", _TRAIN_DATA)
 """Refused unless checkpoint.replan is true."""
 
 FIELDS_WITHOUT_EFFECT = {
@@ -37,7 +39,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Change:
-    """A field whose value differs from the saved one."""
+    """A field whose value differs from the saved one, or training data that do whatever their path."""
 
     field: str
     saved: Any
@@ -46,11 +48,18 @@ class Change:
     @property
     def text(self) -> str:
         """One line for the user."""
+        if self.field == _TRAIN_DATA:
+            return "data.train_data_path holds other data than when the checkpoint was saved"
         line = f"{self.field} is {self.present!r}, the checkpoint was saved with {self.saved!r}"
-        reason = FIELDS_WITHOUT_EFFECT.get(self.field)
-        if self.field == "drop.balance_stages" and self.present is None:
-            reason = "the balanced sampler keeps the checkpoint's stages"
+        reason = self.without_effect
         return line if reason is None else f"{line}: this has no effect, {reason}"
+
+    @property
+    def without_effect(self) -> str | None:
+        """Why it has none; None where it has."""
+        if self.field == "drop.balance_stages" and self.present is None:
+            return "the balanced sampler keeps the checkpoint's stages"
+        return FIELDS_WITHOUT_EFFECT.get(self.field)
 
 
 @dataclass(frozen=True)
@@ -95,16 +104,17 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
     Args:
         saved: the checkpoint.
         config: the present config.
-        train_data: `data_facts` (data/blend.py) of the present training data.
+        train_data: facts (data/blend.py) of the present training data.
 
     Raises:
         ValueError: naming each field that plans the run and has changed, unless checkpoint.replan is true; or a length
             that is below what is done.
     """
     changes = find_changes(saved.config, config)
+    before = saved.train_state.get("train_data")
+    if before not in (None, train_data):
+        changes.append(Change(_TRAIN_DATA, before, train_data))
     planned = [change.text for change in changes if change.field in PLANNED_FIELDS]
-    if _other_data(saved, train_data):
-        planned.append("data.train_data_path holds other data than when the checkpoint was saved")
     if planned and not config.checkpoint.replan:
         raise ValueError(
             "; ".join(planned)
@@ -149,11 +159,6 @@ def warnings_of_decisions(saved: SavedRun, config: Config, replicas: int) -> lis
             f"{saved.layout.data_parallel_size} when saved: from here on the run differs from one on the former layout"
         )
     return lines
-
-
-def _other_data(saved: SavedRun, train_data: list[list[float]]) -> bool:
-    before = saved.train_state.get("train_data")
-    return before is not None and before != train_data
 
 
 def _fields(config: Config) -> Iterator[tuple[str, str, Any]]:

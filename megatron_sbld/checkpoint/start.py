@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 
@@ -15,12 +18,14 @@ from megatron_sbld.checkpoint.files import (
     verify,
     verify_weights,
 )
-from megatron_sbld.checkpoint.manager import check_compatible
+from megatron_sbld.checkpoint.layers import begun_layers
+from megatron_sbld.checkpoint.manager import check_compatible, saved_model
 from megatron_sbld.checkpoint.resume import Change, SavedRun, check_resume, find_changes, run_length
 from megatron_sbld.checkpoint.state import failures_name
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.blend import data_facts
+from megatron_sbld.controller import CHECKPOINT_KEY
+from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -39,13 +44,20 @@ class Start:
     """What is to be continued, where all of the state is taken over."""
     changes: list[Change] = field(default_factory=list)
     """What the present config has otherwise than the saved one; of a run that goes on."""
+    grown_from: list[int] | None = None
+    """Layers that had begun in the checkpoint of a shallower model, which are this one's first stage."""
+    saved_layers: int = 0
+    """Layers of that checkpoint."""
 
-    def length(self, config: Config) -> RunLength:
-        """The run's length, as planned when it began or when checkpoint.replan planned it anew."""
-        return RunLength(config.training) if self.saved is None else run_length(self.saved, config)
+
+def planned_length(config: Config, start: Start | None) -> RunLength:
+    """The length of a run, as planned when it began or when checkpoint.replan planned it anew."""
+    if start is None or start.saved is None:
+        return RunLength(config.training)
+    return run_length(start.saved, config)
 
 
-def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
+def find_start(config: Config, tokenizer: Tokenizer, data: RunData) -> Start | None:
     """Apply checkpoint.resume and checkpoint.load. Reads files only; every rank finds the same.
 
     Raises:
@@ -67,7 +79,7 @@ def find_start(config: Config, tokenizer: Tokenizer) -> Start | None:
         start = find_load(config, tokenizer)
     if start is not None and start.saved is not None:
         try:
-            check_resume(start.saved, config, data_facts(config))
+            start = dataclasses.replace(start, changes=check_resume(start.saved, config, data.train.facts))
         except ValueError as error:
             raise ValueError(f"checkpoint {start.checkpoint.path}: {error}") from error
     return start
@@ -85,7 +97,7 @@ def find_load(config: Config, tokenizer: Tokenizer) -> Start | None:
 
 def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, whole_state: bool) -> Start:
     """Refuse a checkpoint of another model, as far as it tells: Megatron-LM's own have no manifest to compare with."""
-    saved = None
+    saved, grown_from, saved_layers = None, None, config.model.num_layers
     if (found.path / MANIFEST).exists():
         manifest = verify(found.path)
         saved = SavedRun(manifest.iteration, manifest.layout, manifest.train_state)
@@ -94,7 +106,11 @@ def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, 
             config,
             saved_vocab_size=saved.train_state.get("vocab_size"),
             vocab_size=tokenizer.vocab_size,
+            growing=not whole_state and config.drop.policy != "none" and config.drop.stages is not None,
         )
+        saved_layers = saved_model(saved.config).num_layers
+        if saved_layers < config.model.num_layers:
+            grown_from = begun_layers(saved.train_state.get("drop"), saved_layers)
         if saved.train_state.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise ValueError(
                 f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text otherwise than the "
@@ -114,7 +130,8 @@ def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, 
         )
     if not whole_state:
         saved = None
-    return Start(found, whole_state, rows, saved, find_changes(saved.config, config) if saved else [])
+    changes = find_changes(saved.config, config) if saved else []
+    return Start(found, whole_state, rows, saved, changes, grown_from, saved_layers)
 
 
 def embedding_rows(path: Path) -> int:
@@ -123,3 +140,11 @@ def embedding_rows(path: Path) -> int:
     with failures_name(path):
         rows: int = dist_checkpointing.load_tensors_metadata(str(path))[_EMBEDDING].global_shape[0]
     return rows
+
+
+def patched_drop_state(path: Path) -> Mapping[str, Any] | None:
+    """The drop state in a checkpoint of a patched Megatron-LM; None in any other."""
+    with failures_name(path):
+        scheduler = dist_checkpointing.load_common_state_dict(str(path)).get("opt_param_scheduler") or {}
+    found: Mapping[str, Any] | None = (scheduler.get(CHECKPOINT_KEY) or {}).get("drop")
+    return found

@@ -35,13 +35,13 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config, unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sbld.checkpoint.files import Layout, remove
+from megatron_sbld.checkpoint.layers import LayerMap, place_layers
 from megatron_sbld.mcore.local.layer_specs import uneven_layout
 from megatron_sbld.mcore.optimizer.state import bucket_sizes
 
@@ -131,24 +131,21 @@ def content_metadata(optimizer_format: str) -> dict[str, Any]:
     return metadata
 
 
-def model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state of this rank's chunks, under Megatron-LM's keys."""
-    return {
-        key: chunk.sharded_state_dict(metadata=with_group(metadata))
-        for key, chunk in _named_chunks(model_chunks).items()
-    }
+def model_state(
+    model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any], layers: LayerMap | None = None
+) -> dict[str, Any]:
+    """The sharded state of this rank's chunks, by Megatron-LM's keys; `layers`: of these layers of a checkpoint."""
+    states = {}
+    for key, chunk in _named_chunks(model_chunks).items():
+        states[key] = chunk.sharded_state_dict(metadata=with_group(metadata))
+        if layers is not None:
+            place_layers(chunk, states[key], layers, with_group(metadata))
+    return states
 
 
 def with_group(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata as sharded_state_dict methods want it; the group itself is not saved."""
     return {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def gather_params(model_chunks: Sequence[torch.nn.Module]) -> None:
-    """With overlap_param_gather, fetch now what the next forward pass would have fetched. Collective."""
-    for chunk in model_chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
 
 
 def take_snapshot(state: dict[str, Any], *, copy: bool) -> Snapshot:
@@ -191,20 +188,23 @@ def write_shards(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup) -> 
     dcp.save(snapshot.shards, storage_writer=writer, planner=planner, process_group=group)
 
 
-def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...]) -> dict[str, Any]:
+def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...], partly: bool = False) -> dict[str, Any]:
     """Load a sharded state dict, and all that ranks share. Collective.
 
     Args:
         path: the checkpoint.
         state: the sharded state dict to be filled.
         ignored: beginnings of keys that may be in the checkpoint without being asked for.
+        partly: whether parts of its tensors may be left unread.
 
     Raises:
         ValueError: the checkpoint lacks something, or holds something that no rank asked for.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls torch by names that torch deprecates
-        loaded, unused, absent = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
+        loaded, unused, absent = dist_checkpointing.load(
+            state, str(path), strict=StrictHandling.RETURN_ALL, validate_access_integrity=not partly
+        )
     absent_on_ranks: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(absent_on_ranks, absent)
     problems = {

@@ -7,7 +7,7 @@ import difflib
 import itertools
 import json
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from megatron_sbld.config.sections import Config
 from megatron_sbld.files.paths import CONFIG_PATHS, expand, expand_option
 from megatron_sbld.files.strict_yaml import check_notation, load_yaml
+from megatron_sbld.method.recipes import with_recipe
 
 _LARGEST_INTEGER = 2**63 - 1  # beyond, conversions to float or to an array of integers fail without naming the field
 _BLENDS = ("data.train_data_path", "data.valid_data_path")  # whose weights may be written as numbers
@@ -24,9 +25,9 @@ _BLENDS = ("data.train_data_path", "data.valid_data_path")  # whose weights may 
 
 def read_config(path: str) -> Config:
     """The config that a file stands for, without a command line over it. Raises ValueError as `parse_files` does."""
-    parser = _parser()
-    found = parser.parse_object(parse_files([path]).as_dict())
-    return with_expanded_paths(Config(**parser.instantiate(found).as_dict()))
+    parser, given = _parser(), parse_files([path])
+    found = parser.parse_object(given.as_dict())
+    return resolved(Config(**parser.instantiate(found).as_dict()), explicit_drop_fields(given))
 
 
 def parse_files(paths: Iterable[str]) -> Namespace:
@@ -46,6 +47,31 @@ def parse_files(paths: Iterable[str]) -> Namespace:
         except OverflowError as error:
             raise ValueError(f"config file {file}: a number is too large: {error}") from error
     return found
+
+
+def explicit_drop_fields(given: Namespace, args: Iterable[str] = ()) -> set[str]:
+    """Names of the drop section's fields that files or the command line give, also with their defaults.
+
+    given: what `parse_files` returned.  args: of the command line.
+    """
+    names = set(given.as_dict().get("drop") or {})
+    for arg, following in itertools.pairwise([*args, ""]):
+        option, equals, value = arg.partition("=")
+        section, dot, field = option.partition(".")
+        if section == "--drop" and dot:
+            names.add(field.removesuffix("+"))
+        elif section == "--drop":
+            names |= set(load_yaml(value if equals else following))
+    return names
+
+
+def resolved(config: Config, explicit: Collection[str]) -> Config:
+    """The config with its recipe filled in and ~ and variables in its paths. Raises ValueError naming the field.
+
+    explicit: fields of the drop section that were set.
+    """
+    drop = with_recipe(config.drop, config.model.num_layers, explicit)
+    return with_expanded_paths(dataclasses.replace(config, drop=drop))
 
 
 def with_expanded_paths(config: Config) -> Config:

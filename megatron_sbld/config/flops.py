@@ -95,6 +95,12 @@ def training_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size
     return model_flops_per_token(model, padded_vocab_size) * global_batch_size * model.seq_length
 
 
+def executed_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size: int, layers_run: float) -> float:
+    """FLOPs of an iteration that runs `layers_run` layers in the mean over its samples; the rest as training_flops."""
+    skipped = (model.num_layers - layers_run) * _FORWARD_AND_BACKWARD * layer_flops_per_token(model)
+    return (model_flops_per_token(model, padded_vocab_size) - skipped) * global_batch_size * model.seq_length
+
+
 def layer_share(model: ModelConfig, padded_vocab_size: int, recompute: bool = False) -> float:
     """phi: the transformer layers' share of an iteration's FLOPs, in (0, 1] (docs/method.md section 7).
 

@@ -1,46 +1,60 @@
 """The training config: one frozen dataclass a section, with Megatron's own field names where Megatron has the concept.
 
-Values come from a YAML file and, over it, from the command line. `validate` refuses what cannot work before anything
-starts, naming the field, its value and what is allowed. The `drop` section is in `megatron_sbld.method.config`.
+Values come from a YAML file and, over it, from the command line. A field's type says what it may hold (fields.py);
+`validate` refuses that and what cannot work before anything starts, naming the field, its value and what is allowed.
+The `drop` section is in `megatron_sbld.method.config`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from megatron_sbld.fields import BelowOne, Count, CountOrZero, In, NotNegative, Positive, PositiveShare, Whole
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.words import Normalization, TransformerImpl
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Of the weights that a layer computes with."""
+TextFormat = Literal["auto", "text", "jsonl", "wikitext", "dataset"]
+"""What text is read from to be scored."""
+RecomputedModule = Literal["core_attn", "mlp", "layernorm"]
+"""Parts of a layer that are recomputed by themselves."""
+TimeoutMinutes = Annotated[float, In("[0.1, 100000]")]
+"""Healthy ranks can be silent for seconds while they start."""
+MAX_SEED = 2**31 - 1
+"""Of weights and data: NumPy's generators take 32 bits, and Megatron adds to the seed for stages and ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The GPT: sizes and architecture."""
 
-    num_layers: int = 24
+    num_layers: Count = 24
     """Transformer layers in the whole model."""
-    hidden_size: int = 1024
+    hidden_size: Count = 1024
     """Width of the residual stream."""
-    num_attention_heads: int = 16
+    num_attention_heads: Count = 16
     """Attention heads; hidden_size must be divisible by it unless kv_channels is given."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Count | None = None
     """Width of the MLP; None is 4 * hidden_size (with swiglu 8/3 of it, rounded up to a multiple of 64)."""
-    num_query_groups: int | None = None
+    num_query_groups: Count | None = None
     """Key/value heads for grouped-query attention; None is num_attention_heads."""
-    kv_channels: int | None = None
+    kv_channels: Count | None = None
     """Size of a head; None is hidden_size / num_attention_heads."""
-    seq_length: int = 2048
+    seq_length: Count = 2048
     """Tokens of a training sample."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Count | None = None
     """Learned positions; None is seq_length."""
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     """How positions enter the model."""
-    rotary_base: int = 10000
+    rotary_base: Count = 10000
     """Base of the rotary embedding."""
-    rotary_percent: float = 1.0
-    """Share of a head that is rotated, in (0, 1]."""
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    rotary_percent: PositiveShare = 1.0
+    """Share of a head that is rotated."""
+    normalization: Normalization = "LayerNorm"
     """Normalisation of the layers' inputs and of the output."""
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: Positive = 1e-5
     """Epsilon of the normalisation."""
     activation_func: Literal["gelu", "gelu_tanh"] = "gelu"
     """GeLU of an MLP without swiglu: exact (gelu), or its tanh approximation (gelu_tanh), which the published GPT-2 has
@@ -51,15 +65,15 @@ class ModelConfig:
     """Biases in the linear layers."""
     untie_embeddings_and_output_weights: bool = False
     """An output layer of its own instead of the word embeddings."""
-    hidden_dropout: float = 0.1
+    hidden_dropout: BelowOne = 0.1
     """Dropout on the branches and embeddings."""
-    attention_dropout: float = 0.1
+    attention_dropout: BelowOne = 0.1
     """Dropout on the attention probabilities."""
-    init_method_std: float = 0.02
+    init_method_std: Positive = 0.02
     """Standard deviation of the initial weights."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Count = 128
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    transformer_impl: TransformerImpl = "auto"
     """Layer spec; auto takes Transformer Engine where it is installed, else megatron-core's own modules."""
 
     @property
@@ -73,15 +87,15 @@ class ModelConfig:
 class ParallelConfig:
     """How the model is spread over processes; data parallelism takes what the others leave."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    num_virtual_stages_per_pipeline_rank: int | None = None
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    num_virtual_stages_per_pipeline_rank: Annotated[int, Whole(2)] | None = None
     """Model chunks of a pipeline rank (interleaved 1F1B); None is the plain schedule."""
     pipeline_model_parallel_layout: str | None = None
     """Which layers each stage holds, in Megatron's notation: Et*3|t*5L is 3 layers after the embedding on the first of
     two stages, 5 before the loss on the second. With interleaving one part for each chunk, in the order of the layers.
     None is as many on each."""
-    context_parallel_size: int = 1
+    context_parallel_size: Count = 1
     sequence_parallel: bool = False
     """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
@@ -89,13 +103,13 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     """Gather parameters while forward runs; needs use_distributed_optimizer and overlap_grad_reduce."""
-    ddp_bucket_size: int | None = None
+    ddp_bucket_size: Count | None = None
     """Parameters of a gradient bucket; None is Megatron's default."""
     deallocate_pipeline_outputs: bool = True
     """Free a stage's output once it is sent, as Megatron-LM always does."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto is nccl where CUDA is available, else gloo."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: TimeoutMinutes = 10.0
     """A rank that dies, gives no sign of life, or lets others wait for longer than this ends the run on all ranks, with
     exit status 76 and a message that names it and the iteration; start the run again to go on from its last checkpoint.
     (Where all ranks of a machine are stopped, torchrun takes 30 s more to kill them.)
@@ -114,7 +128,7 @@ class DataConfig:
     """byte, a tokenizer.json, or a folder with vocab.json and merges.txt (or tokenizer.json)."""
     data_cache_path: str | None = None
     """Where shuffles are cached; None is a folder beside the run."""
-    num_workers: int = 0
+    num_workers: CountOrZero = 0
     """Processes that load data ahead of each rank."""
     eod_mask_loss: bool = False
     """Leave out of the loss what is predicted from an end-of-document token, as Megatron does. How microbatches with
@@ -127,7 +141,7 @@ class DataConfig:
     """LAMBADA's passages (plain text or JSON lines), scored every training.task_interval iterations and at the end."""
     perplexity_path: str | None = None
     """Text or a data set whose perplexity is computed as often: by token, word and byte, in sliding windows."""
-    perplexity_format: Literal["auto", "text", "jsonl", "wikitext", "dataset"] = "auto"
+    perplexity_format: TextFormat = "auto"
     """What perplexity_path is; auto goes by names, WikiText has to be named."""
 
 
@@ -135,27 +149,27 @@ class DataConfig:
 class OptimizerConfig:
     """Adam and its learning-rate schedule."""
 
-    lr: float = 3e-4
-    min_lr: float = 3e-5
+    lr: Positive = 3e-4
+    min_lr: NotNegative = 3e-5
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Count | None = None
     """Iterations over which the rate decays; None is train_iters."""
-    lr_warmup_iters: int = 0
-    lr_warmup_init: float = 0.0
-    lr_decay_samples: int | None = None
+    lr_warmup_iters: CountOrZero = 0
+    lr_warmup_init: NotNegative = 0.0
+    lr_decay_samples: Count | None = None
     """The same by samples; None is train_samples. Only with train_samples."""
-    lr_warmup_samples: int = 0
-    lr_wsd_decay_iters: int | None = None
+    lr_warmup_samples: CountOrZero = 0
+    lr_wsd_decay_iters: Count | None = None
     """Iterations of WSD's final decay; needed by WSD."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    weight_decay: float = 0.1
-    start_weight_decay: float | None = None
-    end_weight_decay: float | None = None
+    weight_decay: NotNegative = 0.1
+    start_weight_decay: NotNegative | None = None
+    end_weight_decay: NotNegative | None = None
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.95
+    adam_eps: Positive = 1e-8
+    clip_grad: NotNegative = 1.0
     """Largest norm of the gradients; 0 does not clip."""
     log_num_zeros_in_grad: bool = False
 
@@ -164,22 +178,22 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length, batch, precision, recomputation and validation of a run."""
 
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
+    micro_batch_size: Count = 1
+    global_batch_size: Count = 8
     rampup_batch_size: list[int] | None = None
     """[start, increment, samples]: the global batch grows from start by increment over samples."""
-    train_iters: int | None = None
+    train_iters: Count | None = None
     """Iterations of the run; give either this or train_samples."""
-    train_samples: int | None = None
-    eval_interval: int = 100
+    train_samples: Count | None = None
+    eval_interval: CountOrZero = 100
     """Iterations between validations; 0 validates at the end alone."""
-    eval_iters: int = 10
+    eval_iters: Count = 10
     """Global batches of a validation."""
-    task_interval: int = 0
+    task_interval: CountOrZero = 0
     """Iterations between evaluations of data.lambada_path and data.perplexity_path; 0 evaluates at the end alone."""
-    seed: int = 1234
+    seed: Annotated[int, Whole(0, MAX_SEED)] = 1234
     """Seed of weights, data order and dropout."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     calculate_per_token_loss: bool = False
     """What counts alike in the gradient. true: each token of the global batch. false, Megatron's default: each
     microbatch's mean (with context parallelism that of each rank's part), so that with data.eod_mask_loss the gradient
@@ -193,18 +207,18 @@ class TrainingConfig:
     Transformer Engine's): fewer kernels. Compiling takes up to a minute of the first iteration, and again where a
     microbatch has another shape. Not with tensor or context parallelism, overlap_param_gather, selective recomputation,
     or branches that drop.residual fused scales."""
-    initial_loss_scale: float = 2.0**32
-    min_loss_scale: float = 1.0
-    loss_scale_window: int = 1000
-    hysteresis: int = 2
-    loss_scale: float | None = None
+    initial_loss_scale: Positive = 2.0**32
+    min_loss_scale: Positive = 1.0
+    loss_scale_window: Count = 1000
+    hysteresis: Count = 2
+    loss_scale: Positive | None = None
     """fp16: a constant scale; None is dynamic."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = None
-    recompute_modules: list[str] | None = None
+    recompute_num_layers: Count | None = None
+    recompute_modules: list[RecomputedModule] | None = None
     """selective: what is recomputed; None is core_attn."""
-    exit_after_iterations: int | None = None
+    exit_after_iterations: Count | None = None
     """Save and stop after this many iterations of this process's life (for job time limits). Not with torchrun's
     --max-restarts, which starts the run again at once."""
 
@@ -213,10 +227,10 @@ class TrainingConfig:
 class CheckpointConfig:
     """What is saved, and what a run starts from. Checkpoints are in the run folder's `checkpoints/`."""
 
-    save_interval: int = 0
+    save_interval: CountOrZero = 0
     """Iterations between checkpoints; 0 saves at the end alone."""
     save_at_end: bool = True
-    keep_last: int | None = None
+    keep_last: Count | None = None
     """Checkpoints that are kept; None keeps all."""
     resume: Literal["auto", "never", "always"] = "auto"
     """auto continues from the run folder's newest complete checkpoint if there is one; always requires one; never
@@ -239,7 +253,7 @@ class LoggingConfig:
 
     run_dir: str = "runs/default"
     """The run folder."""
-    log_interval: int = 1
+    log_interval: Count = 1
     """Iterations between lines on the console; metrics.jsonl has every iteration."""
     tensorboard: bool = True
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
@@ -247,7 +261,7 @@ class LoggingConfig:
     wandb_project: str | None = None
     """Log to Weights & Biases under this project; needs the wandb package."""
     wandb_name: str | None = None
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """Peak TFLOP/s of one device; when given, model FLOPs utilisation is logged as well."""
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.blend import Blend, parse_blend
+from megatron_sbld.data.blend import Blend, RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.ranks import on_rank_0
 
@@ -49,13 +49,14 @@ class _DatasetTokenizer:
 
 
 def build_datasets(
-    config: Config, tokenizer: Tokenizer, *, train_samples: int, valid_samples: int, cache_path: str
+    config: Config, tokenizer: Tokenizer, data: RunData, *, train_samples: int, valid_samples: int, cache_path: str
 ) -> tuple[Dataset, Dataset | None]:
     """megatron-core's data sets for training and validation; called on all ranks, with torch.distributed initialised.
 
     Args:
-        config: the run; its data have passed `check_data`.
+        config: the run.
         tokenizer: of the data.
+        data: of the run; it has passed `check_data`.
         train_samples: samples that the run reads; with its seed they fix the order, as in Megatron-LM.
         valid_samples: samples of one validation.
         cache_path: folder, shared by all ranks, for the sample indices, which rank 0 builds.
@@ -63,21 +64,12 @@ def build_datasets(
     Returns:
         The training and validation sets, at least that long; None without valid_data_path.
     """
-    data = config.data
     if not dist.is_initialized() or dist.get_rank() == 0:
         _remove_broken_indices(Path(cache_path))
-    train = _build_split(
-        config,
-        tokenizer,
-        parse_blend(data.train_data_path, "data.train_data_path"),
-        Split.train,
-        train_samples,
-        cache_path,
-    )
-    if not data.valid_data_path:
+    train = _build_split(config, tokenizer, data.train, Split.train, train_samples, cache_path)
+    if not data.valid.datasets:
         return train, None
-    valid_blend = parse_blend(data.valid_data_path, "data.valid_data_path")
-    return train, _build_split(config, tokenizer, valid_blend, Split.valid, valid_samples, cache_path)
+    return train, _build_split(config, tokenizer, data.valid, Split.valid, valid_samples, cache_path)
 
 
 def _build_split(
@@ -202,23 +194,27 @@ class TrainingData:
     All ranks read: those of one replica (tensor, pipeline and context parallel) get the same microbatches.
 
     Args:
-        config: the run; its data have passed `check_data`.
+        config: the run.
         tokenizer: of the data.
+        data: of the run; it has passed `check_data`.
         length: of the run.
         consumed_samples: samples that the run has trained on so far.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, length: RunLength, consumed_samples: int) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, data: RunData, length: RunLength, consumed_samples: int
+    ) -> None:
         self._replica = parallel_state.get_data_parallel_rank()
         self._replicas = parallel_state.get_data_parallel_world_size()
         self._config = config
         self._tokenizer = tokenizer
-        training, data = config.training, config.data
-        self._cache_path = data.data_cache_path or str(Path(config.logging.run_dir) / "data_cache")
+        training = config.training
+        self._cache_path = config.data.data_cache_path or str(Path(config.logging.run_dir) / "data_cache")
         on_rank_0(lambda: check_cache(Path(self._cache_path)))
         train, valid = build_datasets(
             config,
             tokenizer,
+            data,
             train_samples=length.samples_to_read,
             valid_samples=training.eval_iters * training.global_batch_size,
             cache_path=self._cache_path,

@@ -23,6 +23,32 @@ class Blend:
     datasets: list[DatasetFacts]
     weights: list[float]
 
+    @property
+    def facts(self) -> list[list[float]]:
+        """What tells these data from others, whatever their paths: each set's tokens, lengths and weight."""
+        return [
+            [dataset.tokens, dataset.lengths_crc32, weight]
+            for dataset, weight in zip(self.datasets, self.weights, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and validates on. Found once, because it reads every index."""
+
+    train: Blend
+    valid: Blend
+    """Without data sets where there is no validation."""
+
+
+def find_data(config: Config) -> RunData:
+    """The data of a run, not yet held against its tokenizer. Raises ValueError as `parse_blend` does."""
+    data = config.data
+    return RunData(
+        parse_blend(data.train_data_path, "data.train_data_path"),
+        parse_blend(data.valid_data_path, "data.valid_data_path"),
+    )
+
 
 def parse_blend(paths: Sequence[str], field: str) -> Blend:
     """The blend that `train_data_path` or `valid_data_path` describes.
@@ -58,15 +84,6 @@ def parse_blend(paths: Sequence[str], field: str) -> Blend:
     return Blend(datasets, weights or [float(dataset.tokens) for dataset in datasets])
 
 
-def data_facts(config: Config) -> list[list[float]]:
-    """What tells a run's training data from others, whatever their paths: each set's tokens, lengths and weight."""
-    blend = parse_blend(config.data.train_data_path, "data.train_data_path")
-    return [
-        [dataset.tokens, dataset.lengths_crc32, weight]
-        for dataset, weight in zip(blend.datasets, blend.weights, strict=True)
-    ]
-
-
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -75,19 +92,17 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def check_data(config: Config, tokenizer: Tokenizer) -> None:
-    """Find what is wrong with the data before a run starts; needs no torch.distributed and reads few tokens.
+def check_data(config: Config, tokenizer: Tokenizer) -> RunData:
+    """The data of a run, found in order before it starts; needs no torch.distributed and reads few tokens.
 
     Raises:
         ValueError: malformed weights; files that are missing or damaged, too short for one sample, prepared with
             another tokenizer, or (looked for in the first and last million tokens where no metadata says which
             tokenizer it was) with ids beyond the vocabulary.
     """
-    for field, paths in (
-        ("data.train_data_path", config.data.train_data_path),
-        ("data.valid_data_path", config.data.valid_data_path),
-    ):
-        for dataset in parse_blend(paths, field).datasets:
+    data = find_data(config)
+    for field, blend in (("data.train_data_path", data.train), ("data.valid_data_path", data.valid)):
+        for dataset in blend.datasets:
             needed = config.model.seq_length + 1
             if dataset.tokens < needed:
                 raise ValueError(
@@ -95,6 +110,7 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
                     f"{config.model.seq_length} needs {needed}"
                 )
             _check_tokenizer(dataset, tokenizer, field)
+    return data
 
 
 def _check_tokenizer(dataset: DatasetFacts, tokenizer: Tokenizer, field: str) -> None:

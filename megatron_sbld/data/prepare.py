@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
@@ -29,7 +29,6 @@ from megatron_sbld.data.dataset_files import (
 )
 from megatron_sbld.data.documents import (
     DocumentRules,
-    InputFormat,
     SkippedFile,
     Survey,
     find_files,
@@ -38,51 +37,16 @@ from megatron_sbld.data.documents import (
     surveyed_documents,
 )
 from megatron_sbld.data.encode import encode_documents
+from megatron_sbld.data.prepare_config import LONGEST_CHARACTER, PrepareConfig
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.fields import check_fields
 from megatron_sbld.files.outputs import refuse_inputs
 
 __all__ = ["PrepareConfig", "PrepareResult", "SplitCounts", "prepare", "verify_dataset"]
 
 _PROGRESS_SECONDS = 0.2
 _LISTED_SKIPS = 5  # skipped files named in the summary; all are in the metadata
-_LONGEST_CHARACTER = 4  # bytes in UTF-8
 _EXAMPLE_BYTES = 65536
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Which text becomes which data set."""
-
-    inputs: list[str]
-    """Text files, JSON lines or folders of them (read recursively, without hidden files); .gz and .xz are unpacked.
-    What is not UTF-8 text is an error for a file that is named here, and is skipped and reported in folders."""
-    output: str
-    """What the files' names start with: OUT_train.bin, OUT_train.idx, OUT_valid.bin, OUT_valid.idx and OUT.json."""
-    tokenizer: str = "byte"
-    """byte, a tokenizer.json, or a folder with vocab.json and merges.txt (or tokenizer.json)."""
-    include: list[str] = field(default_factory=lambda: ["*"])
-    """Patterns of file names that are read in folders, as '["*.txt", "*.md"]'."""
-    input_format: InputFormat = "auto"
-    """auto takes .jsonl, .ndjson and .json, and what begins with a JSON object that has text_key, for JSON lines and
-    all else for text."""
-    text_key: str = "text"
-    """JSON lines: the key of the text; every line is a document."""
-    document_separator: str | None = "<|endoftext|>"
-    """Text files: a line equal to this separates documents; a file without one is one document, and null leaves every
-    file whole."""
-    max_document_bytes: int | None = None
-    """Cut longer documents into documents of at most this size, at least 4: at line ends, a longer line at white space,
-    a longer word between characters; None cuts none."""
-    valid_fraction: float = 0.05
-    """Share of the documents that goes to the validation set, in [0, 1); 0 writes no validation set."""
-    seed: int = 1234
-    """Seed of the split into train and valid; not negative."""
-    workers: int | None = None
-    """Processes that tokenize; None is one for each processor that this process may use."""
-    overwrite: bool = False
-    """Replace an existing set of this name."""
-    quiet: bool = False
-    """No progress bar (there is none either where the output is no terminal)."""
 
 
 @dataclass(frozen=True)
@@ -187,17 +151,7 @@ def split_documents(documents: int, valid_fraction: float, seed: int) -> np.ndar
 def _check(config: PrepareConfig) -> None:
     if not config.inputs:
         raise ValueError("inputs: at least one file or folder is needed")
-    if not 0 <= config.valid_fraction < 1:
-        raise ValueError(f"valid_fraction = {config.valid_fraction} is not in [0, 1)")
-    if config.seed < 0:
-        raise ValueError(f"seed = {config.seed} is negative")
-    if config.workers is not None and config.workers < 1:
-        raise ValueError(f"workers = {config.workers} is not a positive number")
-    if config.max_document_bytes is not None and config.max_document_bytes < _LONGEST_CHARACTER:
-        raise ValueError(
-            f"max_document_bytes = {config.max_document_bytes}: must be at least {_LONGEST_CHARACTER}, which a single "
-            "character may need"
-        )
+    check_fields(config)
     if config.input_format == "text" and config.text_key != "text":
         raise ValueError(f"text_key = {config.text_key!r} has no effect with input_format = text")
 
@@ -214,7 +168,7 @@ def _check_documents(config: PrepareConfig, found: Survey) -> None:
     if "text" in found.kinds.values():
         advice.insert(0, "name the line that separates documents (document_separator)")
     smaller = min(_EXAMPLE_BYTES, found.text_bytes // 2)
-    if smaller >= _LONGEST_CHARACTER:
+    if smaller >= LONGEST_CHARACTER:
         advice.insert(0, f"cut it into pieces (max_document_bytes, for instance {smaller})")
     raise ValueError(
         f"inputs: a single document of {found.text_bytes:,} bytes cannot be split into train and valid "

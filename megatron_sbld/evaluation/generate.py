@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,54 +25,15 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.utils import get_model_config
 
-from megatron_sbld.checks import check_integer, check_number
 from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks
+from megatron_sbld.evaluation.options import Sampling
 from megatron_sbld.health.watchdog import POSITION
 from megatron_sbld.ranks import this_device
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 
 EndedBy = Literal["end_of_document", "max_new_tokens", "context"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How many tokens follow a prompt, and how each is chosen.
-
-    Raises:
-        ValueError: a value out of range, or one that a temperature of 0 would ignore.
-    """
-
-    max_new_tokens: int = 100
-    """Most tokens that follow a prompt; fewer where the document ends or the model's context is full."""
-    temperature: float = 1.0
-    """Divides the logits before a token is drawn; 0 always takes the most likely one."""
-    top_k: int | None = None
-    """Draw from the k most likely tokens; None from all."""
-    top_p: float | None = None
-    """Draw from the fewest most likely tokens with this probability between them, in (0, 1], after temperature and
-    top_k (nucleus sampling, Holtzman et al., 2020); None from all."""
-    num_samples: int = 1
-    """Continuations of each prompt."""
-    seed: int = 1234
-    """Seed of the draws; each continuation has its own random numbers, on any layout."""
-
-    def __post_init__(self) -> None:
-        check_integer("max_new_tokens", self.max_new_tokens, 1)
-        check_number("temperature", self.temperature, "[0, inf)")
-        check_integer("num_samples", self.num_samples, 1)
-        check_integer("seed", self.seed, 0)
-        if self.top_k is not None:
-            check_integer("top_k", self.top_k, 1)
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, "(0, 1]")
-        ignored = {"top_k": self.top_k, "top_p": self.top_p, "num_samples": self.num_samples}
-        for name, value in ignored.items():
-            if self.temperature == 0 and value != getattr(type(self), name):
-                raise ValueError(
-                    f"{name} = {value} has no effect with temperature = 0, which takes the likeliest token"
-                )
 
 
 class Continuation(NamedTuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,50 +17,15 @@ from megatron_sbld.checkpoint.files import (
     find_checkpoint,
     read_train_state,
 )
+from megatron_sbld.checkpoint.layers import LayerMap, begun_layers
 from megatron_sbld.checkpoint.manager import load_weights, saved_model
-from megatron_sbld.checkpoint.start import embedding_rows
-from megatron_sbld.checks import check_choice, check_flag
+from megatron_sbld.checkpoint.start import embedding_rows, patched_drop_state
 from megatron_sbld.config.files import read_config
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.evaluation.options import ModelOptions
 from megatron_sbld.training.model import build_chunks, check_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """How a trained model is loaded and spread over processes; data parallelism takes what the others leave."""
-
-    tokenizer: str | None = None
-    """Where the model's tokenizer is now: byte, a tokenizer.json or a folder; None is where it was in training."""
-    config: str | None = None
-    """Config file that describes the model of a checkpoint that does not, as Megatron-LM's."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """None is that of training on a GPU, and fp32 on a CPU, where the others are slow."""
-    batch_tokens: int = 16384
-    """Most tokens of a microbatch, padding included; a longer input is one by itself."""
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    pipeline_model_parallel_layout: str | None = None
-    """Which layers each stage holds, as in training; None is as many on each."""
-    sequence_parallel: bool = False
-    """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
-    distributed_timeout_minutes: float = 10.0
-    """A rank that dies or stalls for longer than this ends the evaluation on all ranks."""
-
-    def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("fp32", "bf16", "fp16", None))
-        check_flag("sequence_parallel", self.sequence_parallel)
-
-    def parallel(self) -> ParallelConfig:
-        """The layout."""
-        return ParallelConfig(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            pipeline_model_parallel_layout=self.pipeline_model_parallel_layout,
-            sequence_parallel=self.sequence_parallel,
-            distributed_timeout_minutes=self.distributed_timeout_minutes,
-        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +43,19 @@ class TrainedModel:
     """Tokens that it was trained on; None where the checkpoint does not say, as in the next."""
     train_time_s: float | None
     seed: int | None
+    layers: LayerMap | None = None
+    """The checkpoint's layers that had begun, which are the model's; None where all of them had."""
+
+    @property
+    def growing(self) -> str | None:
+        """A line on a run that was still growing when it was saved."""
+        if self.layers is None:
+            return None
+        places = ", ".join(map(str, self.layers.places.values()))
+        return (
+            f"iteration {self.checkpoint.iteration:,}: the run was still growing, and {len(self.layers.places)} of its "
+            f"{self.layers.num_saved} layers had begun ({places}): the model has these alone"
+        )
 
     @property
     def run_dir(self) -> Path | None:
@@ -134,11 +113,14 @@ def read_trained_model(path: Path, tokenizer: str | None = None, config: Config 
     state = read_train_state(found.path)
     saved: Mapping[str, Any] = state.get("config", {})
     model = saved_model(saved)
+    begun = begun_layers(state.get("drop"), model.num_layers)
+    layers = LayerMap.of_begun(begun, model.num_layers)
     loaded = _saved_tokenizer(found.path, state, tokenizer)
     samples = state.get("consumed_samples")
     return TrainedModel(
         checkpoint=found,
-        model=model,
+        model=dataclasses.replace(model, num_layers=len(begun)),
+        layers=layers,
         tokenizer=loaded,
         rows=_checked_rows(found.path, loaded),
         precision=saved.get("training", {}).get("precision", "fp32"),
@@ -181,9 +163,11 @@ def _read_without_manifest(path: Path, tokenizer: str | None, config: Config | N
         )
     loaded = load_tokenizer(tokenizer or config.data.tokenizer)
     name = path.name.removeprefix("iter_")
+    begun = begun_layers(patched_drop_state(path), config.model.num_layers)
     return TrainedModel(
         checkpoint=CheckpointInfo(path, iteration=int(name) if name.isdecimal() else 0),
-        model=config.model,
+        model=dataclasses.replace(config.model, num_layers=len(begun)),
+        layers=LayerMap.of_begun(begun, config.model.num_layers),
         tokenizer=loaded,
         rows=_checked_rows(path, loaded),
         precision=config.training.precision,
@@ -242,7 +226,7 @@ def load_chunks(trained: TrainedModel, config: Config) -> list[torch.nn.Module]:
         ValueError: the checkpoint is damaged, or its model is not the one that its config describes.
     """
     chunks = build_chunks(config, trained.rows)
-    load_weights(trained.checkpoint.path, chunks)
+    load_weights(trained.checkpoint.path, chunks, layers=trained.layers)
     for chunk in chunks:
         chunk.eval()
     return chunks

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from megatron_sbld.checks import check_choice
+from megatron_sbld.data.documents import InputFormat
 from megatron_sbld.data.text_files import (
     NotTextError,
     bare_ending,
@@ -22,8 +24,6 @@ from megatron_sbld.data.text_files import (
     refuse_one_value,
 )
 from megatron_sbld.evaluation.detokenise import detokenise as detokenise_tokens
-
-PassageFormat = Literal["auto", "text", "jsonl"]
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _JSON_OBJECT = re.compile(rb'\s*\{\s*"')
@@ -45,7 +45,7 @@ class Passage:
 
 
 def read_passages(
-    path: str, passage_format: PassageFormat = "auto", *, detokenise: bool | None = None
+    path: str, passage_format: InputFormat = "auto", *, detokenise: bool | None = None
 ) -> tuple[list[Passage], Literal["text", "jsonl"]]:
     """All passages of a file in order, and its format.
 
@@ -59,8 +59,7 @@ def read_passages(
     Raises:
         ValueError: the file is missing or empty, or has lines that are no passages; how many and which.
     """
-    if passage_format not in ("auto", "text", "jsonl"):
-        raise ValueError(f"format = {passage_format!r}; allowed: auto, text, jsonl")
+    check_choice("format", passage_format, get_args(InputFormat))
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path}: a folder, a pipe or a device; the passages are read twice, so save them as a file")
     if not Path(path).is_file():
@@ -85,7 +84,7 @@ def read_passages(
     return passages, found
 
 
-def _format_of(path: str, content: bytes, passage_format: PassageFormat) -> Literal["text", "jsonl"]:
+def _format_of(path: str, content: bytes, passage_format: InputFormat) -> Literal["text", "jsonl"]:
     """Raises NotTextError for JSON that is not one object a line."""
     if passage_format != "auto":
         return passage_format

@@ -9,14 +9,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_sbld.config.sections import TextFormat
+from megatron_sbld.data.documents import InputFormat
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation import lambada, perplexity
 from megatron_sbld.evaluation.lambada import LambadaResult
-from megatron_sbld.evaluation.passages import PassageFormat, read_passages
+from megatron_sbld.evaluation.passages import read_passages
 from megatron_sbld.evaluation.perplexity import PerplexityResult
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.evaluation.results import Data, Evaluation, evaluation, identify
-from megatron_sbld.evaluation.texts import TextFormat, read_texts
+from megatron_sbld.evaluation.texts import read_texts
 
 Result = LambadaResult | PerplexityResult
 
@@ -99,7 +101,7 @@ class LambadaTask(Task):
     name = "lambada"
 
     def __init__(
-        self, data: str, passage_format: PassageFormat = "auto", *, raw: bool = False, limit: int | None = None
+        self, data: str, passage_format: InputFormat = "auto", *, raw: bool = False, limit: int | None = None
     ) -> None:
         self.data = data
         passages, found = read_passages(data, passage_format, detokenise=False if raw else None)

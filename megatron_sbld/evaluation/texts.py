@@ -10,10 +10,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from megatron_sbld.checks import check_choice
+from megatron_sbld.config.sections import TextFormat
 from megatron_sbld.data.documents import (
     DocumentRules,
     FileKind,
@@ -26,9 +28,6 @@ from megatron_sbld.data.documents import (
 from megatron_sbld.data.text_files import NotTextError
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation import wikitext
-
-TextFormat = Literal["auto", "text", "jsonl", "wikitext", "dataset"]
-FORMATS: tuple[TextFormat, ...] = ("auto", "text", "jsonl", "wikitext", "dataset")
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def read_texts(
         ValueError: an input does not exist, is damaged or no text, holds nothing, or was prepared with another
             tokenizer.
     """
-    if text_format not in FORMATS:
-        raise ValueError(f"format = {text_format!r}; allowed: {', '.join(FORMATS)}")
+    check_choice("format", text_format, get_args(TextFormat))
     if not inputs:
         raise ValueError("data: at least one file, folder or data set is needed")
     if text_format == "auto" and _all_datasets(inputs):

@@ -3,7 +3,8 @@
 theta is not the mean keep probability: sensitivities, lists and depth come between (docs/method.md sections 2 and 4).
 Gains are docs/method.md section 7's: what a dropped layer would save if it cost nothing. What is realised is less.
 
-Phases are equal fifths of the iterations before the recovery, and the recovery. A phase of up to 1,000 iterations is
+Phases are equal fifths of the iterations before the recovery, and the recovery; of a run with stages they are its
+stages (method/stages.py). A phase of up to 1,000 iterations is
 computed in full, a longer one from 1,000 of its iterations at equal distances. Every iteration counts alike: with
 training.rampup_batch_size the early ones, whose batches are smaller, cost less than that.
 """
@@ -59,11 +60,7 @@ def forecast(policy: Policy, train_iters: int, phi: float | None) -> Forecast:
     phi: the layers' share of an iteration (flops.layer_share), or None if it is not known.
     """
     last_dropping = int(min(policy.first_recovery_iteration - 1, train_iters))
-    equal = _equal_parts(last_dropping)
-    phases = [
-        _phase(policy, f"{number}/{len(equal)}", first, last, phi)
-        for number, (first, last) in enumerate(equal, start=1)
-    ]
+    phases = [_phase(policy, name, first, last, phi) for name, first, last in _parts(policy, last_dropping)]
     if last_dropping < train_iters:
         phases.append(_recovery(last_dropping + 1, train_iters, phi))
     peak_iteration = _peak_iteration(policy, last_dropping)
@@ -117,6 +114,17 @@ def _text_row(phase: Phase) -> str:
         theta = low if low == high else f"{low} - {high}"
     gain = "-" if phase.ideal_gain is None else f"{phase.ideal_gain:+.1%}"
     return f"{phase.name:<10}{iterations:>19}{theta:>16}{phase.mean_keep_prob:>17.3f}{gain:>13}"
+
+
+def _parts(policy: Policy, last_dropping: int) -> list[tuple[str, int, int]]:
+    """Name, first and last iteration of each phase before the recovery."""
+    stages = policy.stages
+    if stages is None:
+        equal = _equal_parts(last_dropping)
+        return [(f"{number}/{len(equal)}", *part) for number, part in enumerate(equal, start=1)]
+    ends = [*(min(end, last_dropping) for end in stages.ends[:-1]), last_dropping]
+    parts = zip([1, *(end + 1 for end in ends)], ends, enumerate(stages.sets, start=1), strict=False)
+    return [(f"stage {number}", first, last) for first, last, (number, _) in parts if first <= last]
 
 
 def _equal_parts(length: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -24,14 +24,14 @@ from megatron_sbld.config.files import read_config
 from megatron_sbld.config.sections import Config, ModelConfig, TrainingConfig
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.tokenizer import Tokenizer
-from megatron_sbld.evaluation.model import is_anonymous, read_trained_model
+from megatron_sbld.evaluation.model import TrainedModel, is_anonymous, read_trained_model
 from megatron_sbld.hf.format import EMBEDDING, OUTPUT, Format, Rule, positions
 from megatron_sbld.hf.formats import format_of_model
+from megatron_sbld.hf.options import ExportDtype
 from megatron_sbld.hf.safetensors_files import ShardWriter, parse_size
 from megatron_sbld.hf.stored_weights import StoredWeights
 from megatron_sbld.hf.tokenizer import write_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron_sbld.training.model import DTYPES
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Exported:
     stripped_rows: int
     """Rows of the vocabulary that were padding."""
     notes: list[str]
-    """What the format does not hold, though it changes nothing about the model's output."""
+    """What a reader should know: layers that had not begun, and what the format does not hold."""
 
     def summary(self) -> str:
         """For the console."""
@@ -66,6 +66,17 @@ class _Source:
     weights: StoredWeights
     model: ModelConfig
     tokenizer: Tokenizer
+    trained: TrainedModel
+
+    def saved_layer(self, layer: int) -> int:
+        """Where a layer (from 0) is in the checkpoint, which may hold some that have not begun."""
+        layers = self.trained.layers
+        return layer if layers is None else layers.places[layer + 1] - 1
+
+    @property
+    def num_saved(self) -> int:
+        """Layers of the checkpoint."""
+        return self.model.num_layers if self.trained.layers is None else self.trained.layers.num_saved
 
 
 def export_hf(
@@ -90,7 +101,7 @@ def export_hf(
     Raises:
         ValueError: no format holds the model, the checkpoint is damaged, or the tokenizer is another one.
     """
-    check_choice("--dtype", dtype, (*DTYPES, "as-saved"))
+    check_choice("--dtype", dtype, get_args(ExportDtype))
     target, shard_bytes = Path(out), parse_size("--max_shard_size", max_shard_size)
     check_free(target)
     source = _open(Path(checkpoint), tokenizer, config)
@@ -119,7 +130,7 @@ def export_hf(
         parameters=parameters,
         vocab_size=vocab_size,
         stripped_rows=source.weights.shape(EMBEDDING)[0] - vocab_size,
-        notes=_notes(form, source.model),
+        notes=[*filter(None, [source.trained.growing]), *_notes(form, source.model)],
     )
 
 
@@ -179,7 +190,7 @@ def _open(path: Path, tokenizer: str | None, config_file: str | None) -> _Source
     trained = read_trained_model(path, tokenizer, config)
     if config_file is not None:
         check_model(trained.model, config_file)
-    return _Source(StoredWeights(trained.checkpoint.path), trained.model, trained.tokenizer)
+    return _Source(StoredWeights(trained.checkpoint.path), trained.model, trained.tokenizer, trained)
 
 
 def _plan(source: _Source, form: Format) -> Iterator[tuple[str, int | None, Rule]]:
@@ -191,7 +202,7 @@ def _plan(source: _Source, form: Format) -> Iterator[tuple[str, int | None, Rule
         yield rule.ours, None, rule
     for layer in range(model.num_layers):
         for rule in form.layer_rules(model, layer):
-            name, index = weights.of_layer(rule.ours, layer, model.num_layers)
+            name, index = weights.of_layer(rule.ours, source.saved_layer(layer), source.num_saved)
             weights.check(name, index, rule.shape)
             yield name, index, rule
 

@@ -15,23 +15,24 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from megatron_sbld.checkpoint import files
 from megatron_sbld.checkpoint import state as content
 from megatron_sbld.checks import check_choice, check_integer
-from megatron_sbld.config.sections import CheckpointConfig, Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_sbld.config.sections import CheckpointConfig, Config, DataConfig, ModelConfig, Precision, TrainingConfig
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.files.strict_json import load_json
 from megatron_sbld.files.strict_yaml import dump_yaml
-from megatron_sbld.hf.export_model import DTYPES, check_free, check_model, progress_bar, written_at_once
+from megatron_sbld.hf.export_model import check_free, check_model, progress_bar, written_at_once
 from megatron_sbld.hf.format import EMBEDDING, OUTPUT, FieldReader, Format, Rule
 from megatron_sbld.hf.formats import format_of_config
 from megatron_sbld.hf.safetensors_files import TensorFolder
 from megatron_sbld.hf.stored_weights import LAYERS, Piece, write_pieces
 from megatron_sbld.hf.tokenizer import added_at_ends, import_tokenizer
+from megatron_sbld.training.model import DTYPES
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def import_hf(
     Raises:
         ValueError: something cannot be held, naming the field of config.json or the tensor.
     """
-    check_choice("--precision", precision, (*DTYPES, None))
+    check_choice("--precision", precision, (*get_args(Precision), None))
     check_integer("--pad_vocab_to_multiple_of", pad_vocab_to_multiple_of, 1)
     folder, target = Path(source), Path(os.path.abspath(out))
     check_free(target)

@@ -1,6 +1,7 @@
 """Everything that touches megatron-core: the switchable layer, what it refuses, and what runs without a GPU."""
 
 from megatron_sbld.mcore.skip.freeze import freeze_dropped_layers
+from megatron_sbld.mcore.skip.growth import grow_in_stages
 from megatron_sbld.mcore.skip.switchable import fuse_residual, make_switchable
 
-__all__ = ["freeze_dropped_layers", "fuse_residual", "make_switchable"]
+__all__ = ["freeze_dropped_layers", "fuse_residual", "grow_in_stages", "make_switchable"]

@@ -1,8 +1,8 @@
-"""`megatron-sbld profile`: base sensitivity (docs/method.md 3; SBLD, "Layer-Wise Sensitivity") and cheaper estimates.
+"""`sensitivity measure`: base sensitivity (docs/method.md 3; SBLD, "Layer-Wise Sensitivity") and cheaper estimates.
 
 A baseline of N iterations, then for every layer N iterations from the same weights on the same data in the same order,
 in which that layer alone is dropped with probability 0.9. All runs follow each other in one process group on one model,
-whose state is put back before each (profile_state.py). Each finished run is stored (sensitivity/measurement.py), so an
+whose state is put back before each (state.py). Each finished run is stored (sensitivity/measurement.py), so an
 interrupted measurement goes on with the first run that is missing.
 """
 
@@ -18,10 +18,11 @@ import torch.distributed as dist
 from megatron_sbld.config.sections import Config
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from megatron_sbld.measure.evaluation import EvaluatedRuns
-from megatron_sbld.measure.plan import ProfileOptions, build_request, plan_profile
+from megatron_sbld.measure.options import MeasureOptions
+from megatron_sbld.measure.plan import build_request, plan_measurement
 from megatron_sbld.measure.runs import Measurement, TrainedRuns
 from megatron_sbld.ranks import on_rank_0
-from megatron_sbld.sensitivity.measurement import ProfileFolder, Request, sensitivity_of
+from megatron_sbld.sensitivity.measurement import MeasurementFolder, Request, sensitivity_of
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 from megatron_sbld.training.run import microbatch_calculator, run_folder_lock
 from megatron_sbld.training.stop import stop_flag
@@ -30,7 +31,7 @@ SENSITIVITY = "sensitivity.json"
 
 
 @dataclass(frozen=True)
-class ProfileOutcome:
+class Outcome:
     """How a measurement ended."""
 
     status: int
@@ -39,7 +40,7 @@ class ProfileOutcome:
     """The sensitivity file, once every layer is measured; on rank 0."""
 
 
-def profile(config: Config, options: ProfileOptions, load: str | None = None, command: str = "") -> ProfileOutcome:
+def measure(config: Config, options: MeasureOptions, load: str | None = None, command: str = "") -> Outcome:
     """Measure the sensitivity of the layers of the model that the config describes.
 
     Args:
@@ -54,7 +55,7 @@ def profile(config: Config, options: ProfileOptions, load: str | None = None, co
         FloatingPointError: a loss is no longer finite.
     """
     world_size = world_size_from_environment()
-    plan = plan_profile(config, options, load, world_size)
+    plan = plan_measurement(config, options, load, world_size)
     fractions = config.drop.block_fraction, config.drop.allow_fraction
     request = build_request(plan, world_size, command, fractions)
     first = plan.config_of(plan.seeds[0])
@@ -65,7 +66,7 @@ def profile(config: Config, options: ProfileOptions, load: str | None = None, co
         run_folder_lock(options.out, "--out"),
     ):
         _require_equal_requests(request, plan.layers)
-        folder = on_rank_0(lambda: ProfileFolder.open(Path(options.out), request))
+        folder = on_rank_0(lambda: MeasurementFolder.open(Path(options.out), request))
         runs = TrainedRuns if plan.method == "train" else EvaluatedRuns
         measurement: Measurement = runs(plan, folder, stop)
         try:
@@ -75,7 +76,7 @@ def profile(config: Config, options: ProfileOptions, load: str | None = None, co
                 measurement.progress.note(f"{folder.path}: layers {folder.layers()} of {plan.num_layers} are measured")
         finally:
             measurement.progress.close()
-        return ProfileOutcome(0 if complete else EXIT_TO_BE_CONTINUED, file if dist.get_rank() == 0 else None)
+        return Outcome(0 if complete else EXIT_TO_BE_CONTINUED, file if dist.get_rank() == 0 else None)
 
 
 def _require_equal_requests(request: Request, layers: Sequence[int]) -> None:
@@ -87,7 +88,7 @@ def _require_equal_requests(request: Request, layers: Sequence[int]) -> None:
         raise ValueError(f"ranks {different} were given other options than rank 0")
 
 
-def _save(folder: ProfileFolder) -> Path | None:
+def _save(folder: MeasurementFolder) -> Path | None:
     """Write the sensitivity file if every layer is measured."""
     if len(folder.layers()) < folder.request.num_layers:
         return None

@@ -19,12 +19,14 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 import megatron_sbld
 from megatron_sbld.checkpoint.files import MANIFEST, find_checkpoint, verify_weights
 from megatron_sbld.checkpoint.start import Start, find_load
-from megatron_sbld.checks import check_integer, check_number
-from megatron_sbld.config.sections import Config
+from megatron_sbld.checks import check_integer
+from megatron_sbld.config.sections import MAX_SEED, Config
 from megatron_sbld.config.validate import train_iterations, validate
-from megatron_sbld.data.blend import check_data, parse_blend
+from megatron_sbld.data.blend import RunData, check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sbld.measure.options import MeasureOptions, check_options, parse_layers, parse_numbers
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import Method, Request
 from megatron_sbld.sensitivity.stats import window_length
@@ -34,7 +36,6 @@ AFFORDABLE_FRACTION = 0.05
 """Of the training run: what a measurement should cost at most (SBLD, "Layer-Wise Sensitivity")."""
 FORWARD_COST = 1.0 / 3.0
 """Of a training iteration: a forward pass alone; backward takes twice as long."""
-_MAX_SEED = 2**31 - 1
 
 # How a drop is carried out; what decides where and how often is the measurement's own.
 _DROP_FIELDS = ("decision_scope", "sampler", "balance_stages", "replicas", "granularity", "residual", "dropped_update")
@@ -48,41 +49,12 @@ _IRRELEVANT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    """What is measured, and how."""
-
-    out: str
-    """Folder of the measurement; one that was interrupted is continued there."""
-    method: Method = "train"
-    """train: the paper's, a run without each layer against a baseline. leave_one_out: loss of a trained model at
-    evaluation without each layer. block_influence: 1 - cosine similarity of each layer's input and output; no loss
-    difference, so the rule for the Allow list finds no layer and drop.allow_layers has to name them."""
-    iterations: int | None = None
-    """Iterations of each run (train), or of training before the evaluation (the others). None is 500; for the others
-    with --from none."""
-    drop_prob: float | None = None
-    """train: probability with which the one layer is dropped, in (0, 1]; None is 0.9."""
-    layers: str | None = None
-    """Layers to be measured, as 1-8,17, or 2/8 for the second of eight parts; None is all. `profile merge` joins
-    folders that have them all between them."""
-    seeds: str | None = None
-    """Seeds of weights, data order and decisions, as 1,2,3; gaps are averaged. None takes training.seed and
-    drop.seed."""
-    window: int | None = None
-    """train: iterations at the end of the runs that gaps are averaged over; None is a fifth of them, at least 10."""
-    batches: int | None = None
-    """leave_one_out, block_influence: global batches to evaluate on, which come next in the data's order; None is
-    40."""
-    early_stop: bool = False
-    """train: end a layer's run once its rank is settled and no list depends on it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfilePlan:
+class MeasurePlan:
     """A measurement that has passed all checks."""
 
     config: Config
     tokenizer: Tokenizer
+    data: RunData
     start: Start | None
     method: Method
     iterations: int
@@ -121,19 +93,19 @@ class ProfilePlan:
         return dataclasses.replace(self.config, training=training, drop=drop)
 
 
-def plan_profile(config: Config, options: ProfileOptions, load: str | None, world_size: int) -> ProfilePlan:
+def plan_measurement(config: Config, options: MeasureOptions, load: str | None, world_size: int) -> MeasurePlan:
     """Check everything; reads files only, and finds the same on every rank.
 
     load: the checkpoint of `--from`; None takes checkpoint.load, with load_optimizer as the config has it.
     Raises ValueError naming the field or the option.
     """
-    _check_unused(options)
+    check_options(options)
     lists = config.drop.block_fraction, config.drop.allow_fraction
     config = _measuring_config(config, options.out)
     validate(config, world_size)
     check_model(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_data(config, tokenizer)
+    data = check_data(config, tokenizer)
     note = None
     if load is not None:
         whole_state = has_optimizer_state(Path(load))
@@ -148,12 +120,13 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
         start = dataclasses.replace(start, changes=changes)
     iterations, batches = _lengths(config, options, start)
     layers = parse_layers(options.layers, config.model.num_layers)
-    seeds = parse_numbers("--seeds", options.seeds, 0, _MAX_SEED) or [config.training.seed]
+    seeds = parse_numbers("--seeds", options.seeds, 0, MAX_SEED) or [config.training.seed]
     block, allow = choose_lists(range(config.model.num_layers), [1e9] * config.model.num_layers, *lists)
-    drop_prob = 0.9 if options.drop_prob is None else check_number("--drop_prob", options.drop_prob, "(0, 1]")
-    return ProfilePlan(
+    drop_prob = 0.9 if options.drop_prob is None else options.drop_prob
+    return MeasurePlan(
         config=config,
         tokenizer=tokenizer,
+        data=data,
         start=start,
         method=options.method,
         iterations=iterations,
@@ -170,44 +143,6 @@ def plan_profile(config: Config, options: ProfileOptions, load: str | None, worl
     )
 
 
-def parse_layers(text: str | None, num_layers: int) -> list[int]:
-    """The layers that --layers names, in ascending order. Raises ValueError naming the option.
-
-    >>> parse_layers("1-3,17", 24), parse_layers("2/10", 24), parse_layers(None, 3)
-    ([1, 2, 3, 17], [2, 12, 22], [1, 2, 3])
-    """
-    part, slash, parts = (text or "1/1").partition("/")
-    if not slash:
-        return parse_numbers("--layers", text, 1, num_layers)
-    if not (part.isdecimal() and parts.isdecimal()):
-        raise ValueError(f"--layers {text} is not allowed: a part is written as 2/8")
-    check_integer(f"--layers {text}: parts", int(parts), 1, num_layers)
-    check_integer(f"--layers {text}: part", int(part), 1, int(parts))
-    return list(range(int(part), num_layers + 1, int(parts)))
-
-
-def parse_numbers(name: str, text: str | None, low: int, high: int) -> list[int]:
-    """Numbers as `1-8,17` gives them, in ascending order; empty for None. Raises ValueError naming the option.
-
-    >>> parse_numbers("--layers", "17,1-3", 1, 24)
-    [1, 2, 3, 17]
-    """
-    if text is None:
-        return []
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{name} {text} is not allowed: {part.strip()!r} is no number and no range such as 1-8")
-        ends = [check_integer(f"{name} {text}: entry", int(end), low, high) for end in (first, last or first)]
-        if ends[0] > ends[1]:
-            raise ValueError(f"{name} {text} is not allowed: {part.strip()!r} runs backwards")
-        numbers += range(ends[0], ends[1] + 1)
-    if len(set(numbers)) != len(numbers):
-        raise ValueError(f"{name} {text} is not allowed: a number may be listed only once")
-    return sorted(numbers)
-
-
 def has_optimizer_state(path: Path) -> bool:
     """Whether a checkpoint holds optimizer state that `load_checkpoint` reads. Raises ValueError if it is none."""
     if (path / "metadata.json").exists() and not (path / MANIFEST).exists():
@@ -217,7 +152,7 @@ def has_optimizer_state(path: Path) -> bool:
     return any(key.startswith("optimizer") for key in load_sharded_metadata(str(folder)))
 
 
-def build_request(plan: ProfilePlan, world_size: int, command: str, fractions: tuple[float, float]) -> Request:
+def build_request(plan: MeasurePlan, world_size: int, command: str, fractions: tuple[float, float]) -> Request:
     """What the folder is to hold. fractions: of the Block and Allow lists."""
     return Request(
         settings=_settings(plan, world_size),
@@ -229,15 +164,6 @@ def build_request(plan: ProfilePlan, world_size: int, command: str, fractions: t
         allow_fraction=fractions[1],
         about=_about(plan, world_size, command),
     )
-
-
-def _check_unused(options: ProfileOptions) -> None:
-    """Refuse options that the method does not use."""
-    of_train = {"drop_prob": options.drop_prob, "window": options.window, "early_stop": options.early_stop or None}
-    unused = {"batches": options.batches} if options.method == "train" else of_train
-    for name, value in unused.items():
-        if value is not None:
-            raise ValueError(f"--{name} is not used by --method {options.method}: leave it out")
 
 
 def _measuring_config(config: Config, out: str) -> Config:
@@ -253,7 +179,7 @@ def _measuring_config(config: Config, out: str) -> Config:
     return dataclasses.replace(config, drop=drop, data=data, logging=logging)
 
 
-def _lengths(config: Config, options: ProfileOptions, start: Start | None) -> tuple[int, int]:
+def _lengths(config: Config, options: MeasureOptions, start: Start | None) -> tuple[int, int]:
     """Iterations that are trained, and batches that are evaluated. Raises ValueError if the run has fewer left."""
     total, first = train_iterations(config), 0
     if start is not None and start.whole_state:
@@ -264,7 +190,7 @@ def _lengths(config: Config, options: ProfileOptions, start: Start | None) -> tu
     else:
         iterations = (500 if start is None else 0) if options.iterations is None else options.iterations
         check_integer("--iterations", iterations, 0 if start is not None else 1)
-        batches = check_integer("--batches", 40 if options.batches is None else options.batches, 2)
+        batches = 40 if options.batches is None else options.batches
     if first + iterations + batches > total:
         needed = f"--iterations {iterations}" + (f" and --batches {batches}" if batches else "")
         raise ValueError(
@@ -280,7 +206,7 @@ def _lengths(config: Config, options: ProfileOptions, start: Start | None) -> tu
     return iterations, batches
 
 
-def _settings(plan: ProfilePlan, world_size: int) -> dict[str, Any]:
+def _settings(plan: MeasurePlan, world_size: int) -> dict[str, Any]:
     """All that the measured values depend on but for the seed, by field."""
     config = plan.config
     settings: dict[str, Any] = {"processes": world_size}
@@ -288,11 +214,10 @@ def _settings(plan: ProfilePlan, world_size: int) -> dict[str, Any]:
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             if name not in ignored:
                 settings[f"{section}.{name}"] = value
-    blend = parse_blend(config.data.train_data_path, "data.train_data_path")
     settings["data.tokenizer"] = f"{_name(config.data.tokenizer)} {plan.tokenizer.fingerprint()}"
     settings["data.train_data_path"] = [
         [_name(found.prefix), found.tokens, found.lengths_crc32, weight]
-        for found, weight in zip(blend.datasets, blend.weights, strict=True)
+        for found, weight in zip(plan.data.train.datasets, plan.data.train.weights, strict=True)
     ]
     settings["--from"] = _checkpoint(plan.start) if plan.start is not None else None
     settings |= {"--method": plan.method, "--iterations": plan.iterations}
@@ -306,7 +231,7 @@ def _settings(plan: ProfilePlan, world_size: int) -> dict[str, Any]:
     return settings
 
 
-def _about(plan: ProfilePlan, world_size: int, command: str) -> dict[str, Any]:
+def _about(plan: MeasurePlan, world_size: int, command: str) -> dict[str, Any]:
     """What the figures are measured with, for whoever reads the file. No paths of this machine."""
     config, model, training = plan.config, plan.config.model, plan.config.training
     about: dict[str, Any] = {
@@ -327,6 +252,7 @@ def _about(plan: ProfilePlan, world_size: int, command: str) -> dict[str, Any]:
     if plan.method == "train":
         names = ("decision_scope", "granularity", "residual_scale", "dropped_update")
         about |= {"drop_prob": plan.drop_prob, "drop": {name: getattr(config.drop, name) for name in names}}
+        about["drop"]["dropped_update"] = dropped_update(config.drop)
     else:
         about |= {"batches": plan.batches}
     gpus = torch.cuda.is_available()

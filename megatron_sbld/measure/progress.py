@@ -12,7 +12,7 @@ from megatron_sbld.config.sections import LoggingConfig
 from megatron_sbld.training.metrics import clock, progress_mode
 
 
-class ProfileProgress:
+class MeasurementProgress:
     """A bar on a terminal, lines elsewhere, as logging.progress says. Only the first rank has one that shows anything.
 
     Args:
@@ -40,7 +40,7 @@ class ProfileProgress:
                 TimeRemainingColumn(elapsed_when_finished=False),
                 console=self._console,
             )
-            self._task = self._bar.add_task("profile", total=steps, status="")
+            self._task = self._bar.add_task("measure", total=steps, status="")
             self._bar.start()
 
     def step(self, what: str, number: int, of: int, value: str = "") -> None:

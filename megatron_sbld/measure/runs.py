@@ -14,17 +14,19 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_sbld.checkpoint.start import planned_length
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.measure.plan import AFFORDABLE_FRACTION, ProfilePlan
-from megatron_sbld.measure.progress import ProfileProgress
+from megatron_sbld.measure.plan import AFFORDABLE_FRACTION, MeasurePlan
+from megatron_sbld.measure.progress import MeasurementProgress
 from megatron_sbld.measure.state import RunSnapshot
-from megatron_sbld.method.policy import FullDepthPolicy, Policy, ResidualScale
+from megatron_sbld.method.choices import ResidualScale
+from megatron_sbld.method.policy import FullDepthPolicy, Policy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.sensitivity.early_stop import Neighbours, is_look, settled_neighbours, spread_order
-from megatron_sbld.sensitivity.measurement import LayerRun, ProfileFolder
+from megatron_sbld.sensitivity.measurement import LayerRun, MeasurementFolder
 from megatron_sbld.sensitivity.stats import Estimate
 from megatron_sbld.training.model import loss_weights_text
 from megatron_sbld.training.processes import seed_everything
@@ -57,7 +59,7 @@ class OneLayerPolicy(Policy):
 class Measurement(ABC):
     """The runs of a measurement, and how far they have come. The same on every rank, but for the files."""
 
-    def __init__(self, plan: ProfilePlan, folder: ProfileFolder, stop: StopFlag) -> None:
+    def __init__(self, plan: MeasurePlan, folder: MeasurementFolder, stop: StopFlag) -> None:
         self.plan = plan
         self.folder = folder
         self.stop = stop
@@ -71,7 +73,7 @@ class Measurement(ABC):
         self.results: dict[tuple[int, int | None], LayerRun] = on_rank_0(
             lambda: {key: run for key in wanted if (run := folder.run(*key)) is not None}
         )
-        self.progress = ProfileProgress(
+        self.progress = MeasurementProgress(
             plan.config.logging,
             runs=len(wanted),
             runs_done=len(self.results),
@@ -132,7 +134,9 @@ class Measurement(ABC):
         """The model with its initial weights, or what the checkpoint has, and the data."""
         plan = self.plan
         seed_everything(seed)
-        run = self._built = Run(plan.config_of(seed), plan.tokenizer, FullDepthPolicy(plan.num_layers), plan.start)
+        config, policy = plan.config_of(seed), FullDepthPolicy(plan.num_layers)
+        length = planned_length(config, plan.start)
+        run = self._built = Run(config, plan.tokenizer, plan.data, policy, plan.start, length)
         if run.iteration and seed != plan.config.training.seed:
             reseed(seed, run.iteration)  # another seed's dropout is not the checkpoint's
         return run

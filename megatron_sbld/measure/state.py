@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from megatron_sbld.checkpoint.state import gather_params
+from megatron_sbld.mcore.optimizer.params import gather_params
 from megatron_sbld.mcore.optimizer.snapshot import OptimizerSnapshot, to_host
 from megatron_sbld.mcore.rng_state import own_state, set_own_state
 from megatron_sbld.training.run import Run

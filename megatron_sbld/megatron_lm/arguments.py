@@ -6,8 +6,10 @@ mean together are checked by the same code as for a config file, and errors name
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -17,10 +19,13 @@ from typing import Any, Literal
 
 import docstring_parser
 
+from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.recipes import with_recipe
 
 _PREFIX = "sbld_"
+_EXPLICIT = "sbld_explicit"  # fields that were set
 _FIELD = re.compile(r"\bdrop\.(\w+)")
 
 ArgsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -31,8 +36,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("layer dropping (megatron-sbld)")
     hints = typing.get_type_hints(DropConfig)
     described = {param.arg_name: param.description for param in docstring_parser.parse_from_object(DropConfig).params}
+    allowed = ranges(DropConfig)
     for field in dataclasses.fields(DropConfig):
-        description = " ".join((described[field.name] or "").split()).replace("%", "%%")
+        text = f"{described[field.name] or ''} {allowed.get(field.name, '')}"
+        description = " ".join(text.split()).replace("%", "%%")
         group.add_argument(
             argument_name(field.name),
             dest=_PREFIX + field.name,
@@ -40,7 +47,19 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             help=f"{description} (default: %(default)s)",
             **_kind(hints[field.name]),
         )
+    parser.set_defaults(**{_EXPLICIT: []})
     return parser
+
+
+class _Note(argparse.Action):
+    """Stores a value, and notes that the field was set, which a recipe leaves alone then."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+        noted = [*getattr(namespace, _EXPLICIT, []), self.dest.removeprefix(_PREFIX)]
+        setattr(namespace, _EXPLICIT, noted)
 
 
 def extra_args_provider(other: ArgsProvider | None) -> ArgsProvider:
@@ -58,15 +77,21 @@ def argument_name(field: str) -> str:
 
 
 def drop_config(args: Namespace) -> DropConfig:
-    """The drop section that the parsed arguments stand for, with ~ and variables in its path put in. Not validated."""
+    """The drop section that the parsed arguments stand for, with its recipe filled in and ~ and variables in its path.
+
+    Not validated.
+    """
     names = [field.name for field in dataclasses.fields(DropConfig)]
     given = {name: getattr(args, _PREFIX + name) for name in names if hasattr(args, _PREFIX + name)}
-    return DropConfig(
+    config = DropConfig(
         **{
             name: expand_option(argument_name(name), value) if f"drop.{name}" in CONFIG_PATHS else value
             for name, value in given.items()
         }
     )
+    if config.recipe is None:
+        return config
+    return with_recipe(config, args.num_layers, getattr(args, _EXPLICIT, []))
 
 
 def ignored_arguments(config: DropConfig) -> tuple[str, ...]:
@@ -88,14 +113,26 @@ def named_as_arguments() -> Iterator[None]:
 
 
 def _kind(hint: Any) -> dict[str, Any]:
-    """argparse's options for a type: a Literal, a number, text, a list of integers or a switch, each maybe None."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    """argparse's options for a type: a Literal, a number, text, a list or a switch, each maybe None."""
+    parts = [part for part in _alternatives(hint) if part is not type(None)]
+    if len(parts) > 1:
+        return {"type": _word_or_list, "action": _Note, "metavar": "RULE|JSON"}
+    (hint,) = parts
     if typing.get_origin(hint) is Literal:
-        return {"choices": typing.get_args(hint)}
+        return {"choices": typing.get_args(hint), "action": _Note}
     if hint == list[int]:
-        return {"type": int, "nargs": "*", "metavar": "LAYER"}
+        return {"type": int, "nargs": "*", "metavar": "LAYER", "action": _Note}
+    if hint == list[list[float]]:
+        return {"type": json.loads, "metavar": "JSON", "action": _Note}
     if hint is bool:
-        return {"action": "store_true"}
+        return {"nargs": 0, "action": _Note}
     assert hint in (int, float, str), f"no argparse type for {hint}"
-    return {"type": hint}
+    return {"type": hint, "action": _Note}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _word_or_list(text: str) -> Any:
+    return json.loads(text) if text.startswith("[") else text

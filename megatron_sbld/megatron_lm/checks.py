@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 import torch
 
 from megatron_sbld.mcore.skip.refusals import REASONS, is_on
 from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments
-from megatron_sbld.method.build import updates_sensitivity, validate_drop
-from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.decisions import replicas_run_alike
+from megatron_sbld.method.combinations import refuse_combinations
+from megatron_sbld.method.config import DropConfig, drop_field_names
+from megatron_sbld.method.in_force import drop_settings
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.residual.choice import library_for
 
 _REASONS = {
@@ -41,7 +43,7 @@ def check_arguments(args: Namespace, train_iters: int, config: DropConfig) -> No
                     f"{_argument(name)} = {getattr(args, name)!r} does not work with {argument_name('policy')} "
                     f"{config.policy}: {reason}; switch it off"
                 )
-        _check_together(args, config)
+        refuse_combinations(_settings(args, config), _name, program="Megatron-LM")
     if config.residual == "fused":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -58,23 +60,15 @@ def _stages_are_even(args: Namespace) -> bool:
     )
 
 
-def _check_together(args: Namespace, config: DropConfig) -> None:
-    if args.overlap_grad_reduce and not replicas_run_alike(config.replicas, config.granularity):
-        raise ValueError(
-            f"--overlap-grad-reduce does not work with {argument_name('replicas')} distinct, because replicas would "
-            "start their reductions in different orders; use shared or switch the overlap off"
-        )
-    if (config.granularity, config.replicas, args.micro_batch_size) == ("sample", "distinct", 1):
-        raise ValueError(
-            f"--micro-batch-size = 1 does not work with {argument_name('granularity')} sample and "
-            f"{argument_name('replicas')} distinct: with one sample there is nothing that replicas could choose "
-            "differently; use at least 2"
-        )
-    if updates_sensitivity(config) and config.decision_scope == "microbatch":
-        raise ValueError(
-            f"{argument_name('sensitivity_update')} dynamic does not work with {argument_name('decision_scope')} "
-            "microbatch in Megatron-LM, which reports one loss an iteration; use scope iteration"
-        )
+def _settings(args: Namespace, config: DropConfig) -> dict[str, Any]:
+    """As combinations.py names them: where megatron-core's name is another than Megatron-LM's, it is core's."""
+    return {**vars(args), "num_moe_experts": getattr(args, "num_experts", None), **drop_settings(config)}
+
+
+def _name(setting: str) -> str:
+    if setting in drop_field_names():
+        return argument_name(setting)
+    return _argument({"num_moe_experts": "num_experts"}.get(setting, setting))
 
 
 def _argument(name: str) -> str:

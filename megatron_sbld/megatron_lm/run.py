@@ -14,12 +14,13 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
 from megatron_sbld.controller import CHECKPOINT_KEY, DropController
-from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
+from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
 from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.megatron_lm.scalars import Scalars
-from megatron_sbld.method.build import build_policy, updates_sensitivity
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class LayerDropping:
     """
 
     def __init__(self, args: Namespace, train_iters: int, training: Any) -> None:
-        self._args = args
+        self._args, self._train_iters = args, train_iters
         self._drop = drop_config(args)
         check_arguments(args, train_iters, self._drop)
         with named_as_arguments():
@@ -81,8 +82,10 @@ class LayerDropping:
         self.controller.replica = parallel_state.get_data_parallel_rank()
         if self._drop.sampler == "balanced" and self._drop.balance_stages is None:
             self.controller.stages = self._layers_of_pipeline_ranks()
-        if self._drop.dropped_update == "freeze":
+        if dropped_update(self._drop) == "freeze":
             freeze_dropped_layers(self._chunks, optimizer)
+        if self._drop.stages is not None:
+            self._attend_to_stages(optimizer)
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
         scheduler.state_dict = lambda: {**state_dict(), CHECKPOINT_KEY: self._state_dict()}
 
@@ -92,6 +95,20 @@ class LayerDropping:
 
         scheduler.load_state_dict = load
         return scheduler
+
+    def _attend_to_stages(self, optimizer: Any) -> None:
+        with named_as_arguments():
+            ranks = self._layers_of_pipeline_ranks()
+            self.controller.replace_policy(
+                build_policy(self._drop, self._args.num_layers, self._train_iters, ranks=ranks)
+            )
+            grow_in_stages(
+                self._chunks,
+                optimizer,
+                self.controller,
+                self._drop.stage_init,
+                copy_moments=self._drop.stage_copy_moments,
+            )
 
     def train_step(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """An iteration: decisions on every rank, the stock step, and what its loss says of the layers."""

@@ -8,22 +8,34 @@ microbatch, layer, stream). Microbatches count from 0, as in Megatron's schedule
 With `granularity: sample` a decision is about a sample of a microbatch: how many of the b samples run a layer
 (`draw_sample_counts`, the same on every rank), and which (`draw_samples`). With one sample that is `draw_plan`: a layer
 that runs a microbatch or not has one sample of it.
+
+The arguments mean the same in all three; each raises ValueError for one out of range.
+
+    keep_probs  keep probability of each layer, [L], in [0, 1]; 1 is always kept, 0 never
+    seed        0 to 2^63 - 1
+    iteration   0 to 2^32 - 1
+    scope       `microbatch` draws each microbatch; `iteration` draws the first, whose decisions are those of all
+    sampler     `bernoulli` draws each layer by itself. `balanced` keeps as many layers on each stage as its keep
+                probabilities sum to, give or take less than one; the marginals are the same
+    stages      for `balanced`: a number of equal stages of consecutive layers, or one list of 1-based layer numbers for
+                each stage, in pipeline order; None is one stage
+    replica     of the data-parallel replicas: those of other numbers run as many layers on each stage (`balanced`), or
+                as many samples of each layer (`draw_samples`), but different ones
+    num_samples of a microbatch, 1 to MAX_SAMPLES
+
+A microbatch's decisions depend on nothing else: with more microbatches the first ones' stay the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_integer, check_layers
-
-Scope = Literal["iteration", "microbatch"]
-Sampler = Literal["bernoulli", "balanced"]
-Granularity = Literal["layer", "sample"]
-Replicas = Literal["shared", "distinct"]
+from megatron_sbld.method.choices import Granularity, Replicas, Sampler, Scope
 
 MAX_SEED = 2**63 - 1
 """The largest seed: what fits the signed 64 bits of checkpoints and messages."""
@@ -63,25 +75,12 @@ def draw_plan(
 ) -> NDArray[np.bool_]:
     """Draw the decisions of an iteration: bool [num_microbatches, L], True where the layer runs.
 
-    keep_probs: keep probability of each layer, [L], in [0, 1]; 1 is always kept, 0 never.
-    seed: 0 to 2^63 - 1.  iteration: 0 to 2^32 - 1.
-    scope: `microbatch` draws each row; `iteration` draws row 0 of it and repeats it.
-    sampler: `bernoulli` draws each layer by itself. `balanced` keeps as many layers on each stage as its keep
-        probabilities sum to, give or take less than one; the marginals are the same.
-    stages: for `balanced`: a number of equal stages of consecutive layers, or one list of 1-based layer numbers for
-        each stage, in pipeline order; None is one stage.
-    replica: for `balanced`: replicas of other numbers keep as many layers on each stage, but different ones.
-
-    A row depends on nothing but its own microbatch: with more microbatches the first rows stay the same.
-    Raises ValueError for an argument out of range, or one that the sampler would ignore.
+    Refuses stages and a replica that the sampler would ignore.
     """
     probs = _checked_keep_probs(keep_probs)
-    seed = check_integer("seed", seed, 0, MAX_SEED)  # as Python's int: NumPy's of 8 or 32 bits overflow below
-    iteration = check_integer("iteration", iteration, 0, 2**32 - 1)
     num_microbatches = check_integer("num_microbatches", num_microbatches, 1, 2**32 - 1)
-    replica = check_integer("replica", replica, 0, MAX_REPLICA)
-    check_choice("scope", scope, get_args(Scope))
     check_choice("sampler", sampler, get_args(Sampler))
+    seed, iteration, replica = _checked_draw(seed, iteration, replica, scope)
 
     microbatches = np.arange(num_microbatches if scope == "microbatch" else 1)
     if sampler == "balanced":
@@ -112,9 +111,6 @@ def draw_sample_counts(
     floor(keep_prob * num_samples), and one more with the probability of the rest, which is `draw_plan`'s decision: the
     expectation is keep_prob * num_samples exactly. So `balanced` keeps as many samples on each stage as it expects,
     give or take less than one, summed over the stage's layers; and one sample is `draw_plan` itself, bit for bit.
-
-    num_samples: of a microbatch, 1 to MAX_SAMPLES.  The others: as in `draw_plan`.
-    Raises ValueError for an argument out of range, or one that the sampler would ignore.
     """
     probs = _checked_keep_probs(keep_probs)
     num_samples = _checked_samples(num_samples, len(probs))
@@ -132,16 +128,10 @@ def draw_samples(
     Each subset of its size is equally likely. A sample that runs a layer still does so with a larger count.
 
     counts: of `draw_sample_counts`, [num_microbatches, L].
-    scope: with `iteration` the first microbatch's samples (by their position) are those of all.
-    replica: replicas of other numbers take other samples.
-    The others: as in `draw_sample_counts`. Raises ValueError for an argument out of range.
     """
     num_microbatches, num_layers = counts.shape
     num_samples = _checked_samples(num_samples, num_layers)
-    replica = check_integer("replica", replica, 0, MAX_REPLICA)
-    seed = check_integer("seed", seed, 0, MAX_SEED)
-    iteration = check_integer("iteration", iteration, 0, 2**32 - 1)
-    check_choice("scope", scope, get_args(Scope))
+    seed, iteration, replica = _checked_draw(seed, iteration, replica, scope)
     microbatches = np.arange(num_microbatches if scope == "microbatch" else 1)
     layers, samples = np.arange(1, num_layers + 1), np.arange(num_samples)
     words = (layers[:, None] | samples << _SAMPLE_SHIFT).reshape(-1)
@@ -259,6 +249,16 @@ def _checked_keep_probs(keep_probs: ArrayLike) -> NDArray[np.float64]:
         layer = int(outside[0]) + 1
         raise ValueError(f"keep_prob of layer {layer} = {probs[outside[0]]!r} is not allowed: it must be in [0, 1]")
     return probs
+
+
+def _checked_draw(seed: int, iteration: int, replica: int, scope: Scope) -> tuple[int, int, int]:
+    """Seed, iteration and replica as Python's integers: NumPy's of 8 or 32 bits overflow in what is made of them."""
+    check_choice("scope", scope, get_args(Scope))
+    return (
+        check_integer("seed", seed, 0, MAX_SEED),
+        check_integer("iteration", iteration, 0, 2**32 - 1),
+        check_integer("replica", replica, 0, MAX_REPLICA),
+    )
 
 
 def _checked_samples(num_samples: int, num_layers: int) -> int:

@@ -10,29 +10,30 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_flag, check_integer, check_layers, check_number
+from megatron_sbld.method.choices import Depth, ResidualScale
 from megatron_sbld.method.schedule import Constant
-
-ResidualScale = Literal["none", "inverse_keep_prob"]
-"""Factor of a kept layer's branches: 1, or 1 / keep_prob of that layer."""
+from megatron_sbld.method.stages import StageLayers, Stages
 
 
 class Policy(ABC):
-    """What every policy is: a schedule, a number of layers, and a last part of the run at full depth.
+    """What every policy is: a schedule, a number of layers, layers that always run, stages, a last part at full depth.
 
     schedule: theta(t), a function of the iteration.
     num_layers: L.
     residual_scale: how a kept layer's branches are scaled; None takes the policy's default_residual_scale.
     recovery_fraction: share of the run's `train_iters` = T iterations, at its end, in which every keep probability is
         1: the last R = ceil(recovery_fraction * T), so the first of them is T - R + 1. Needs train_iters if above 0.
+    keep_layers: layers (1-based) whose keep probability is 1 throughout, once they have begun.
+    stages: which layers have begun; the keep probability of the others is 0. None: all of them.
 
-    Raises ValueError for an argument out of range.
+    Raises ValueError for an argument out of range, or layers that are left to begin in the recovery.
     """
 
     default_residual_scale: ClassVar[ResidualScale] = "none"
@@ -45,6 +46,8 @@ class Policy(ABC):
         residual_scale: ResidualScale | None = None,
         recovery_fraction: float = 0.0,
         train_iters: int | None = None,
+        keep_layers: Iterable[int] = (),
+        stages: Stages | None = None,
     ) -> None:
         check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
         if not callable(schedule):
@@ -54,6 +57,18 @@ class Policy(ABC):
         self.residual_scale: ResidualScale = residual_scale or self.default_residual_scale
         self.first_recovery_iteration = _first_recovery_iteration(recovery_fraction, train_iters)
         """First iteration of the run's last part at full depth; infinity without one."""
+        self.keep_layers = check_layers("keep_layers", keep_layers, self.num_layers)
+        self.stages = None if stages is None else self._checked_stages(stages)
+
+    def with_stages(self, stages: Stages) -> Policy:
+        """The same policy with other stages, of as many layers. Raises ValueError as the constructor does."""
+        changed = copy.copy(self)
+        changed.stages = self._checked_stages(stages)
+        return changed
+
+    def begun_layers(self, iteration: int) -> frozenset[int]:
+        """Layers (1-based) that have begun at iteration t: all of them without stages."""
+        return frozenset(range(1, self.num_layers + 1)) if self.stages is None else self.stages.begun(iteration)
 
     def theta(self, iteration: int) -> float:
         """theta(t) of the schedule, as it enters the policy's formula; also during the recovery, which ignores it.
@@ -74,7 +89,21 @@ class Policy(ABC):
                 f"{type(self).__name__} gives keep probabilities of shape {keep_probs.shape}: it must give one for "
                 f"each of num_layers = {self.num_layers} layers"
             )
-        return keep_probs
+        if self.keep_layers:
+            keep_probs = keep_probs.copy()
+            keep_probs[np.array(self.keep_layers) - 1] = 1.0
+        return keep_probs if self.stages is None else keep_probs * self.stages.gate(iteration)
+
+    def _checked_stages(self, stages: Stages) -> Stages:
+        if stages.num_layers != self.num_layers:
+            raise ValueError(f"stages are of {stages.num_layers} layers, the policy of {self.num_layers}")
+        if self.first_recovery_iteration < stages.last_growth:
+            raise ValueError(
+                f"stages leave layers to begin at iteration {stages.last_growth}, but in the recovery, from iteration "
+                f"{self.first_recovery_iteration:.0f} on, every layer runs: use a smaller recovery_fraction, or let "
+                "the last stage begin earlier"
+            )
+        return stages
 
     @abstractmethod
     def _keep_probs(self, theta: float) -> NDArray[np.float64]:
@@ -92,6 +121,7 @@ class SBLDPolicy(Policy):
     exploration: least probability, in [0, 0.5), with which every layer outside of block_layers is kept, and dropped, so
         that its effect stays observable (sensitivity/dynamic.py); the Allow list's included. The recovery is exempt.
     explore_block: block_layers are dropped with probability `exploration` instead of never.
+    The others: as in Policy.
 
     >>> policy = SBLDPolicy(Constant(0.5), [0.0, 0.4, 0.8, 1.0], block_layers=(4,), allow_layers=(1,))
     >>> policy.keep_probs(1).tolist()
@@ -112,18 +142,10 @@ class SBLDPolicy(Policy):
         *,
         exploration: float = 0.0,
         explore_block: bool = False,
-        residual_scale: ResidualScale | None = None,
-        recovery_fraction: float = 0.0,
-        train_iters: int | None = None,
+        **common: Any,
     ) -> None:
         self.sensitivity = _checked_sensitivity(sensitivity)
-        super().__init__(
-            schedule,
-            len(self.sensitivity),
-            residual_scale=residual_scale,
-            recovery_fraction=recovery_fraction,
-            train_iters=train_iters,
-        )
+        super().__init__(schedule, len(self.sensitivity), **common)
         self.alpha = check_number("alpha", alpha, "[0, inf)")
         self.beta = check_number("beta", beta, "[0, inf)")
         self.theta_max = check_number("theta_max", theta_max, "[0, 1]")
@@ -133,9 +155,10 @@ class SBLDPolicy(Policy):
         self.explore_block = check_flag("explore_block", explore_block)
         self.block_layers = check_layers("block_layers", block_layers, self.num_layers)
         self.allow_layers = check_layers("allow_layers", allow_layers, self.num_layers)
-        in_both = sorted(set(self.block_layers) & set(self.allow_layers))
-        if in_both:
-            raise ValueError(f"block_layers and allow_layers both have {in_both}: a layer may be in one list only")
+        for name in ("block_layers", "keep_layers"):
+            in_both = sorted(set(getattr(self, name)) & set(self.allow_layers))
+            if in_both:
+                raise ValueError(f"{name} and allow_layers both have {in_both}: a layer may be in one list only")
         if len(self.block_layers) == self.num_layers:
             raise ValueError(
                 f"block_layers has all {self.num_layers} layers: nothing would be dropped; use policy none"
@@ -185,14 +208,30 @@ class PLDPolicy(Policy):
 
 
 class LayerDropPolicy(Policy):
-    """Uniform LayerDrop: theta(t) for every layer (docs/method.md 4).
+    """LayerDrop: 1 - (1 - theta(t)) D(l), by default with D = 1: theta(t) for every layer (docs/method.md 4 and 8).
+
+    depth: D(l): `uniform` 1; `linear` (l - 1) / (L - 1); `exponential` exp((l - 1) ln 2 / (L - 1)) - 1, LayerSkip's.
+        The last two are 0 at the first layer and 1 at the last; with one layer 0.
 
     >>> LayerDropPolicy(Constant(0.5), num_layers=4).keep_probs(1).tolist()
     [0.5, 0.5, 0.5, 0.5]
+    >>> LayerDropPolicy(Constant(0.4), num_layers=4, depth="linear").keep_probs(1).round(2).tolist()
+    [1.0, 0.8, 0.6, 0.4]
     """
 
+    def __init__(
+        self, schedule: Callable[[int], float], num_layers: int, *, depth: Depth = "uniform", **common: Any
+    ) -> None:
+        super().__init__(schedule, num_layers, **common)
+        check_choice("depth", depth, get_args(Depth))
+        self.depth: Depth = depth
+
     def _keep_probs(self, theta: float) -> NDArray[np.float64]:
-        return np.full(self.num_layers, theta)
+        if self.depth == "uniform":
+            return np.full(self.num_layers, theta)
+        relative = np.arange(self.num_layers) / max(self.num_layers - 1, 1)
+        rate = relative if self.depth == "linear" else np.expm1(relative * math.log(2.0))
+        return 1.0 - rate * (1.0 - theta)
 
 
 class StochasticDepthPolicy(Policy):
@@ -206,11 +245,42 @@ class StochasticDepthPolicy(Policy):
         return 1.0 - np.arange(1, self.num_layers + 1) / self.num_layers * (1.0 - theta)
 
 
+class StagedPolicy(Policy):
+    """Staged growth: a few layers run at first, all of them in the end (docs/method.md 8; arXiv 2511.04981).
+
+    stages: [share of the iterations at which it ends, number of layers that run until then], for each stage.
+    stage_layers, ranks, sensitivity: as in Stages.resolve.
+    train_iters: T.
+
+    >>> policy = StagedPolicy([[0.6, 1], [1.0, 4]], num_layers=4, train_iters=10)
+    >>> policy.keep_probs(6).tolist(), policy.keep_probs(7).tolist()
+    ([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Sequence[float]] | Stages,
+        num_layers: int,
+        *,
+        train_iters: int,
+        stage_layers: StageLayers = "spread",
+        ranks: Sequence[Sequence[int]] | None = None,
+        sensitivity: ArrayLike | None = None,
+        **common: Any,
+    ) -> None:
+        if not isinstance(stages, Stages):
+            stages = Stages.resolve(stages, num_layers, train_iters, stage_layers, ranks=ranks, sensitivity=sensitivity)
+        super().__init__(Constant(1.0), num_layers, stages=stages, train_iters=train_iters, **common)
+
+    def _keep_probs(self, theta: float) -> NDArray[np.float64]:
+        return np.ones(self.num_layers)
+
+
 class FullDepthPolicy(Policy):
     """Policy none: every layer is kept, always."""
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(Constant(1.0), num_layers)
+    def __init__(self, num_layers: int, **common: Any) -> None:
+        super().__init__(Constant(1.0), num_layers, **common)
 
     def _keep_probs(self, theta: float) -> NDArray[np.float64]:
         return np.ones(self.num_layers)

@@ -1,4 +1,4 @@
-"""theta(t), the limit of the keep probability over training: PWEGD, Exponential, Linear, Polynomial, Constant.
+"""theta(t), the limit of the keep probability over training: PWEGD, Exponential, Linear, Polynomial, Constant, ...
 
 docs/method.md sections 1 and 4; SBLD, Eq. 1-3; PLD. Iterations are counted t = 1..T; t = 0 is the
 state before the first one. A schedule maps a number to a float and an array to a float64 array of the same shape.
@@ -14,7 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -204,6 +204,66 @@ class Constant(Schedule):
         return np.full(t.shape, self.theta, dtype=np.float64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plateau(Schedule):
+    """theta until t1, then linear to 1 at t2, and 1 from there on: DDD's (docs/method.md 8).
+
+    theta: the value at first, in (0, 1]; below 0.4 warns.
+    hold_until, decay_until: t1 and t2 in iterations, 0 <= t1 <= t2.
+
+    >>> Plateau(theta=0.8, hold_until=400, decay_until=500)([0, 400, 450, 500, 1000]).round(6).tolist()
+    [0.8, 0.8, 0.9, 1.0, 1.0]
+    """
+
+    theta: float
+    hold_until: float
+    decay_until: float
+
+    def __post_init__(self) -> None:
+        _check_theta("theta", self.theta, "(0, 1]")
+        check_number("hold_until", self.hold_until, "[0, inf)")
+        check_number("decay_until", self.decay_until, f"[{self.hold_until!r}, inf)")
+
+    def _values(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
+        length = self.decay_until - self.hold_until
+        after = t - self.hold_until
+        elapsed = np.clip(after / length, 0.0, 1.0) if length else np.where(after > 0.0, 1.0, 0.0)
+        return (1.0 - elapsed) * self.theta + elapsed
+
+
+@dataclass(frozen=True)
+class Steps(Schedule):
+    """theta_i in the i-th step: a schedule of constants (docs/method.md 8; RaPTr, arXiv 2402.05913).
+
+    steps: [last iteration of the step, theta_i], ascending; theta_i in (0, 1], below 0.4 warns. Beyond the last one its
+        theta holds.
+
+    >>> Steps([[100, 0.5], [200, 0.75], [300, 1.0]])([0, 100, 101, 300, 301]).tolist()
+    [0.5, 0.5, 0.75, 1.0, 1.0]
+    >>> Steps.of_shares([[0.5, 0.6], [1.0, 1.0]], train_iters=3)([1, 2, 3]).tolist()
+    [0.6, 1.0, 1.0]
+    """
+
+    steps: Sequence[Sequence[float]]
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps, "last iteration of the step", "[0, inf)")
+        for _, theta in self.steps:
+            _check_theta("steps theta", theta, "(0, 1]")
+
+    @classmethod
+    def of_shares(cls, steps: Sequence[Sequence[float]], train_iters: int) -> Steps:
+        """Steps given by the share of the T iterations at which each ends; the last ends at 1."""
+        _check_steps(steps, "share of the iterations", "[0, 1]")
+        if steps[-1][0] != 1.0:
+            raise ValueError(f"steps = {steps!r} is not allowed: the last step must end at share 1.0")
+        return cls([[math.floor(round(share * train_iters, 6)), theta] for share, theta in steps])
+
+    def _values(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
+        ends, thetas = (np.array(column, dtype=np.float64) for column in zip(*self.steps, strict=True))
+        return thetas[np.minimum(np.searchsorted(ends, t), len(ends) - 1)]
+
+
 def pwegd_density(t: ArrayLike, shape: float, b: float, epsilon: float = 0.0) -> NDArray[np.float64]:
     """sch(t) of docs/method.md 1 (SBLD, Eq. 1-2), in 1/iteration: the gamma density of shape k at 2 (t - eps) / b.
 
@@ -244,6 +304,15 @@ def _check_theta(name: str, value: float, allowed: str) -> None:
             "the model may become too difficult to train",
             stacklevel=4,
         )
+
+
+def _check_steps(steps: Any, end: str, allowed: str) -> None:
+    pairs = isinstance(steps, Sequence) and not isinstance(steps, str) and len(steps) > 0
+    if not pairs or not all(isinstance(step, Sequence) and len(step) == 2 for step in steps):
+        raise ValueError(f"steps = {steps!r} is not allowed: it must be a list of [{end}, theta]")
+    ends = [check_number(f"steps {end}", step[0], allowed) for step in steps]
+    if ends != sorted(ends):
+        raise ValueError(f"steps = {steps!r} is not allowed: the ends of the steps must ascend")
 
 
 def _check_shape(name: str, shape: float) -> None:

@@ -7,18 +7,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_sbld.checks import check_choice, check_integer
 from megatron_sbld.config.flops import padded_vocab_size
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.fields import Count, In, Positive, PositiveShare, check_fields
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.layout.pipeline import Floats
-from megatron_sbld.method.build import validate_drop
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.validate import validate_drop
+from megatron_sbld.predict.cost import Attention
 from megatron_sbld.predict.gain import (
     ASSUMED_MFU,
     Prediction,
@@ -41,29 +42,29 @@ _MEMORY_ITERATIONS = 64  # of those sampled: how much is held is alike in all
 class PredictOptions:
     """Options of the command besides the config's."""
 
-    gpus: int
+    gpus: Count
     """GPUs of the run; data parallelism takes what the config's parallel sizes leave."""
     hardware: str = "a100-80gb"
     """a100-80gb, h100, h200, or a YAML file with the fields of megatron_sbld.predict.hardware.Hardware."""
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """Dense peak of a GPU in the training precision, TFLOP/s; None is the hardware's."""
-    intra_bandwidth: float | None = None
+    intra_bandwidth: Positive | None = None
     """GB/s of a GPU to the others of its node, in one direction; None is the hardware's."""
-    inter_bandwidth: float | None = None
+    inter_bandwidth: Positive | None = None
     """GB/s of a GPU to other nodes, in one direction (a node's network / its GPUs); None is the hardware's."""
-    gpus_per_node: int | None = None
+    gpus_per_node: Count | None = None
     """GPUs of a node; None is the hardware's, 8."""
-    attention: str = "flash"
+    attention: Attention = "flash"
     """flash: fused, half of the causal matrix computed and none stored; unfused: all of it computed and stored."""
-    baseline_tokens_per_s: float | None = None
+    baseline_tokens_per_s: Positive | None = None
     """Measured throughput of the undropped run on all GPUs, that the model is calibrated on; None takes mfu."""
-    mfu: float | None = None
-    """Model FLOPs utilisation of the undropped run, (0, 1], in place of a measured throughput; None assumes 0.4."""
-    vocab_size: int | None = None
+    mfu: PositiveShare | None = None
+    """Model FLOPs utilisation of the undropped run, in place of a measured throughput; None assumes 0.4."""
+    vocab_size: Count | None = None
     """Vocabulary before padding; None is data.tokenizer's."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Iterations of the run; None is the config's."""
-    target_gain: float | None = None
+    target_gain: Annotated[float, In("(0, 10)")] | None = None
     """Propose the largest theta, and lists, that gain this much: 0.2 is 20 % more throughput."""
     compare_policies: bool = False
     """Also predict every policy at theta 0.9, 0.7 and 0.5."""
@@ -113,8 +114,7 @@ def predict(config: Config, options: PredictOptions, config_files: Sequence[str]
 
 def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor, float | None]:
     """The calibrated model of a config on the options' hardware, and the MFU that was assumed, if one was."""
-    check_integer("--gpus", options.gpus, 1)
-    check_choice("--attention", options.attention, ("flash", "unfused"))
+    check_fields(options, "--")
     if options.baseline_tokens_per_s is not None and options.mfu is not None:
         raise ValueError(
             f"--baseline_tokens_per_s {options.baseline_tokens_per_s} and --mfu {options.mfu} exclude each other: give "
@@ -135,7 +135,7 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
         vocab_size=padded_vocab_size(_vocab_size(config, options), config),
         hardware=hardware,
         gpus=options.gpus,
-        attention="flash" if options.attention == "flash" else "unfused",
+        attention=options.attention,
         placement=placement_of(config),
     )
     if options.baseline_tokens_per_s is not None:
@@ -151,7 +151,6 @@ def build_predictor(config: Config, options: PredictOptions) -> tuple[Predictor,
 
 def _of_length(config: Config, iterations: int) -> Config:
     """A valid config's run with other iterations; what else goes by them, as the learning rate does, is not read."""
-    check_integer("--iterations", iterations, 1)
     stages = config.parallel.pipeline_model_parallel_size
     even = config.parallel.pipeline_model_parallel_layout is None
     validate_drop(config.drop, config.model.num_layers, iterations, stages if even else None)
@@ -161,7 +160,7 @@ def _of_length(config: Config, iterations: int) -> Config:
 
 def _vocab_size(config: Config, options: PredictOptions) -> int:
     if options.vocab_size is not None:
-        return check_integer("--vocab_size", options.vocab_size, 1)
+        return options.vocab_size
     try:
         return load_tokenizer(config.data.tokenizer).vocab_size
     except ValueError as error:

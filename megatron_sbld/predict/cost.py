@@ -70,6 +70,28 @@ class Costs:
     """From a pipeline rank to the next."""
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """What all parts of a microbatch's passes on a rank are counted with."""
+
+    value: int
+    """Bytes of a weight or activation."""
+    matmul: float
+    """FLOPs of a token per second of a microbatch."""
+    traffic: float
+    """Seconds for a byte a token."""
+    tokens: float
+    activations: float
+    """Bytes of the hidden states between layers."""
+    gather: float
+    """Seconds in which these are gathered over the tensor-parallel ranks, or scattered."""
+    gpus: int
+    spread: int
+    """Ranks that share the tokens outside of attention and MLP."""
+    mask: int
+    """Bytes that hidden dropout keeps for a value."""
+
+
 def pass_costs(
     config: Config, vocab_size: int, hardware: Hardware, data_parallel: int, attention: Attention, efficiency: float
 ) -> Costs:
@@ -78,92 +100,139 @@ def pass_costs(
     vocab_size: padded.  data_parallel: replicas, without context parallelism.
     efficiency: share of the peak that matrix products reach, (0, 1].
     """
-    model, parallel, training = config.model, config.parallel, config.training
+    rates = _rates(config, hardware, data_parallel, efficiency)
+    forward, backward, recomputed = _layer(config, hardware, rates, attention)
+    embedding_forward, embedding_backward = _embedding(config, rates)
+    output_forward, output_backward = _output(config, rates, vocab_size)
+    return Costs(
+        layer_forward=forward,
+        layer_backward=backward,
+        recomputed=recomputed,
+        embedding_forward=embedding_forward,
+        embedding_backward=embedding_backward,
+        output_forward=output_forward,
+        output_backward=output_backward,
+        transfer=_transfer(config, hardware, data_parallel, rates.activations / rates.spread),
+    )
+
+
+def _rates(config: Config, hardware: Hardware, data_parallel: int, efficiency: float) -> _Rates:
+    model, parallel = config.model, config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    tokens = training.micro_batch_size * model.seq_length / context
+    tokens = config.training.micro_batch_size * model.seq_length / context
     value = bytes_per_value(config)
-    rate = hardware.peak * efficiency * tensor / tokens  # FLOPs of a token per second of a microbatch
-    flops = layer_flops_by_part(model, causal=attention == "flash")
-    hidden = model.hidden_size
-
     gpus = tensor * context * data_parallel * parallel.pipeline_model_parallel_size
-    ring = hardware.group_rate(tensor, 1, gpus)
-    activations = tokens * hidden * value
-    gather = (tensor - 1) / tensor * activations / ring  # or scatter
+    activations = tokens * model.hidden_size * value
+    return _Rates(
+        value=value,
+        matmul=hardware.peak * efficiency * tensor / tokens,
+        traffic=tokens / hardware.memory_rate,
+        tokens=tokens,
+        activations=activations,
+        gather=(tensor - 1) / tensor * activations / hardware.group_rate(tensor, 1, gpus),
+        gpus=gpus,
+        spread=tensor if parallel.sequence_parallel else 1,
+        mask=1 if model.hidden_dropout > 0 else 0,
+    )
 
-    spread = tensor if parallel.sequence_parallel else 1
-    dropped = 1 if model.hidden_dropout > 0 else 0
-    around = hidden * (2 * 2 * value + 2 * (3 * value + dropped)) / spread  # two norms, two residual adds
-    ffn = ffn_hidden_size(model)
-    activation = (3 if model.swiglu else 2) * value * ffn / tensor
+
+def _layer(config: Config, hardware: Hardware, rates: _Rates, attention: Attention) -> tuple[Seconds, Seconds, Seconds]:
+    """Forward, backward, and what of the forward pass the backward pass repeats."""
+    rate, gather = rates.matmul, rates.gather
+    flops = layer_flops_by_part(config.model, causal=attention == "flash")
+    around, activation, scores = _layer_bytes(config, rates, attention)
+    around_ring = _around_ring(config, hardware, rates)
+    forward = Seconds(
+        matmul=flops.total / rate,
+        memory=(around + activation + scores) * rates.traffic,
+        communication=4 * gather + _exposed(around_ring, flops.attention / rate),
+    )
+    columns = [flops.query_key_value / rate, flops.mlp_in / rate]  # of one of the backward pass's two products
+    if config.parallel.sequence_parallel:
+        sent = 2 * gather + sum(2 * _exposed(gather, product) for product in columns)
+    else:
+        sent = sum(_exposed(2 * gather, product) for product in columns)
+    backward = Seconds(
+        matmul=_BACKWARD * flops.total / rate,
+        memory=_BACKWARD * (around + activation + scores) * rates.traffic,
+        communication=sent + _exposed(2 * around_ring, _BACKWARD * flops.attention / rate),
+    )
+    recomputed = _recomputed(
+        config,
+        forward,
+        attention=Seconds(matmul=flops.attention / rate, memory=scores * rates.traffic),
+        mlp=Seconds(
+            matmul=(flops.mlp_in + flops.mlp_out) / rate,
+            memory=activation * rates.traffic,
+            communication=2 * gather,
+        ),
+    )
+    return forward, backward, recomputed
+
+
+def _layer_bytes(config: Config, rates: _Rates, attention: Attention) -> tuple[float, float, float]:
+    """Bytes a token that elementwise operations move: around attention and MLP, in the MLP, on the scores."""
+    model, value = config.model, rates.value
+    tensor = config.parallel.tensor_model_parallel_size
+    # two norms, two residual adds
+    around = model.hidden_size * (2 * 2 * value + 2 * (3 * value + rates.mask)) / rates.spread
+    activation = (3 if model.swiglu else 2) * value * ffn_hidden_size(model) / tensor
     scores = 0.0
     if attention == "unfused":
         mask = (2 * value + 1) if model.attention_dropout > 0 else 0
         scores = model.num_attention_heads / tensor * model.seq_length * (2 * value + mask)
-    traffic = tokens / hardware.memory_rate  # seconds for a byte a token
+    return around, activation, scores
 
-    head = model.kv_channels or hidden // model.num_attention_heads
+
+def _around_ring(config: Config, hardware: Hardware, rates: _Rates) -> float:
+    """Seconds in which keys and values go round the context-parallel ranks."""
+    model = config.model
+    tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    if context == 1:
+        return 0.0
+    head = model.kv_channels or model.hidden_size // model.num_attention_heads
     keys_values = 2 * head * (model.num_query_groups or model.num_attention_heads) / tensor
-    around_ring = 0.0
-    if context > 1:
-        around_ring = (context - 1) * tokens * keys_values * value / hardware.group_rate(context, tensor, gpus)
+    return (context - 1) * rates.tokens * keys_values * rates.value / hardware.group_rate(context, tensor, rates.gpus)
 
-    def exposed(seconds: float, hidden_by: float) -> float:
-        return max(0.0, seconds - hidden_by)
 
+def _embedding(config: Config, rates: _Rates) -> tuple[Seconds, Seconds]:
+    """Forward and backward."""
+    hidden, value = config.model.hidden_size, rates.value
+    is_split = config.parallel.sequence_parallel
     forward = Seconds(
-        matmul=flops.total / rate,
-        memory=(around + activation + scores) * traffic,
-        communication=4 * gather + exposed(around_ring, flops.attention / rate),
+        memory=hidden * (2 * value + 2 * value * rates.mask) * rates.traffic,
+        communication=rates.gather if is_split else 2 * rates.gather,
     )
-    columns = [flops.query_key_value / rate, flops.mlp_in / rate]  # of one of the backward pass's two products
-    if parallel.sequence_parallel:
-        sent = 2 * gather + sum(2 * exposed(gather, product) for product in columns)
-    else:
-        sent = sum(exposed(2 * gather, product) for product in columns)
     backward = Seconds(
-        matmul=_BACKWARD * flops.total / rate,
-        memory=_BACKWARD * (around + activation + scores) * traffic,
-        communication=sent + exposed(2 * around_ring, _BACKWARD * flops.attention / rate),
+        memory=_BACKWARD * hidden * (2 * value + 2 * value * rates.mask) * rates.traffic,
+        communication=rates.gather if is_split else 0.0,
     )
+    return forward, backward
 
-    logits = logits_flops_per_token(model, vocab_size) / rate
+
+def _output(config: Config, rates: _Rates, vocab_size: int) -> tuple[Seconds, Seconds]:
+    """Forward and backward of logits and loss."""
+    hidden, value, gather = config.model.hidden_size, rates.value, rates.gather
+    tensor, is_split = config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
+    logits = logits_flops_per_token(config.model, vocab_size) / rates.matmul
     per_logit = value + 36  # the cast to fp32, maximum, subtraction, exponential, sum, division
     per_logit_backward = value + 12  # the gradient in place, and its cast
-    output_sent = exposed(gather, logits) * 2 if parallel.sequence_parallel else exposed(2 * gather, logits)
-    return Costs(
-        layer_forward=forward,
-        layer_backward=backward,
-        recomputed=_recomputed(
-            config,
-            forward,
-            attention=Seconds(matmul=flops.attention / rate, memory=scores * traffic),
-            mlp=Seconds(
-                matmul=(flops.mlp_in + flops.mlp_out) / rate,
-                memory=activation * traffic,
-                communication=2 * gather,
-            ),
-        ),
-        embedding_forward=Seconds(
-            memory=hidden * (2 * value + 2 * value * dropped) * traffic,
-            communication=gather if parallel.sequence_parallel else 2 * gather,
-        ),
-        embedding_backward=Seconds(
-            memory=_BACKWARD * hidden * (2 * value + 2 * value * dropped) * traffic,
-            communication=gather if parallel.sequence_parallel else 0.0,
-        ),
-        output_forward=Seconds(
-            matmul=logits,
-            memory=(vocab_size / tensor * per_logit + 2 * value * hidden / spread) * traffic,
-            communication=gather if parallel.sequence_parallel else 0.0,
-        ),
-        output_backward=Seconds(
-            matmul=_BACKWARD * logits,
-            memory=(vocab_size / tensor * per_logit_backward + 4 * value * hidden / spread) * traffic,
-            communication=output_sent,
-        ),
-        transfer=_transfer(config, hardware, data_parallel, activations / spread),
+    forward = Seconds(
+        matmul=logits,
+        memory=(vocab_size / tensor * per_logit + 2 * value * hidden / rates.spread) * rates.traffic,
+        communication=gather if is_split else 0.0,
     )
+    backward = Seconds(
+        matmul=_BACKWARD * logits,
+        memory=(vocab_size / tensor * per_logit_backward + 4 * value * hidden / rates.spread) * rates.traffic,
+        communication=_exposed(gather, logits) * 2 if is_split else _exposed(2 * gather, logits),
+    )
+    return forward, backward
+
+
+def _exposed(seconds: float, hidden_by: float) -> float:
+    """What is left of communication that runs beside a matrix product."""
+    return max(0.0, seconds - hidden_by)
 
 
 def _recomputed(config: Config, forward: Seconds, attention: Seconds, mlp: Seconds) -> Seconds:

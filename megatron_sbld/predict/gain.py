@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 
 from megatron_sbld.checks import check_number
 from megatron_sbld.config.flops import ideal_speedup, layer_share, model_flops_per_token
+from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.forecast.drops import spread_iterations
 from megatron_sbld.forecast.stages import drawn_shares
@@ -26,6 +27,7 @@ from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement, even_placement
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 
@@ -100,7 +102,8 @@ class Predictor:
         """The policy of a drop section in this run."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the config's own are shown once, when it is read
-            return build_policy(drop, self.setup.config.model.num_layers, self.train_iters)
+            config = self.setup.config
+            return build_policy(drop, config.model.num_layers, self.train_iters, ranks=placement_of(config).stages)
 
     def predict(self, drop: DropConfig, placement: Placement | None = None) -> Prediction:
         """What a drop section gains over the undropped model on the setup's placement.
@@ -110,7 +113,7 @@ class Predictor:
         model = self.model if placement is None else self.on(placement)
         policy, iterations = self.policy(drop), self.sampled(drop)
         replicas = self.shares(drop, policy, iterations, model.setup.placement)
-        freezes = drop.dropped_update == "freeze"
+        freezes = dropped_update(drop) == "freeze"
         times = model.times(replicas, freezes=freezes).total
         even = times if model.num_ranks == 1 else model.times(replicas, evenly=True, freezes=freezes).total
         means = [policy.keep_probs(iteration) for iteration in iterations]
@@ -140,7 +143,7 @@ class Predictor:
         model, policy = self.on(placement), self.policy(drop)
         replicas = self.shares(drop, policy, iterations, placement)
         means = [policy.keep_probs(iteration) for iteration in iterations]
-        times = model.times(replicas, freezes=drop.dropped_update == "freeze").total
+        times = model.times(replicas, freezes=dropped_update(drop) == "freeze").total
         return _expected(times, _kept(replicas) - np.mean(means, axis=1))[0]
 
     def hours(self, iteration_s: float) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sbld.checks import check_integer, check_number
+from megatron_sbld.fields import Count, Positive, PositiveShare, check_fields
 from megatron_sbld.files.strict_yaml import load_yaml
 
 
@@ -26,28 +26,24 @@ class Hardware:
     """A cluster of equal nodes with equal GPUs. GB are 10^9 bytes, bandwidths in one direction."""
 
     name: str
-    peak_tflops: float
+    peak_tflops: Positive
     """Dense matrix products in the training precision, TFLOP/s."""
-    memory_gb: float
+    memory_gb: Positive
     """Memory of a GPU."""
-    hbm_bandwidth: float
+    hbm_bandwidth: Positive
     """GB/s of a GPU's memory."""
-    intra_bandwidth: float
+    intra_bandwidth: Positive
     """GB/s of a GPU to the others of its node."""
-    inter_bandwidth: float
+    inter_bandwidth: Positive
     """GB/s of a GPU to other nodes: a node's network divided by its GPUs."""
-    gpus_per_node: int = 8
-    hbm_efficiency: float = 0.8
+    gpus_per_node: Count = 8
+    hbm_efficiency: PositiveShare = 0.8
     """Share of hbm_bandwidth that elementwise operations and the optimizer reach (an assumption)."""
-    link_efficiency: float = 0.8
+    link_efficiency: PositiveShare = 0.8
     """Share of the links' bandwidths that collectives reach (an assumption)."""
 
     def __post_init__(self) -> None:
-        for field in ("peak_tflops", "memory_gb", "hbm_bandwidth", "intra_bandwidth", "inter_bandwidth"):
-            check_number(f"hardware: {field}", getattr(self, field), "(0, inf)")
-        for field in ("hbm_efficiency", "link_efficiency"):
-            check_number(f"hardware: {field}", getattr(self, field), "(0, 1]")
-        check_integer("hardware: gpus_per_node", self.gpus_per_node, 1)
+        check_fields(self, "hardware: ")
 
     @property
     def peak(self) -> float:

@@ -24,6 +24,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.config.validate import data_parallel_size
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.predict.cost import Attention, Costs, pass_costs, step_costs
 from megatron_sbld.predict.hardware import Hardware
 from megatron_sbld.predict.parameters import (
@@ -231,7 +232,7 @@ class IterationModel:
         freezes: whether layers that ran nothing are frozen; None is what the setup's drop section says.
         """
         if freezes is None:
-            freezes = self.setup.config.drop.dropped_update == "freeze"
+            freezes = dropped_update(self.setup.config.drop) == "freeze"
         runs = [self.run(shares, evenly) for shares in replicas]
         ran = np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0)
         skip = self._skipped(ran)

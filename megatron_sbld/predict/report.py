@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sbld.config.flops import model_flops_per_token
+from megatron_sbld.method.in_force import dropped_update
 from megatron_sbld.predict.gain import Prediction, Target
 from megatron_sbld.predict.memory import MARGIN, RankMemory
 from megatron_sbld.predict.outcome import Outcome
@@ -69,7 +70,7 @@ def _gains(outcome: Outcome) -> str:
     if not outcome.predictions:
         lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
     config = outcome.setup.config
-    freezes = config.drop.policy != "none" and config.drop.dropped_update == "freeze"
+    freezes = config.drop.policy != "none" and dropped_update(config.drop) == "freeze"
     if freezes and config.parallel.overlap_param_gather:
         lines.append(
             "drop.dropped_update freeze: not counted is that the overlapped gathers of parameters leave dropped layers "

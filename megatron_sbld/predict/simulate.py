@@ -90,52 +90,84 @@ def run_schedule(
     first_forward: (chunk, start) -> end of the first microbatch's forward pass, where it waits for parameters.
     record: keep every pass.
     """
-    leading, (num_microbatches, num_chunks) = forward.shape[:-2], forward.shape[-2:]
+    num_microbatches, num_chunks = forward.shape[-2:]
     orders = [pass_order(rank, num_ranks, num_microbatches, num_chunks // num_ranks) for rank in range(num_ranks)]
-    positions = [0] * num_ranks
-    free = [np.zeros(leading) for _ in range(num_ranks)]
-    busy = [np.zeros(leading) for _ in range(num_ranks)]
-    sent = np.zeros(num_ranks)
-    arrived: dict[Pass, Floats] = {}  # by the pass that waits for it
-    last_backward: list[tuple[Floats, Floats]] = [(free[0], free[0])] * num_chunks
+    clock = _Clock(forward, backward, num_ranks, transfer=transfer, holds=holds, first_forward=first_forward)
     events: list[Event] = []
+    positions = [0] * num_ranks
     moved = True
     while moved:
         moved = False
         for rank, order in enumerate(orders):
-            while positions[rank] < len(order):
-                what = order[positions[rank]]
-                is_forward, microbatch, chunk = what
-                begins = chunk == (0 if is_forward else num_chunks - 1)
-                if not begins and what not in arrived:
-                    break
-                start = free[rank] if begins else np.maximum(free[rank], arrived.pop(what))
-                seconds = (forward if is_forward else backward)[..., microbatch, chunk]
-                end = start + seconds
-                if is_forward and microbatch == 0 and first_forward is not None:
-                    end = first_forward(chunk, start)
-                busy[rank] = busy[rank] + seconds
-                free[rank] = end
-                after = chunk + (1 if is_forward else -1)
-                if 0 <= after < num_chunks:
-                    arrived[Pass(is_forward, microbatch, after)] = end + transfer
-                    if holds and num_ranks > 1:
-                        free[rank] = end + transfer
-                        sent[rank] += transfer
-                if not is_forward:
-                    last_backward[chunk] = (start, end)
+            while positions[rank] < len(order) and clock.can_run(order[positions[rank]]):
+                event = clock.run(rank, order[positions[rank]])
                 if record:
-                    events.append(Event(rank, what, start, end))
+                    events.append(event)
                 positions[rank] += 1
                 moved = True
     assert all(at == len(order) for at, order in zip(positions, orders, strict=True)), "the schedule waits for itself"
     return Run(
-        end=np.max([end for _, end in last_backward], axis=0),
-        busy=np.stack(busy, axis=-1),
-        sent=sent,
-        last_backward=last_backward,
+        end=np.max([end for _, end in clock.last_backward], axis=0),
+        busy=np.stack(clock.busy, axis=-1),
+        sent=clock.sent,
+        last_backward=clock.last_backward,
         events=events,
     )
+
+
+class _Clock:
+    """When each rank is free and each pass's input is there; arguments as in run_schedule."""
+
+    def __init__(
+        self,
+        forward: Floats,
+        backward: Floats,
+        num_ranks: int,
+        *,
+        transfer: float,
+        holds: bool,
+        first_forward: Callable[[int, Floats], Floats] | None,
+    ) -> None:
+        leading, self._num_chunks = forward.shape[:-2], forward.shape[-1]
+        self._forward, self._backward = forward, backward
+        self._transfer = transfer
+        self._holds = holds and num_ranks > 1
+        self._first_forward = first_forward
+        self._free = [np.zeros(leading) for _ in range(num_ranks)]
+        self._arrived: dict[Pass, Floats] = {}  # by the pass that waits for it
+        self.busy = [np.zeros(leading) for _ in range(num_ranks)]
+        self.sent = np.zeros(num_ranks)
+        self.last_backward: list[tuple[Floats, Floats]] = [(self._free[0], self._free[0])] * self._num_chunks
+
+    def can_run(self, what: Pass) -> bool:
+        """Whether the pass has its input."""
+        return self._begins(what) or what in self._arrived
+
+    def run(self, rank: int, what: Pass) -> Event:
+        """Run a pass that has its input, as soon as its rank is free, and send on what it makes."""
+        is_forward, microbatch, chunk = what
+        start = self._free[rank]
+        if not self._begins(what):
+            start = np.maximum(start, self._arrived.pop(what))
+        seconds = (self._forward if is_forward else self._backward)[..., microbatch, chunk]
+        end = start + seconds
+        if is_forward and microbatch == 0 and self._first_forward is not None:
+            end = self._first_forward(chunk, start)
+        self.busy[rank] = self.busy[rank] + seconds
+        self._free[rank] = end
+        after = chunk + (1 if is_forward else -1)
+        if 0 <= after < self._num_chunks:
+            self._arrived[Pass(is_forward, microbatch, after)] = end + self._transfer
+            if self._holds:
+                self._free[rank] = end + self._transfer
+                self.sent[rank] += self._transfer
+        if not is_forward:
+            self.last_backward[chunk] = (start, end)
+        return Event(rank, what, start, end)
+
+    def _begins(self, what: Pass) -> bool:
+        """Whether no other pass comes before."""
+        return what.chunk == (0 if what.is_forward else self._num_chunks - 1)
 
 
 def most_in_flight(amounts: Floats, rank: int, num_ranks: int, num_microbatches: int) -> tuple[Floats, int]:

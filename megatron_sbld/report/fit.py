@@ -13,6 +13,7 @@ import numpy as np
 from megatron_sbld.checks import check_number
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.method.schedule_fit import Fit, Trace, build_trace, fit_trace, is_exponential, schedule_fields
+from megatron_sbld.report.notes import changes_notes
 from megatron_sbld.report.runs import RunData, read_runs, run_files
 from megatron_sbld.report.schedule_plots import plot_fits
 
@@ -182,6 +183,9 @@ def _run_notes(baseline: RunData, dropped: RunData, trace: Trace) -> list[str]:
         "RMSE and R^2 are of the running mean. AIC is of the single iterations, which it takes for independent: where "
         "gaps drift together for another reason than the shape, it is too sure.",
     ]
+    compared = {*_compared_fields(baseline), *(f"training.{name}" for name in _NOTED)}
+    for run in (baseline, dropped):
+        notes += changes_notes(run, lambda field: field in compared or field.startswith("drop."))
     for name in _NOTED:
         ours, theirs = getattr(dropped.config.training, name), getattr(baseline.config.training, name)
         if ours != theirs:

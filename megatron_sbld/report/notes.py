@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from megatron_sbld.report.evaluation import evaluated_iterations
 from megatron_sbld.report.groups import RunGroup
+from megatron_sbld.report.runs import RunData
 
 _COMPARED_SECTIONS = ("model", "parallel", "data", "optimizer", "training")
 _NOT_COMPARED = ("training.seed", "data.data_cache_path")  # seeds have footnotes of their own
@@ -39,6 +40,8 @@ def group_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | Non
         paired: seeds over which the change is paired; None where it is not.
     """
     notes = [] if group is baseline else _difference_notes(group, baseline)
+    for run in group.runs:
+        notes += changes_notes(run, _is_compared)
     notes += _progress_notes(group, baseline)
     missing = [run.label for run in group.runs if not run.valid]
     if missing and group.validated:
@@ -77,6 +80,18 @@ def evaluation_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
     elif len(ours) == 1 and any(run.last_iteration not in ours for run in group.runs if run.evaluations):
         notes.append(f"{group.label}: evaluated at iteration {_and(ours)}, before its end.")
     return notes
+
+
+def changes_notes(run: RunData, concerns: Callable[[str], bool]) -> list[str]:
+    """On a run that was resumed with other settings: one line, as far as `concerns` holds for a field."""
+    changes = [change.text for change in run.changes if concerns(change.field)]
+    if not changes:
+        return []
+    return [f"{run.label} was resumed with other settings, and is compared by its last: {'; '.join(changes)}."]
+
+
+def _is_compared(field: str) -> bool:
+    return field.partition(".")[0] in (*_COMPARED_SECTIONS, "drop") and field != "data.data_cache_path"
 
 
 def _difference_notes(group: RunGroup, baseline: RunGroup) -> list[str]:

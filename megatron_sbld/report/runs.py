@@ -1,5 +1,5 @@
-"""Reads a run folder: config.yaml, metrics.jsonl and evaluations.jsonl if it is there, as a trainer that may have been
-killed at any moment left them.
+"""Reads a run folder: config.yaml, metrics.jsonl and, where they are there, evaluations.jsonl and changes.jsonl, as a
+trainer that may have been killed at any moment left them.
 
 Only these files are read, not checkpoints nor TensorBoard's. What is computed from them is elsewhere.
 """
@@ -18,6 +18,7 @@ import yaml
 
 from megatron_sbld.config.sections import Config
 from megatron_sbld.evaluation.results import EVALUATIONS_FILE, Evaluation, read_evaluations
+from megatron_sbld.training.changes import CHANGES_FILE, SettingChange, read_changes
 
 Row = dict[str, Any]
 FloatArray = npt.NDArray[np.float64]
@@ -25,7 +26,10 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run folder says about a run: its resolved config and its rows, one an iteration, in order."""
+    """What a run folder says about a run: its resolved config and its rows, one an iteration, in order.
+
+    The config is that of the last start; `changes` are what it had otherwise before.
+    """
 
     path: Path
     label: str
@@ -37,6 +41,8 @@ class RunData:
     """Validation rows by iteration; may be empty."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """Of checkpoints up to the iteration at which the run stands; may be empty."""
+    changes: list[SettingChange] = field(default_factory=list)
+    """In the order of iterations; most runs have none."""
 
     @property
     def policy(self) -> str:
@@ -96,7 +102,7 @@ def read_runs(paths: Sequence[str]) -> list[RunData]:
 
 def run_files(runs: Iterable[RunData]) -> list[Path]:
     """All files that `read_runs` reads."""
-    names = ("config.yaml", "metrics.jsonl", EVALUATIONS_FILE)
+    names = ("config.yaml", "metrics.jsonl", EVALUATIONS_FILE, CHANGES_FILE)
     return [run.path / name for run in runs for name in names]
 
 
@@ -118,6 +124,7 @@ def read_run(path: Path, label: str) -> RunData:
         train=train,
         valid=valid,
         evaluations=[row for row in _read_evaluations(path / EVALUATIONS_FILE) if row.iteration <= last],
+        changes=[change for change in read_changes(path) if change.iteration <= last],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import train_iterations, validate
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.forecast.drops import Forecast, forecast, forecast_text
 from megatron_sbld.forecast.stages import StageForecast, stage_forecast, stage_forecast_text
 from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.policy import Policy, SBLDPolicy
+from megatron_sbld.method.recipes import recipe_settings
 from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
 
@@ -36,13 +39,16 @@ class LayerTable:
     """Block, Allow or nothing, by layer."""
 
 
-def show_schedule(config: Config, out: str | None = None, config_files: Sequence[str] = ()) -> Forecast:
+def show_schedule(
+    config: Config, out: str | None = None, config_files: Sequence[str] = (), explicit: Collection[str] = ()
+) -> Forecast:
     """Prints the forecast and the layers' keep probabilities of a config; nothing is trained and no data is read.
 
     Args:
         config: as for `pretrain`; data may be missing, and any number of processes is assumed that fits.
         out: folder for schedule.png and schedule.json. None writes nothing.
         config_files: what the config was read from, which is not overwritten.
+        explicit: fields of the drop section that were set, and win over its recipe.
 
     Raises:
         ValueError: a mistake in the config or the sensitivity file, or policy none, which has no schedule.
@@ -54,15 +60,17 @@ def show_schedule(config: Config, out: str | None = None, config_files: Sequence
     if config.drop.policy == "none":
         raise ValueError(
             "drop.policy = 'none' is not allowed: it drops nothing and has no schedule; "
-            "choose sbld, pld, layerdrop or stochastic_depth"
+            "choose sbld, pld, layerdrop, stochastic_depth or staged"
         )
     train_iters = train_iterations(config)
-    policy = build_policy(config.drop, config.model.num_layers, train_iters)
+    policy = build_policy(config.drop, config.model.num_layers, train_iters, ranks=placement_of(config).stages)
     phi = layers_share(config)
     outlook = forecast(policy, train_iters, phi)
     stages = stage_forecast(config, policy, outlook, phi)
     table = layer_table(policy, outlook)
     print(f"policy {config.drop.policy}, {policy.num_layers} layers, {train_iters} iterations\n")
+    if config.drop.recipe is not None:
+        print(recipe_text(config.drop, policy.num_layers, explicit), end="\n\n")
     print(forecast_text(outlook), _share_text(phi, config.data.tokenizer), sep="\n", end="\n\n")
     if stages is not None:
         print(stage_forecast_text(stages), end="\n\n")
@@ -74,6 +82,18 @@ def show_schedule(config: Config, out: str | None = None, config_files: Sequence
         _write_json(config, phi, outlook, stages, table, folder / "schedule.json")
         print(f"\nsaved {folder / 'schedule.png'}\nsaved {folder / 'schedule.json'}")
     return outlook
+
+
+def recipe_text(drop: DropConfig, num_layers: int, explicit: Collection[str]) -> str:
+    """What the recipe says of each field, what is in force, and where that came from."""
+    assert drop.recipe is not None, "asked for with a recipe alone"
+    lines = [f"recipe {drop.recipe}:"]
+    for field, setting in recipe_settings(drop.recipe, num_layers).items():
+        source = setting.source
+        if field in explicit:
+            source = f"set explicitly (the recipe has {setting.value})"
+        lines.append(f"  {field + ':':<17}{getattr(drop, field)!s:<34}{source}")
+    return "\n".join(lines)
 
 
 def layer_table(policy: Policy, outlook: Forecast) -> LayerTable:

@@ -1,4 +1,4 @@
-"""What `megatron-sbld profile` shows: a sensitivity file as a table and as bars, its lists, and how rankings agree."""
+"""A sensitivity file as a table and as bars, its lists, joined parts, and how rankings agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_sbld.report.plots import DPI
 from megatron_sbld.report.table import print_line, print_wide
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.lists import choose_lists
-from megatron_sbld.sensitivity.measurement import ProfileFolder, sensitivity_of
+from megatron_sbld.sensitivity.measurement import MeasurementFolder, sensitivity_of
 from megatron_sbld.sensitivity.stats import rank_correlations
 
 _COLOURS = {"Block": "tab:green", "Allow": "tab:orange", "": "tab:gray"}  # as in the paper's Figure 3
@@ -71,7 +71,7 @@ def merge(folders: Sequence[str], output: str) -> SensitivityFile:
         raise ValueError(f"{repeated[0]} is named more than once")
     for folder in map(Path, folders):
         refuse_inputs("--output", [output], [folder / "profile.json", *folder.glob("seed-*/*.json")])
-    result = sensitivity_of([ProfileFolder.read(Path(folder)) for folder in folders])
+    result = sensitivity_of([MeasurementFolder.read(Path(folder)) for folder in folders])
     result.save(output)
     print_gaps(result, Console())
     print(f"saved {output}")

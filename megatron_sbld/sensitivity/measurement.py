@@ -1,4 +1,4 @@
-"""What `megatron-sbld profile` has measured, as files, and the sensitivity that follows (docs/method.md 3).
+"""What `megatron-sbld sensitivity measure` has measured, as files, and the sensitivity that follows (docs/method.md 3).
 
     DIR/profile.json              what was asked for: settings, and what the figures are measured with
     DIR/seed-1234/baseline.json   the values of a finished run: losses by iteration (or by batch), or influences
@@ -69,7 +69,7 @@ class Request:
     """For measured_with: command, model, data, hardware, ..."""
 
 
-class ProfileFolder:
+class MeasurementFolder:
     """The folder of a measurement."""
 
     def __init__(self, path: Path, request: Request) -> None:
@@ -78,7 +78,7 @@ class ProfileFolder:
         self._fingerprint = _fingerprint(request.settings)
 
     @classmethod
-    def open(cls, path: Path, request: Request) -> ProfileFolder:
+    def open(cls, path: Path, request: Request) -> MeasurementFolder:
         """Create the folder, or continue it. Raises ValueError if it holds runs of other settings, by field."""
         request = Request(**json.loads(json.dumps(dataclasses.asdict(request))))
         if (path / "profile.json").exists():
@@ -93,7 +93,7 @@ class ProfileFolder:
         return cls(path, request)
 
     @classmethod
-    def read(cls, path: Path) -> ProfileFolder:
+    def read(cls, path: Path) -> MeasurementFolder:
         """The folder of an earlier measurement. Raises ValueError if it is none."""
         content = _read(path / "profile.json")
         if content.pop("format", None) != FORMAT:
@@ -161,7 +161,7 @@ class ProfileFolder:
         return self.path / f"seed-{seed}" / f"{name}.json"
 
 
-def sensitivity_of(folders: Sequence[ProfileFolder]) -> SensitivityFile:
+def sensitivity_of(folders: Sequence[MeasurementFolder]) -> SensitivityFile:
     """The sensitivity that the folders hold between them, each layer against its own folder's baseline.
 
     Raises:
@@ -170,7 +170,7 @@ def sensitivity_of(folders: Sequence[ProfileFolder]) -> SensitivityFile:
     first = folders[0].request
     for other in folders[1:]:
         _check_alike(folders[0], other)
-    owner: dict[int, ProfileFolder] = {}
+    owner: dict[int, MeasurementFolder] = {}
     for folder in folders:
         for layer in folder.layers():
             if layer in owner:
@@ -192,7 +192,7 @@ def sensitivity_of(folders: Sequence[ProfileFolder]) -> SensitivityFile:
     )
 
 
-def _check_alike(first: ProfileFolder, other: ProfileFolder) -> None:
+def _check_alike(first: MeasurementFolder, other: MeasurementFolder) -> None:
     """Refuse parts that cannot be joined, by field."""
     ours, theirs = (
         {**folder.request.settings, "seeds": folder.request.seeds, "window": folder.request.window}
@@ -206,7 +206,7 @@ def _check_alike(first: ProfileFolder, other: ProfileFolder) -> None:
         )
 
 
-def _measured_with(folders: Sequence[ProfileFolder]) -> dict[str, Any]:
+def _measured_with(folders: Sequence[MeasurementFolder]) -> dict[str, Any]:
     request, runs = folders[0].request, [folder.all_runs() for folder in folders]
     everything = [run for part in runs for run in part]
     result: dict[str, Any] = {
@@ -244,7 +244,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}, which `megatron-sbld profile` writes, cannot be read: {error.strerror}") from error
+        raise ValueError(
+            f"{path}, which `megatron-sbld sensitivity measure` writes, cannot be read: {error.strerror}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 
-from megatron_sbld.checkpoint.start import find_start
-from megatron_sbld.config.run_length import RunLength
+from megatron_sbld.checkpoint.start import find_start, planned_length
 from megatron_sbld.config.sections import Config
+from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import validate
 from megatron_sbld.data.blend import check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +43,7 @@ def pretrain(config: Config, tasks_of: Callable[[Config, Tokenizer], Tasks] = no
     check_model(config)
     check_logging(config.logging)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_data(config, tokenizer)
+    data = check_data(config, tokenizer)
     tasks = tasks_of(config, tokenizer)
     with (
         distributed_run(config),
@@ -51,10 +51,12 @@ def pretrain(config: Config, tasks_of: Callable[[Config, Tokenizer], Tasks] = no
         stop_flag() as stop,
         run_folder_lock(config.logging.run_dir, "logging.run_dir"),
     ):
-        start = find_start(config, tokenizer)  # not before the lock: a process that is just ending may still save
-        length = RunLength(config.training) if start is None else start.length(config)
-        policy = build_policy(config.drop, config.model.num_layers, length.train_iters)
-        run = Run(config, tokenizer, policy, start)
+        start = find_start(config, tokenizer, data)  # not before the lock: a process that is just ending may still save
+        length = planned_length(config, start)
+        policy = build_policy(
+            config.drop, config.model.num_layers, length.train_iters, ranks=placement_of(config).stages
+        )
+        run = Run(config, tokenizer, data, policy, start, length)
         first = run.iteration
         try:
             with closing(run):

@@ -32,7 +32,7 @@ from megatron_sbld.mcore.optimizer.state import fuse_adam
 from megatron_sbld.ranks import this_device
 from megatron_sbld.residual.choice import library_for
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_model(config: Config) -> None:
@@ -61,7 +61,7 @@ def check_model(config: Config) -> None:
         raise ValueError(f"training.torch_compile = True: {obstacle}; must be false")
     if config.drop.residual == "fused":
         try:
-            library_for(this_device(), _DTYPES[config.training.precision])
+            library_for(this_device(), DTYPES[config.training.precision])
         except RuntimeError as error:
             raise ValueError(f"drop.residual = 'fused': {error}") from error
 
@@ -103,8 +103,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Batched, the two messages that an interleaved stage sends to the one other stage of PP 2 are mistaken for each
         # other: wrong losses without an error.
         batch_p2p_comm=on_gpu and not interleaved,
-        params_dtype=_DTYPES[training.precision],
-        pipeline_dtype=_DTYPES[training.precision],
+        params_dtype=DTYPES[training.precision],
+        pipeline_dtype=DTYPES[training.precision],
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
         recompute_granularity=training.recompute_granularity,
@@ -222,7 +222,7 @@ def build_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -
             adam_eps=opt.adam_eps,
             clip_grad=opt.clip_grad,
             log_num_zeros_in_grad=opt.log_num_zeros_in_grad,
-            params_dtype=_DTYPES[training.precision],
+            params_dtype=DTYPES[training.precision],
             bf16=training.precision == "bf16",
             fp16=training.precision == "fp16",
             loss_scale=training.loss_scale,

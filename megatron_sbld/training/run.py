@@ -26,28 +26,30 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
+from megatron_sbld.checkpoint.layers import LayerMap
 from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint, load_weights
 from megatron_sbld.checkpoint.resume import PLANNED_FIELDS, warnings_of_decisions
 from megatron_sbld.checkpoint.start import Start
 from megatron_sbld.checkpoint.state import failures_name
-from megatron_sbld.config.flops import padded_vocab_size, training_flops
+from megatron_sbld.config.flops import executed_flops, padded_vocab_size, training_flops
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.validate import data_parallel_size
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import TrainingData
-from megatron_sbld.data.blend import data_facts
+from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.files.strict_yaml import dump_yaml
 from megatron_sbld.health.liveness import SAVING
 from megatron_sbld.health.run_lock import RunLock
 from megatron_sbld.health.watchdog import POSITION
-from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, make_switchable
+from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.method.build import updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.ranks import on_rank_0
+from megatron_sbld.training.changes import CHANGES_FILE, record_changes
 from megatron_sbld.training.metrics import MetricsWriter, set_aside
 from megatron_sbld.training.model import (
     build_model,
@@ -70,14 +72,23 @@ class Run:
     Writes nothing unless `open_run_folder` is called, so that others (measure/) can train without a run folder.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, policy: Policy, start: Start | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        data: RunData,
+        policy: Policy,
+        start: Start | None,
+        length: RunLength,
+    ) -> None:
         self.config = config
         self.run_dir = Path(config.logging.run_dir)
         self.goes_on = start is not None and start.checkpoint.path.parent == self.run_dir / "checkpoints"
         """Whether it starts from a checkpoint of its own, so that the rows in the run folder are its own too."""
+        self._changes = [] if start is None else start.changes
         self.tokenizer = tokenizer
-        self.length = RunLength(config.training) if start is None else start.length(config)
-        self.train_iters = self.length.train_iters
+        self.length = length
+        self.train_iters = length.train_iters
         self.iteration = 0
         self.consumed_samples = 0
         self._extra_tokens = 0  # of samples of another seq_length, beyond those of the present one
@@ -92,8 +103,16 @@ class Run:
         if config.drop.residual == "fused":
             fuse_residual(self.chunks)
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
-        if config.drop.policy != "none" and config.drop.dropped_update == "freeze":
+        if config.drop.policy != "none" and dropped_update(config.drop) == "freeze":
             freeze_dropped_layers(self.chunks, self.optimizer)
+        if policy.stages is not None:
+            grow_in_stages(
+                self.chunks,
+                self.optimizer,
+                self.controller,
+                config.drop.stage_init,
+                copy_moments=config.drop.stage_copy_moments,
+            )
         self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.length)
         self.checkpoints: CheckpointManager | None = None
         self.writer: MetricsWriter | None = None
@@ -103,7 +122,8 @@ class Run:
         """Mean loss per token of the last iteration."""
         if start is not None:
             self._restore(start)
-        self.data = TrainingData(config, tokenizer, self.length, self.consumed_samples)
+        self._train_data = data.train.facts
+        self.data = TrainingData(config, tokenizer, data, length, self.consumed_samples)
 
     @property
     def consumed_tokens(self) -> int:
@@ -112,7 +132,6 @@ class Run:
 
     def open_run_folder(self) -> None:
         """Let the run save checkpoints and write its metrics. Collective."""
-        self._train_data = data_facts(self.config)  # once: it reads every index
         self.checkpoints = CheckpointManager(
             self.run_dir / "checkpoints",
             keep_last=self.config.checkpoint.keep_last,
@@ -188,7 +207,10 @@ class Run:
             "keep_probs": [round(keep_prob, 6) for keep_prob in controller.keep_probs.tolist()],
             "kept": [round(share, 6) for share in controller.kept_shares.mean(axis=0).tolist()],
             "update_skipped": not result.update_successful,
+            "executed_flops": self._executed_flops(batch_size),
         }
+        if controller.policy.stages is not None:
+            row["begun_layers"] = len(controller.growth.begun)
         if result.num_zeros is not None:
             row["num_zeros"] = result.num_zeros
         if self.config.training.precision == "fp16":
@@ -199,6 +221,12 @@ class Run:
             if self.config.logging.peak_tflops is not None:
                 row["mfu"] = row["model_tflops_per_gpu"] / self.config.logging.peak_tflops
         return row
+
+    def _executed_flops(self, batch_size: int) -> float:
+        """FLOPs of the iteration on all ranks: of what ran, embeddings and logits included."""
+        return executed_flops(
+            self.config.model, self.vocab_size, batch_size, float(self.controller.kept_shares.mean(axis=0).sum())
+        )
 
     def save(self) -> None:
         """Save a checkpoint of this moment. Collective."""
@@ -221,7 +249,10 @@ class Run:
 
     def _restore(self, start: Start) -> None:
         if not start.whole_state:
-            load_weights(start.checkpoint.path, self.chunks, self.optimizer)
+            layers = None
+            if start.grown_from is not None:
+                layers = LayerMap.into(self.controller.growth.begun, start.grown_from, start.saved_layers)
+            load_weights(start.checkpoint.path, self.chunks, self.optimizer, layers)
             return
         state = load_checkpoint(
             start.checkpoint.path, self.chunks, self.optimizer, self.scheduler, seed=self.config.training.seed
@@ -258,8 +289,11 @@ class Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = dataclasses.asdict(self.config)
         (self.run_dir / "config.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
-        if not self.goes_on:
-            set_aside(self.run_dir / "metrics.jsonl")
+        if self.goes_on:
+            record_changes(self.run_dir, self.iteration + 1, self._changes)
+        else:
+            for name in ("metrics.jsonl", CHANGES_FILE):
+                set_aside(self.run_dir / name)
         return MetricsWriter(self.config.logging, self.iteration + 1, self.train_iters, resolved)
 
     def note(self, text: str) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.policy import SBLDPolicy
+from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.ranks import this_device
 from megatron_sbld.sensitivity.dynamic import GapEstimator
 from megatron_sbld.sensitivity.mixing import mixed_sensitivity, released_layers
@@ -104,7 +104,10 @@ class SensitivityUpdate:
         return []
 
     def _put_in_force(self, sensitivity: ArrayLike, block_layers: Iterable[int]) -> None:
-        policy = self._base.with_sensitivity(sensitivity, block_layers)
+        policy: Policy = self._base.with_sensitivity(sensitivity, block_layers)
+        if policy.stages is not None and self._controller.policy.stages is not None:
+            policy = policy.with_stages(self._controller.policy.stages)  # those of the checkpoint
+        assert isinstance(policy, SBLDPolicy)
         if _lists(policy) != self._present_lists():  # else ranks need not compare decisions anew
             self._controller.replace_policy(policy)
 

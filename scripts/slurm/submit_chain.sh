@@ -5,8 +5,8 @@
 #
 #   --parts N             tasks of the sensitivity sweep's job array (8)
 #   --sensitivity FILE    measured before: do not measure again
-#   --profile OPTIONS     options of `megatron-sbld profile`, in one word: "--iterations 300 --seeds 1,2"
-#   --profile-job, --pretrain-job, --evaluate-job OPTIONS
+#   --measure OPTIONS     options of `megatron-sbld sensitivity measure`, in one word: "--iterations 300 --seeds 1,2"
+#   --measure-job, --pretrain-job, --evaluate-job OPTIONS
 #                         options of sbatch for that job: "--nodes 8 --time 12:00:00"
 #   --evaluate OPTIONS    options of `megatron-sbld evaluate lambada`: "--tensor_model_parallel_size 2"
 #   --dry-run             print the commands alone
@@ -21,7 +21,7 @@ source "$home/scripts/common.sh"
 help_if_asked "$0" "$@"
 
 parts=8 sensitivity="" dry=""
-profile=() profile_job=() pretrain_job=() evaluate_job=() evaluate=()
+measure=() measure_job=() pretrain_job=() evaluate_job=() evaluate=()
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry=1; shift; continue ;;
@@ -31,9 +31,9 @@ while [ $# -gt 0 ]; do
   case $1 in
     --parts) parts=$2 ;;
     --sensitivity) sensitivity=$2 ;;
-    --profile) read -ra profile <<<"$2" ;;
+    --measure) read -ra measure <<<"$2" ;;
     --evaluate) read -ra evaluate <<<"$2" ;;
-    --profile-job) read -ra profile_job <<<"$2" ;;
+    --measure-job) read -ra measure_job <<<"$2" ;;
     --pretrain-job) read -ra pretrain_job <<<"$2" ;;
     --evaluate-job) read -ra evaluate_job <<<"$2" ;;
     *) die "$1 is not an option; see --help. Fields of the config come behind CONFIG RUN_DIR PASSAGES" ;;
@@ -68,8 +68,8 @@ submit() {
 follow=()
 if [ -z "$sensitivity" ]; then
   sensitivity=$run_dir/sensitivity/sensitivity.json
-  submit profile --array="1-$parts" "${profile_job[@]}" "$home/scripts/slurm/profile.sbatch" \
-    "$config" "$run_dir/sensitivity" "$@" "${profile[@]}"
+  submit sensitivity --array="1-$parts" "${measure_job[@]}" "$home/scripts/slurm/measure_sensitivity.sbatch" \
+    "$config" "$run_dir/sensitivity" "$@" "${measure[@]}"
   follow=(--dependency="afterok:$id" --kill-on-invalid-dep=yes)
 fi
 submit pretrain "${follow[@]}" "${pretrain_job[@]}" "$home/scripts/slurm/pretrain.sbatch" \

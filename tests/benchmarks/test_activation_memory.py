@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    init_num_microbatches_calculator,
-)
 
-from megatron_sbld.training.processes import distributed_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _layouts import Layout, make_config
-from activation_memory import Iteration, measure_peak
+from benchmarks.activation_memory import Iteration
+from benchmarks.common.layouts import Layout, make_config
+from benchmarks.common.memory import measure_peak
+from benchmarks.common.processes import megatron_run
 
 ARGS = argparse.Namespace(
     **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 64, "vocab_size": 64},
     **{"micro_batch_size": 2, "global_batch_size": 2, "precision": "fp32", "recompute_granularity": None},
-    **{"keep_probs": [], "rounds": 1, "block_iterations": 1, "warmup": 1, "seed": 1234},
+    seed=1234,
 )
 MEBIBYTE = 2**18  # values of fp32
 
@@ -42,13 +35,9 @@ def test_the_peak_is_of_tensors_that_are_alive_together_and_leaves_out_those_fro
 
 def test_each_kept_layer_adds_the_same_and_dropped_ones_add_nothing() -> None:
     config = make_config(ARGS, Layout(1))
-    with distributed_run(config):
-        init_num_microbatches_calculator(0, None, 2, 2, 1)
-        try:
-            iteration = Iteration(ARGS, config)
-            none, half, all_kept = (iteration.measure(kept) for kept in (0, 2, 4))
-        finally:
-            destroy_num_microbatches_calculator()
+    with megatron_run(config):
+        iteration = Iteration(ARGS, config)
+        none, half, all_kept = (iteration.measure(kept) for kept in (0, 2, 4))
     hidden_states = ARGS.seq_length * ARGS.micro_batch_size * ARGS.hidden_size * 4  # bytes
     # With no layer kept, the peak is at another moment.
     for kind, tolerance in (("peak", 0.05), ("saved", 1e-6)):

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from megatron_sbld.method.decisions import draw_plan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from bucket_model import (
+from benchmarks.bucket_model import (
     SHAPES,
     Bucket,
     Speeds,
@@ -25,6 +19,7 @@ from bucket_model import (
     skip_probabilities,
     skipped,
 )
+from megatron_sbld.method.decisions import draw_plan
 
 # Two layers of 10 and 20 values, an embedding of 5 and a final norm of 1, each with one parameter.
 PARAMS = [(5, 0), (10, 1), (20, 2), (1, 3)]

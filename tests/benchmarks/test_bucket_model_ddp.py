@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from benchmarks.bucket_model import Bucket, Shape, make_buckets, parameters
 from tests.harness import model_parallel, single_process
 from tests.mcore.helpers import SEQUENCE, VOCAB, tiny_config, tiny_gpt, wrap_ddp
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from bucket_model import Bucket, Shape, make_buckets, parameters
 
 LAYERS, HIDDEN = 4, 32
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import layer_times
+from benchmarks.common.layer_times import ModuleTimer
 from tests.mcore.helpers import GLOBAL_MICROBATCHES, Step, build_optimizer, tiny_config, tiny_gpt, train_step, wrap_ddp
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import _layer_times
-from _layer_times import ModuleTimer
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -49,7 +45,7 @@ def times_of_an_iteration(monkeypatch: pytest.MonkeyPatch, **config: Any) -> tup
     timers = [ModuleTimer(layer, is_layer=True) for layer in models[0].module.decoder.layers]
     timers.append(ModuleTimer(models[0], is_layer=False))
     with OperationCount() as count:
-        monkeypatch.setattr(_layer_times, "_now", lambda: count.operations)
+        monkeypatch.setattr(layer_times, "_now", lambda: count.operations)
         with ExitStack() as stack:
             for timer in timers:
                 stack.enter_context(timer)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from benchmarks.common.memory import depth_of_run, fit_line, peak_of_allocations, spread
 from megatron_sbld.method.decisions import draw_plan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _memory import depth_of_run, fit_line, peak_of_allocations, spread
 
 
 def test_the_peak_is_the_most_that_is_alive_and_not_the_sum_or_the_end():

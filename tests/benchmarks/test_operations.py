@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _operations import difference, host_operations, is_operation, record, synchronisations
+from benchmarks.common.operations import difference, host_operations, is_operation, record, synchronisations
 
 
 def test_only_counts_that_differ_are_named_with_their_sign():

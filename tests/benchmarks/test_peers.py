@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    init_num_microbatches_calculator,
-)
 
-from megatron_sbld.config.sections import Config
-from megatron_sbld.controller import DropController
-from megatron_sbld.training.processes import distributed_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _layouts import Layout, make_config
-from _measure import Deadline, random_batches
-from _peer_models import (
+from benchmarks.common.gain import time_ratio
+from benchmarks.common.layouts import Layout, make_config
+from benchmarks.common.model import random_batches
+from benchmarks.common.peer_models import (
     CompiledTorch,
     HuggingFaceOPT,
     MegatronSbld,
@@ -33,7 +23,11 @@ from _peer_models import (
     TorchPeer,
     forced_decisions,
 )
-from peers import Decisions, speed_ratio
+from benchmarks.common.processes import megatron_run
+from benchmarks.common.rounds import Deadline
+from benchmarks.peers import Decisions
+from megatron_sbld.config.sections import Config
+from megatron_sbld.controller import DropController
 
 ARGS = argparse.Namespace(
     **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 64},
@@ -47,12 +41,8 @@ ALL = [True] * 4
 def config() -> Iterator[Config]:
     """Of a tiny GPT, with Megatron's parallel state and two microbatches an iteration."""
     config = make_config(ARGS, Layout(1))
-    with distributed_run(config):
-        init_num_microbatches_calculator(0, None, ARGS.global_batch_size, ARGS.micro_batch_size, 1)
-        try:
-            yield config
-        finally:
-            destroy_num_microbatches_calculator()
+    with megatron_run(config):
+        yield config
 
 
 def copy_to_plain(source: MegatronSbld, target: PlainTorch) -> None:
@@ -204,7 +194,7 @@ def test_every_dropped_block_has_iterations_of_its_own_keep_prob() -> None:
 
 def test_the_speed_of_two_programs_is_compared_round_by_round() -> None:
     own = np.array([1.0, 2.0, 4.0, 8.0])
-    ratio = speed_ratio(1.5 * own, own)
+    ratio = time_ratio(1.5 * own, own, seed=0)
     assert [ratio.value, ratio.low, ratio.high] == pytest.approx([1.5, 1.5, 1.5])
 
 

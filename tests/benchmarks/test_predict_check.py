@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from predict_check import ASSUMPTIONS, check_measured, needed_keep_prob, paper_predictor, read_results
+from benchmarks.common.gain_results import read_results
+from benchmarks.common.predict_measured import check_measured
+from benchmarks.common.predict_paper import ASSUMPTIONS, needed_keep_prob, paper_predictor
 
 
 @pytest.fixture(scope="module")

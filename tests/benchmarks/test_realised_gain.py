@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _gain import (
+from benchmarks.common.gain import (
     Pairs,
     PassTimes,
     even_ratio_difference,
@@ -17,7 +13,6 @@ from _gain import (
     measure_gain,
     saved_time,
 )
-
 from megatron_sbld.layout.pipeline import schedule_time
 
 ROUNDS, ITERATIONS, LAYERS = 8, 3, 4

@@ -12,14 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks import peers, profile_trace
+from benchmarks import residual as benchmark
+from benchmarks.common.residual_cases import ByteCounter, Case, Operands, implementations, needed
+from benchmarks.common.residual_timing import Measurement, Timer, using
 from megatron_sbld.residual.choice import VARIABLE
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import peers
-import profile_trace
-import residual as benchmark
-from _residual_cases import ByteCounter, Case, Operands, implementations, needed
-from _residual_timing import Measurement, Timer, using
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -27,6 +24,7 @@ CASE = Case(s=32, b=4, hidden=64, rows="all", wide=False, dropout_prob=0.0)
 ALL = {one.name: one for one in implementations()[0]}
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_all_tables_and_says_what_they_are_worth(tmp_path: Path) -> None:
     out = tmp_path / "results" / "residual.md"
     options = ["--hidden-sizes", "64", "--seq-length", "16", "--rows", "all", "none", "tokens-50", "--rounds", "2"]

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints do on their ranks; every case returns what it found, for test_checkpoint.py."""
+"""What the tests of checkpoints do on their ranks; every case returns what it found, for test_layouts.py."""
 
 from __future__ import annotations
 
@@ -112,11 +112,12 @@ def absolute_sum(tensors: Iterable[torch.Tensor]) -> float:
     return sum(float(tensor.double().abs().sum()) for tensor in tensors)
 
 
-def resume_cases(folder: Path) -> dict[str, Any]:
-    return {
-        name: stop_and_resume(folder / name.replace(" ", "_"), configure(**config), **options)
-        for name, (config, options) in RESUMED.items()
-    }
+def resume_cases(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    outcomes = {}
+    for name in names:
+        config, options = RESUMED[name]
+        outcomes[name] = stop_and_resume(folder / name.replace(" ", "_"), configure(**config), **options)
+    return outcomes
 
 
 def layout_cases(folder: Path) -> dict[str, Any]:
@@ -299,21 +300,25 @@ def keep_last_case(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("iter_*"))
 
 
-def two_rank_cases(folder: str) -> dict[str, Any]:
-    """Every case of two ranks; each has a folder of its own."""
+def two_rank_cases(folder: str, resumed: Iterable[str], moved: bool) -> dict[str, Any]:
+    """The cases of two ranks, each with a folder of its own: named ones that resume; also those on other layouts?"""
     place = Path(folder)
-    return {
-        "resume": resume_cases(place / "resume"),
-        "layouts": layout_cases(place / "layouts"),
-        "from one process": from_one_process_cases(place / "from_one"),
-        "to one process": to_one_process_cases(place / "to_one"),
+    found = {
+        "resume": resume_cases(place / "resume", resumed),
         "refusals": refusal_cases(place / "refusals"),
         "damages": damage_cases(place / "damages"),
         "background": background_case(place / "background"),
         "full disk": full_disk_cases(place / "full_disk"),
         "keep_last": keep_last_case(place / "keep_last"),
-        "reseeded": [load_run(place / "resume" / "plain", configure(tp=2)) for _ in range(2)],
     }
+    if moved:
+        found |= {
+            "layouts": layout_cases(place / "layouts"),
+            "from one process": from_one_process_cases(place / "from_one"),
+            "to one process": to_one_process_cases(place / "to_one"),
+            "reseeded": [load_run(place / "resume" / "plain", configure(tp=2)) for _ in range(2)],
+        }
+    return found
 
 
 FOUR_RANK_LAYOUTS: dict[str, dict[str, Any]] = {

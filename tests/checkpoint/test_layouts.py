@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,16 @@ from tests.checkpoint.checkpoint_cases import (
     two_rank_cases,
 )
 from tests.checkpoint.checkpoint_runs import CONFIG, VOCAB, Run, configure, run
-from tests.harness import run_distributed, single_process
+from tests.harness import run_distributed, single_process, slow_but
+
+# Of the cases that resume, for `make test`.
+QUICK = (
+    "plain",
+    "distributed, bf16, fully_reshardable, both overlaps",
+    "distributed, fp16 before its first step",
+    "interleaved",
+    "in the background",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +51,31 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, asked_for: Callable[..., frozenset[str]]) -> Outcomes:
     folder = tmp_path_factory.mktemp("checkpoints")
-    with single_process():
-        saved = to_one_process_cases(folder / "from_one")
-    ranks = run_distributed(two_rank_cases, 2, str(folder), timeout=600)
-    with single_process():
-        loaded = from_one_process_cases(folder / "to_one")
+    resumed = sorted(asked_for(test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one) | {"plain"})
+    moved = bool(asked_for(*ON_OTHER_LAYOUTS))
+    saved: dict[str, list[float]] = {}
+    loaded: dict[str, list[float]] = {}
+    if moved:
+        with single_process():
+            saved = to_one_process_cases(folder / "from_one")
+    ranks = run_distributed(two_rank_cases, 2, str(folder), resumed, moved, timeout=600)
+    if moved:
+        with single_process():
+            loaded = from_one_process_cases(folder / "to_one")
     return Outcomes(ranks, saved, loaded)
 
 
-@pytest.mark.parametrize("case", RESUMED)
-def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(outcomes: Outcomes, case: str) -> None:
+@pytest.mark.parametrize("name", slow_but(QUICK, RESUMED))
+def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(outcomes: Outcomes, name: str) -> None:
     """Would show a lost or shared Adam step, stale parameters, a random state that is not restored."""
     for rank in outcomes.ranks:
-        uninterrupted, resumed = rank["resume"][case]
+        uninterrupted, resumed = rank["resume"][name]
         assert resumed == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("source", "target"), MOVES)
 def test_a_run_continues_on_another_layout(outcomes: Outcomes, form: str, source: str, target: str) -> None:
@@ -66,21 +83,30 @@ def test_a_run_continues_on_another_layout(outcomes: Outcomes, form: str, source
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["not_distributed", "fully_reshardable", "dp_reshardable"])
 def test_a_run_of_one_process_continues_on_two_replicas(outcomes: Outcomes, form: str) -> None:
     assert outcomes.ranks[0]["from one process"][form] == pytest.approx(outcomes.saved_by_one_process[form], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["not_distributed", "fully_reshardable", "dp_reshardable"])
 def test_a_run_of_two_replicas_continues_in_one_process(outcomes: Outcomes, form: str) -> None:
     assert outcomes.loaded_by_one_process[form] == pytest.approx(outcomes.ranks[0]["to one process"][form], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_on_another_layout_random_states_start_anew_in_the_same_way_each_time(outcomes: Outcomes) -> None:
     first, second = outcomes.ranks[0]["reseeded"]
     assert first == second
 
 
+ON_OTHER_LAYOUTS = (
+    test_a_run_continues_on_another_layout,
+    test_a_run_of_one_process_continues_on_two_replicas,
+    test_a_run_of_two_replicas_continues_in_one_process,
+    test_on_another_layout_random_states_start_anew_in_the_same_way_each_time,
+)
 REFUSED = {
     "distributed into plain": "parallel.use_distributed_optimizer is False, but the checkpoint was saved with True",
     "plain into distributed": "parallel.use_distributed_optimizer is True, but the checkpoint was saved with False",
@@ -255,6 +281,7 @@ def save_and_hang(folder: str, hanging: Any) -> None:
         manager.save(2, *saved.parts, {"consumed_samples": 8})
 
 
+@pytest.mark.slow
 def test_a_process_killed_during_a_save_leaves_the_former_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

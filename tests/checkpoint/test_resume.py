@@ -23,18 +23,18 @@ from megatron_sbld.checkpoint.resume import (
     run_length,
     warnings_of_decisions,
 )
-from megatron_sbld.checkpoint.start import find_start
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.evaluation.model import read_trained_model
-from megatron_sbld.method.policy import FullDepthPolicy
+from megatron_sbld.training.changes import read_changes
 from megatron_sbld.training.processes import distributed_run
-from megatron_sbld.training.run import Run, microbatch_calculator
+from megatron_sbld.training.run import microbatch_calculator
 from tests.training.trainer_helpers import (
     HALF,
     NO_DROPOUT,
     change,
+    full_depth_run,
     in_folder,
     losses,
     prepare_corpus,
@@ -164,7 +164,10 @@ def test_other_training_data_are_refused_and_moved_ones_are_not() -> None:
     assert [found.field for found in check_resume(saved, moved, DATA)] == ["data.train_data_path"]
     with pytest.raises(ValueError, match=r"data.train_data_path holds other data .* checkpoint.replan"):
         check_resume(saved, moved, [[1000, 78, 1.0]])
-    check_resume(saved, change(moved, checkpoint={"replan": True}), [[1000, 78, 1.0]])
+    replanned = change(SAVED, checkpoint={"replan": True})
+    (found,) = check_resume(saved, replanned, [[1000, 78, 1.0]])
+    assert found.text == "data.train_data_path holds other data than when the checkpoint was saved"
+    assert found.field in PLANNED_FIELDS, "so that it is told that the rest is planned anew"
 
 
 @pytest.mark.parametrize(
@@ -284,9 +287,8 @@ def test_the_optimizer_of_a_resumed_run_is_the_configs(config: Config, tmp_path:
 
 def configured_optimizer(config: Config) -> list[Any]:
     """What decides an update at the 24th sample, resumed or not: groups, scheduler and the optimizer's config."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
     with distributed_run(config), microbatch_calculator(config):
-        run = Run(config, tokenizer, FullDepthPolicy(config.model.num_layers), find_start(config, tokenizer))
+        run = full_depth_run(config)
         run.scheduler.step(24 - run.scheduler.num_steps)
         groups = [
             {name: value for name, value in group.items() if name not in ("params", "step")}
@@ -305,6 +307,11 @@ def test_a_run_that_goes_on_with_another_rate_has_it(config: Config, caplog: pyt
     rates = [row["lr"] for row in train_rows(config.logging.run_dir)]
     assert rates == [1e-2] * 3 + [1e-5] * 5
     assert "optimizer.lr is 1e-05, the checkpoint was saved with 0.01" in caplog.text
+    kept = {
+        change.field: (change.iteration, change.before, change.after)
+        for change in read_changes(Path(config.logging.run_dir))
+    }
+    assert kept["optimizer.lr"] == (4, 1e-2, 1e-5)
 
 
 def test_loading_the_whole_state_of_another_run_is_no_other(
@@ -347,6 +354,23 @@ def test_what_plans_the_run_is_refused_on_resume_until_replan_is_asked_for(
     rows = train_rows(config.logging.run_dir)
     assert len(rows) == changed.training.train_iters
     assert rows[-1]["lr"] == pytest.approx(config.optimizer.min_lr), "the decay ends with the run"
+
+
+def test_other_data_at_the_same_path_are_told(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text("One text.\n" * 500)
+    prepare(
+        PrepareConfig(inputs=[str(tmp_path / "text.txt")], output=str(tmp_path / "own"), valid_fraction=0, workers=1)
+    )
+    data = {"train_data_path": [str(tmp_path / "own_train")], "valid_data_path": []}
+    first, second = stop_and_resume(change(config, data=data), 3)
+    assert run_here(first) == 75
+    (tmp_path / "text.txt").write_text("Another one.\n" * 500)
+    inputs = [str(tmp_path / "text.txt")]
+    prepare(PrepareConfig(inputs=inputs, output=str(tmp_path / "own"), valid_fraction=0, workers=1, overwrite=True))
+    assert "data.train_data_path holds other data" in str(run_here(second))
+    assert run_here(change(second, checkpoint={"replan": True})) == 0
+    assert "data.train_data_path holds other data than when the checkpoint was saved" in caplog.text
+    assert "planned anew from iteration 4 on" in caplog.text
 
 
 def test_tokens_of_another_length_count_as_they_were_read(config: Config) -> None:
@@ -404,12 +428,10 @@ def test_the_balanced_samplers_stages_are_the_configs_where_it_names_them(
     config = change(config, drop={"sampler": "balanced", "balance_stages": 2})
     first, _ = stop_and_resume(config, 3)
     assert run_here(first) == 75
-    tokenizer = load_tokenizer("byte")
     for stages, expected in ((4, 4), (None, 2)):
         changed = change(config, drop={"balance_stages": stages})
         with distributed_run(changed), microbatch_calculator(changed):
-            policy = FullDepthPolicy(config.model.num_layers)
-            run = Run(changed, tokenizer, policy, find_start(changed, tokenizer))
+            run = full_depth_run(changed)
             run.data.close()
             assert run.controller.state_dict()["stages"] in (expected, [[1, 2], [3, 4]])
     assert "the balanced sampler keeps the checkpoint's stages" in caplog.text
@@ -424,3 +446,4 @@ def test_an_unchanged_run_says_nothing_and_goes_on_as_it_was(
         run_here(part)
     assert losses(config.logging.run_dir) == expected
     assert "the checkpoint was saved with" not in caplog.text
+    assert read_changes(Path(config.logging.run_dir)) == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sbld.cli import main as cli
+from megatron_sbld import doctor
 from megatron_sbld.cli.path_errors import describe
 from megatron_sbld.exit_status import EXIT_BROKEN_PIPE, EXIT_MISTAKE
 from tests.cli.test_pretrain import Sections, command, sections, shared, write  # noqa: F401  (fixtures)
@@ -64,7 +64,7 @@ def test_every_commands_output_is_named(
     text = str(tmp_path / "text")
     commands: list[list[str]] = [
         ["schedule", "show", "--config", config, "--drop.policy", "pld", "--drop.theta", "0.5", "--out"],
-        ["profile", "--config", config, "--iterations", "2", "--out"],
+        ["sensitivity", "measure", "--config", config, "--iterations", "2", "--out"],
         ["compare", run, "--out"],
         ["evaluate", "perplexity", "--checkpoint", run, "--data", text, "--out"],
         ["export", "hf", "--checkpoint", run],
@@ -100,20 +100,21 @@ def test_a_cache_that_fills_the_disk_is_named(tmp_path: Path, monkeypatch: pytes
 def test_a_package_that_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def plot(args: list[str]) -> int:
+    def examine(args: list[str]) -> int:
         import a_package_that_is_not_there  # type: ignore[import-not-found]  # noqa: F401
 
         return 0
 
-    monkeypatch.setattr(cli, "_compare", plot)
-    assert "needs the package a_package_that_is_not_there, which is not installed" in message(capsys, "compare")
+    monkeypatch.setattr(doctor, "main", examine)
+    assert "needs the package a_package_that_is_not_there, which is not installed" in message(capsys, "doctor")
 
 
 OUTPUT = """
 import sys
-from megatron_sbld.cli import main as cli
-cli._doctor = lambda args: print("\\n" * 100_000) or 0
-cli.main(["doctor"])
+from megatron_sbld import doctor
+from megatron_sbld.cli.main import main
+doctor.main = lambda args: print("\\n" * 100_000) or 0
+main(["doctor"])
 """
 
 

@@ -16,7 +16,8 @@ import yaml
 
 from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from megatron_sbld.method.build import build_policy, build_schedule
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.build_schedule import build_schedule
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.schedule import pwegd_density
 from megatron_sbld.sensitivity.file import SensitivityFile
@@ -181,15 +182,18 @@ def test_show_without_the_tokenizer_knows_no_gain(folder: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "training.train_iters = None and training.train_samples = None"),
+        ([], "training.train_iters = None does not work with training.train_samples = None"),
         (["--training.train_iters", "10"], "drop.policy = 'none' is not allowed: it drops nothing and has no schedule"),
         (["--config", "config.yaml", "--drop.tehta", "0.5"], "unknown option --drop.tehta; did you mean theta"),
         (["--config", "config.yaml", "--otu", "x"], "unknown option --otu"),
         (["--config", "config.yaml", "--drop.theta", "1.5"], "drop.theta = 1.5 is not allowed"),
         (["--config", "config.yaml", "--model.num_layers", "24"], "is for 12 layers, but the model has 24"),
         (["--config", "config.yaml", "--drop.sensitivity", "gaps.json"], "gaps.json cannot be read: No such file"),
-        (["--config", "config.yaml", "--model.num_layers", "0"], "model.num_layers = 0: must be at least 1"),
-        (["--config", "config.yaml", "--parallel.tensor_model_parallel_size", "0"], "must be at least 1"),
+        (
+            ["--config", "config.yaml", "--model.num_layers", "0"],
+            "model.num_layers = 0 is not allowed: it must be an integer of at least 1",
+        ),
+        (["--config", "config.yaml", "--parallel.tensor_model_parallel_size", "0"], "must be an integer of at least 1"),
         (["--config", "config.yaml", "--parallel.tensor_model_parallel_size", "3"], "must be divisible by"),
         (["--config", "config.yaml", "--drop.block_layers", "[1.5]"], "drop.block_layers"),
         (["--config", "config.yaml", "--drop.allow_layers", "[true]"], "drop.allow_layers"),
@@ -329,6 +333,20 @@ def test_a_run_of_another_length_is_noted(tmp_path: Path, capsys: pytest.Capture
     full, pld = run_pair(tmp_path, {"training": TrainingConfig(train_iters=900)})
     assert command("fit", full, pld, "--peak-theta", "0.8") == 0
     assert "training.train_iters differs (900, not 400)" in capsys.readouterr().out
+
+
+def test_a_run_that_was_resumed_with_other_settings_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, pld = run_pair(tmp_path)
+    change = {"iteration": 101, "before": "pld", "after": "none"}
+    rows = [{**change, "field": field} for field in ("drop.policy", "parallel.tensor_model_parallel_size")]
+    (tmp_path / "full" / "changes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("fit", full, pld, "--peak-theta", "0.8") == 0
+    printed = capsys.readouterr().out
+    noted = "full was resumed with other settings, and is compared by its last: drop.policy was pld up to iteration 100"
+    assert noted in printed
+    assert "parallel" not in printed, "another layout has the same losses"
 
 
 def other_model(folder: Path) -> tuple[str, str]:

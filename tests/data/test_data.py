@@ -9,7 +9,7 @@ import torch
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_sbld.data.batches import PretrainingSampler, TrainingData, build_datasets
-from megatron_sbld.data.blend import check_data, parse_blend
+from megatron_sbld.data.blend import check_data, find_data, parse_blend
 from megatron_sbld.data.dataset_files import DatasetWriter
 from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.data.tokenizer import ByteTokenizer
@@ -49,7 +49,12 @@ def run_config(folder, train, valid=(), *, seq_length=16, global_batch_size=4, t
 def datasets(config, train_samples=24, valid_samples=8):
     cache_path = config.data.data_cache_path
     return build_datasets(
-        config, TOKENIZER, train_samples=train_samples, valid_samples=valid_samples, cache_path=cache_path
+        config,
+        TOKENIZER,
+        find_data(config),
+        train_samples=train_samples,
+        valid_samples=valid_samples,
+        cache_path=cache_path,
     )
 
 
@@ -115,7 +120,7 @@ def test_unshuffled_samples_are_the_documents_in_a_row(tmp_path, corpus, texts):
 @pytest.mark.usefixtures("one_rank")
 def test_a_batch_has_shifted_labels_positions_and_a_full_loss_mask(tmp_path, corpus):
     config = run_config(tmp_path, [corpus])
-    batch = next(TrainingData(config, TOKENIZER, RunLength(config.training), 0).train_batches(1))
+    batch = next(TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), 0).train_batches(1))
     assert sorted(batch) == ["labels", "loss_mask", "position_ids", "tokens"]
     assert all(tensor.shape == (1, 16) for tensor in batch.values())
     assert batch["tokens"].dtype == batch["labels"].dtype == batch["position_ids"].dtype == torch.int64
@@ -129,7 +134,7 @@ def test_a_batch_has_shifted_labels_positions_and_a_full_loss_mask(tmp_path, cor
 def test_document_boundaries_are_honoured_when_asked_for(tmp_path):
     documents = prepared(tmp_path, "short", ["abc", "defg", "hi"] * 20)
     config = run_config(tmp_path, [documents], eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)
-    batch = next(TrainingData(config, TOKENIZER, RunLength(config.training), 0).train_batches(1))
+    batch = next(TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), 0).train_batches(1))
     tokens = batch["tokens"][0].tolist()
     document = np.cumsum([0] + [token == EOD for token in tokens[:-1]])
     start = [int(np.flatnonzero(document == number)[0]) for number in document]
@@ -142,7 +147,7 @@ def test_document_boundaries_are_honoured_when_asked_for(tmp_path):
 
 
 def all_tokens(config, consumed_samples, num_microbatches):
-    data = TrainingData(config, TOKENIZER, RunLength(config.training), consumed_samples)
+    data = TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), consumed_samples)
     return [batch["tokens"].tolist() for batch in data.train_batches(num_microbatches)]
 
 
@@ -169,7 +174,7 @@ def test_reading_leaves_the_global_random_state_alone(tmp_path, corpus):
     """Else dropout after a resume, or after a validation, would differ from the uninterrupted run's."""
     before = torch.get_rng_state()
     config = run_config(tmp_path, [corpus], [corpus])
-    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
+    data = TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), 0)
     list(data.train_batches(2))
     list(data.valid_batches(2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -178,7 +183,7 @@ def test_reading_leaves_the_global_random_state_alone(tmp_path, corpus):
 @pytest.mark.usefixtures("one_rank")
 def test_every_validation_sees_the_same_samples(tmp_path, corpus):
     config = run_config(tmp_path, [corpus], [corpus])
-    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
+    data = TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), 0)
     first, second = (torch.cat([batch["tokens"] for batch in data.valid_batches(8)]) for _ in range(2))
     assert torch.equal(first, second)
     assert len(first.unique(dim=0)) > 4
@@ -187,7 +192,7 @@ def test_every_validation_sees_the_same_samples(tmp_path, corpus):
 @pytest.mark.usefixtures("one_rank")
 def test_reading_past_the_end_or_without_a_validation_set_is_an_error_with_its_reason(tmp_path, corpus):
     config = run_config(tmp_path, [corpus])
-    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
+    data = TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), 0)
     with pytest.raises(RuntimeError, match="training data are used up"):
         list(data.train_batches(10_000))
     with pytest.raises(ValueError, match=r"data\.valid_data_path is empty"):
@@ -234,7 +239,7 @@ def test_ids_that_the_model_does_not_know_are_found_when_they_are_read(tmp_path,
     path.write_bytes(b"\xff" * path.stat().st_size)
     config = run_config(tmp_path, [corpus], [corpus], num_workers=num_workers)
     check_data(config, TOKENIZER)
-    data = TrainingData(config, TOKENIZER, RunLength(config.training), 0)
+    data = TrainingData(config, TOKENIZER, find_data(config), RunLength(config.training), 0)
     for batches, field in ((data.train_batches(1), "train"), (data.valid_batches(1), "valid")):
         with pytest.raises(ValueError, match=rf"data\.{field}_data_path: holds the id 65535, but .* ids 0 to 258"):
             next(batches)
@@ -282,6 +287,7 @@ def read_on_rank(folder, corpus):
     return replica, tensor
 
 
+@pytest.mark.slow
 def test_two_replicas_share_the_rows_and_two_tensor_parallel_ranks_read_the_same(tmp_path, corpus):
     (first, tensor_first), (second, tensor_second) = run_distributed(read_on_rank, 2, str(tmp_path), corpus)
     assert tensor_first == tensor_second

@@ -147,6 +147,7 @@ def argmax_chain(model: torch.nn.Module, trained: TrainedModel, prompt: list[int
     return added
 
 
+@pytest.mark.slow
 def test_every_layout_gives_the_same_continuations(runs: list[Path]) -> None:
     expected = continuations_of(runs, {})
     outcomes = call_on_ranks(4, continue_on_layout, [(runs, layout) for layout in LAYOUTS.values()])

@@ -26,7 +26,7 @@ from tests.training.trainer_helpers import (
     tiny_run,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2, both overlaps": BOTH_OVERLAPS,

@@ -61,7 +61,7 @@ def test_compressed_passages_are_unpacked(tmp_path, suffix, compress):
 def test_a_format_that_is_given_wins_over_name_and_content(tmp_path):
     path = written(tmp_path, json.dumps({"text": TEXT}), "a.jsonl")
     assert only(read_passages(path, "text", detokenise=False))[1] == ' went"}'
-    with pytest.raises(ValueError, match="format = 'csv'; allowed: auto, text, jsonl"):
+    with pytest.raises(ValueError, match="format = 'csv' is not allowed: it must be one of auto, text, jsonl"):
         read_passages(path, "csv")
 
 

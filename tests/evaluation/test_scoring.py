@@ -108,6 +108,7 @@ def test_batched_scores_are_those_of_single_requests(run_dir: Path, expected: li
     assert evaluated.trained.consumed_tokens == 8 * 8 * 40
 
 
+@pytest.mark.slow
 def test_every_layout_gives_the_same_scores(run_dir: Path, expected: list[Score]) -> None:
     by_layout = call_on_ranks(4, evaluate_layout, [(str(run_dir), layout) for layout in LAYOUTS.values()])
     for name, by_rank in zip(LAYOUTS, by_layout, strict=True):

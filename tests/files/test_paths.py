@@ -23,9 +23,9 @@ NO_PATHS = {
 }
 """Options of the commands that take text which is no path."""
 COMMANDS = [
-    *(["prepare"], ["pretrain"], ["profile"], ["schedule", "show"], ["schedule", "fit"], ["evaluate", "lambada"]),
+    *(["prepare"], ["pretrain"], ["schedule", "show"], ["schedule", "fit"], ["evaluate", "lambada"]),
     *(["evaluate", "perplexity"], ["generate"], ["compare"], ["predict"], ["export", "hf"], ["import", "hf"]),
-    *(["profile", part] for part in ("merge", "show", "lists", "rank")),
+    *(["sensitivity", part] for part in ("measure", "merge", "show", "lists", "rank")),
 ]
 
 
@@ -106,7 +106,7 @@ def test_every_text_of_a_config_is_known_as_a_path_or_not() -> None:
         if "str" in str(field.type) and "Literal" not in str(field.type)
     }
     others = {
-        *("data.train_data_path", "logging.wandb_project", "logging.wandb_name", "training.recompute_modules"),
+        *("data.train_data_path", "logging.wandb_project", "logging.wandb_name"),
         "parallel.pipeline_model_parallel_layout",
     }
     assert texts - set(CONFIG_PATHS) == others - set(CONFIG_PATHS)

@@ -53,7 +53,7 @@ def test_a_process_of_another_machine_container_or_time_is_left_alone(
     assert sleeper.poll() is None
 
 
-@pytest.mark.parametrize("name", ["", "no process", f"{os.getpid()}"])
+@pytest.mark.parametrize("name", ["", "no process", pytest.param(f"{os.getpid()}", id="its number alone")])
 def test_what_is_no_name_ends_nothing(name: str) -> None:
     assert not end_if_local(name)
 

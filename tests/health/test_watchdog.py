@@ -46,6 +46,8 @@ from tests.training.trainer_helpers import (
     train_rows,
 )
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 TIMEOUT_S = 20.0
 SLACK_S = 5.0
 """What the launcher needs to end once its processes have."""
@@ -180,7 +182,6 @@ def test_a_rank_that_hangs_in_python_ends_all_and_is_named_with_the_place(
     assert f"exitcode  : {EXIT_RANK_LOST}" in log
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("layout", DISTURBANCES)
 def test_a_run_disturbed_again_and_again_ends_each_time_and_equals_an_undisturbed_one(

@@ -84,6 +84,7 @@ def gpt2(folder: Path, saved: dict[str, np.ndarray]) -> Path:
     return folder / "GPT-2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_what_our_model_computes(
     folder: Path, saved: dict[str, np.ndarray], ask: Callable[..., Any], tmp_path: Path, name: str
@@ -95,6 +96,7 @@ def test_transformers_computes_what_our_model_computes(
     assert exported.parameters == sum(tensor.numel() for tensor in tensors(tmp_path / "out").values())
 
 
+@pytest.mark.slow
 def test_the_comparison_of_logits_notices_another_activation_and_an_exchange_of_heads(
     folder: Path, saved: dict[str, np.ndarray], ask: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_the_comparison_of_logits_notices_another_activation_and_an_exchange_of_
             assert_same_model(saved["GPT-2"], ask(hf_peer.logits, str(out), token_ids()))
 
 
+@pytest.mark.slow
 def test_dropout_epsilon_and_control_tokens_are_in_the_config(
     folder: Path, tokenizer: str, ask: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -121,6 +124,7 @@ def test_dropout_epsilon_and_control_tokens_are_in_the_config(
     assert (config["eos_token_id"], config["vocab_size"], config["tie_word_embeddings"]) == (TOKENS - 1, TOKENS, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "dtype"), [("as-saved", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")])
 def test_weights_have_the_type_that_was_asked_for(
     tokenizer: str, ask: Callable[..., Any], tmp_path: Path, asked: str, dtype: str
@@ -140,6 +144,7 @@ def test_weights_have_the_type_that_was_asked_for(
         assert_same_model(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_large_model_is_cut_into_shards_that_are_as_large_as_was_asked_for(
     folder: Path, gpt2: Path, saved: dict[str, np.ndarray], ask: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -180,6 +185,7 @@ def saved_by_two_ranks(tmp_path_factory: pytest.TempPathFactory, tokenizer: str)
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED_MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_of_any_layout_is_exported(
@@ -241,6 +247,7 @@ def describe(folder: Path, tokenizer: str, **changes: Any) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"tokenizer": tokenizer}}))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_stock_megatron_saved_is_exported_with_a_config(
     tokenizer: str, ask: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

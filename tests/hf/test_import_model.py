@@ -95,6 +95,7 @@ def made(folder: Path, tokenizer: str, ask: Callable[..., Any]) -> dict[str, np.
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_our_model_computes_what_transformers_computes_and_goes_back_bit_for_bit(
     folder: Path, made: dict[str, np.ndarray], tokenizer: str, tmp_path: Path, name: str
@@ -116,6 +117,7 @@ def test_our_model_computes_what_transformers_computes_and_goes_back_bit_for_bit
     }
 
 
+@pytest.mark.slow
 def test_the_published_gpt2s_names_and_masks_and_torchs_own_files_are_read(
     folder: Path, made: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_the_published_gpt2s_names_and_masks_and_torchs_own_files_are_read(
     assert_same_tensors(tensors(tmp_path / "out"), expected)
 
 
+@pytest.mark.slow
 def test_a_torch_file_that_holds_more_than_tensors_is_not_loaded(
     folder: Path, made: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
@@ -154,6 +157,7 @@ class Harmful:
         return (Path(self.path).mkdir, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", None])
 def test_weights_are_of_the_precision_that_was_asked_for_or_of_the_sources(
     folder: Path, tokenizer: str, ask: Callable[..., Any], tmp_path: Path, precision: str | None
@@ -174,6 +178,7 @@ def test_weights_are_of_the_precision_that_was_asked_for_or_of_the_sources(
     assert_same_tensors(tensors(tmp_path / "out"), {name: tensor.to(dtype) for name, tensor in original.items()})
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_padded_by_copies_of_its_last_row_which_the_export_leaves_out(
     folder: Path, made: dict[str, np.ndarray], tokenizer: str, tmp_path: Path
 ) -> None:
@@ -211,6 +216,7 @@ def load_and_save_on_two_ranks(folder: str, imported: str, tokenizer: str, field
             save(loaded, config, Path(folder) / layout)
 
 
+@pytest.mark.slow
 def test_an_imported_checkpoint_is_loaded_on_other_layouts(
     folder: Path, made: dict[str, np.ndarray], tokenizer: str, tmp_path: Path
 ) -> None:
@@ -223,10 +229,12 @@ def test_an_imported_checkpoint_is_loaded_on_other_layouts(
         assert_same_tensors(tensors(tmp_path / f"{layout}_out"), tensors(folder / name))
 
 
+@pytest.mark.slow
 def test_the_config_that_is_written_starts_a_run_from_the_imported_weights(
     ask: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_sbld.cli.main import _parse_config, _pretrain_parser
+    from megatron_sbld.cli.parser import parse_config
+    from megatron_sbld.cli.pretrain import pretrain_parser
 
     fields = {**GPT2, "vocab_size": 259, "n_positions": 32}
     corpus = prepare_corpus(tmp_path)
@@ -253,7 +261,7 @@ def test_the_config_that_is_written_starts_a_run_from_the_imported_weights(
         "--model.hidden_dropout=0",
         "--model.attention_dropout=0",
     ]
-    config: Config = _parse_config(_pretrain_parser(), args)[0]
+    config: Config = parse_config(pretrain_parser(), args)[0]
     assert run_here(config) == 0
     assert len(losses(tmp_path / "run")) == 2
     export_hf(str(tmp_path / "run"), str(tmp_path / "out"))  # the weights are the imported ones
@@ -347,6 +355,7 @@ REFUSED_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED_FIELDS)
 def test_what_cannot_be_held_is_refused_by_field(
     folder: Path, made: dict[str, np.ndarray], tmp_path: Path, case: str
@@ -360,6 +369,7 @@ def test_what_cannot_be_held_is_refused_by_field(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rope",
     [
@@ -424,6 +434,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_source_is_refused_by_file(
     folder: Path, made: dict[str, np.ndarray], tmp_path: Path, damage: Callable[[Path], None]
@@ -436,6 +447,7 @@ def test_a_damaged_source_is_refused_by_file(
     assert not (tmp_path / "in").exists()
 
 
+@pytest.mark.slow
 def test_an_imported_checkpoint_is_no_start_with_optimizer_state(
     folder: Path, made: dict[str, np.ndarray], tokenizer: str, tmp_path: Path
 ) -> None:

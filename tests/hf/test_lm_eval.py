@@ -27,6 +27,7 @@ from tests.training.trainer_helpers import NO_DROPOUT, REPOSITORY, run_here, tin
 
 MISSING = [name for name in ("lm_eval", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed (extra `test`)"),
 ]
@@ -218,7 +219,6 @@ def test_lambada_of_synthetic_passages(ours: Any, theirs: Any, model: str, form:
         assert 0 < found.result.accuracy < 1
 
 
-@pytest.mark.slow
 @passages_of("development")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("form", ["detokenised", "raw", "jsonl"])

@@ -18,6 +18,8 @@ from megatron_sbld.hf.formats import GPT2
 from megatron_sbld.hf.stored_weights import LAYERS, Piece, write_pieces
 from tests.hf.hf_helpers import tensors
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, DEPTH = 512, 18
 LAYER_BYTES = 12 * HIDDEN**2 * 4
 SHARD_BYTES = 20_000_000

@@ -16,8 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron_sbld.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megatron_sbld.hf.tokenizer import added_at_ends, import_tokenizer, write_tokenizer
 from tests.hf import hf_peer
+from tests.training.trainer_helpers import REPOSITORY, SOURCES
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [
     "",
     " ",
@@ -34,7 +34,7 @@ ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sample
 
 
 def byte_level(folder: Path, *, add_prefix_space: bool = False, post_processor: Any = None) -> str:
-    """A BPE trained on this repository's sources, as GPT-2's but for what is asked for."""
+    """A BPE trained on Python's sources, as GPT-2's but for what is asked for."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def byte_level(folder: Path, *, add_prefix_space: bool = False, post_processor: 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train([str(path) for path in sorted((REPOSITORY / "megatron_sbld").glob("*.py"))], trainer)
+    backend.train(SOURCES[:20], trainer)
     backend.save(str(folder / "tokenizer.json"))
     return str(folder / "tokenizer.json")
 
@@ -77,7 +77,7 @@ def llama_like(folder: Path) -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, max_token_length=12
     )
-    backend.train([str(path) for path in sorted((REPOSITORY / "megatron_sbld").glob("p*.py"))], trainer)
+    backend.train(SOURCES[:4], trainer)
     content = json.loads(backend.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in bytes_]
     backend = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -121,11 +121,13 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tokenizer, str(folder / "out")
 
 
+@pytest.mark.slow
 def test_known_hard_texts_have_the_same_ids(kind: tuple[Tokenizer, str], ask: Callable[..., Any]) -> None:
     tokenizer, folder = kind
     assert ask(hf_peer.encode, folder, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
+@pytest.mark.slow
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=20))
 @example(texts=["<|endoftext|>"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -134,6 +136,7 @@ def test_any_text_has_the_same_ids(kind: tuple[Tokenizer, str], ask: Callable[..
     assert ask(hf_peer.encode, folder, texts) == [tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_ids_have_the_same_text(kind: tuple[Tokenizer, str], ask: Callable[..., Any], data: st.DataObject) -> None:
@@ -142,6 +145,7 @@ def test_any_ids_have_the_same_text(kind: tuple[Tokenizer, str], ask: Callable[.
     assert ask(hf_peer.decode, folder, ids) == tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 def test_sizes_and_the_end_of_a_document_are_ours(kind: tuple[Tokenizer, str], ask: Callable[..., Any]) -> None:
     tokenizer, folder = kind
     found = ask(hf_peer.about_tokenizer, folder)

@@ -82,8 +82,8 @@ def run_chain(cluster: Cluster, corpus: Path, name: str, **environment: str) -> 
     run_dir = folder / name
     printed = cluster.call(
         str(JOBS / "submit_chain.sh"),
-        "--parts", "2", "--profile", "--iterations 10",
-        "--profile-job", "--gpus-per-node=0 --nodes=1",
+        "--parts", "2", "--measure", "--iterations 10",
+        "--measure-job", "--gpus-per-node=0 --nodes=1",
         "--pretrain-job", "--gpus-per-node=0 --nodes=2",
         "--evaluate-job", "--gpus-per-node=0",
         str(folder / "chain.yaml"), str(run_dir), str(folder / "passages.txt"),
@@ -91,7 +91,7 @@ def run_chain(cluster: Cluster, corpus: Path, name: str, **environment: str) -> 
         **environment,
     )  # fmt: skip
     jobs = dict(line.split(": job ") for line in printed.splitlines() if ": job " in line)
-    assert list(jobs) == ["profile", "pretrain", "lambada"]
+    assert list(jobs) == ["sensitivity", "pretrain", "lambada"]
     cluster.wait_for_state(jobs["lambada"], "COMPLETED", seconds=600)
 
     measured = json.loads((run_dir / "sensitivity" / "sensitivity.json").read_text())

@@ -21,8 +21,8 @@ from tests.launch.cluster import REPOSITORY
 from tests.training.trainer_helpers import prepare_corpus, tiny_sections
 
 SCRIPTS = REPOSITORY / "scripts"
-COMMANDS = [SCRIPTS / f"{name}.sh" for name in ("pretrain", "profile", "eval_lambada")]
-JOBS = [SCRIPTS / "slurm" / f"{name}.sbatch" for name in ("pretrain", "profile", "eval_lambada")]
+COMMANDS = [SCRIPTS / f"{name}.sh" for name in ("pretrain", "measure_sensitivity", "eval_lambada")]
+JOBS = [SCRIPTS / "slurm" / f"{name}.sbatch" for name in ("pretrain", "measure_sensitivity", "eval_lambada")]
 CHAIN = SCRIPTS / "slurm" / "submit_chain.sh"
 CONFIG = str(REPOSITORY / "configs" / "gpt3_350m.yaml")
 ARRAY = {
@@ -163,16 +163,16 @@ def test_the_chain_shows_its_commands_without_slurm(tmp_path: Path) -> None:
     passages.write_text("a b\n")
     whole = run(tmp_path, CHAIN, "--dry-run", "--parts", "4", CONFIG, "runs/x", passages, "--drop.theta", "0.7")
     assert whole.returncode == 0, whole.stderr
-    profile, pretrain, evaluate = [line for line in whole.stdout.splitlines() if line.startswith("+ sbatch")]
-    assert "--array=1-4" in profile
-    assert f"profile.sbatch {CONFIG} runs/x/sensitivity --drop.theta 0.7" in profile
+    measure, pretrain, evaluate = [line for line in whole.stdout.splitlines() if line.startswith("+ sbatch")]
+    assert "--array=1-4" in measure
+    assert f"measure_sensitivity.sbatch {CONFIG} runs/x/sensitivity --drop.theta 0.7" in measure
     assert "--dependency=afterok:" in pretrain
     assert "--drop.sensitivity runs/x/sensitivity/sensitivity.json --drop.theta 0.7" in pretrain
     assert f"eval_lambada.sbatch runs/x {passages}" in evaluate
 
     reused = run(tmp_path, CHAIN, "--dry-run", "--sensitivity", CONFIG, CONFIG, "runs/x", passages)
     assert reused.stdout.count("+ sbatch") == 2
-    assert "profile.sbatch" not in reused.stdout
+    assert "measure_sensitivity.sbatch" not in reused.stdout
 
 
 def container_of(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -265,6 +265,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "status"),
     [
@@ -281,6 +282,7 @@ def test_the_launcher_ends_with_its_workers_status(script: str, status: int, tmp
     assert (tmp_path / "status").read_text() == f"{status}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_workers_which_may_take_their_time(number: signal.Signals, tmp_path: Path) -> None:
     save = (
@@ -294,6 +296,7 @@ def test_signals_reach_the_workers_which_may_take_their_time(number: signal.Sign
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_request_that_comes_before_the_workers_reaches_them(tmp_path: Path) -> None:
     launcher = start_launcher(tmp_path, "sleep 100")
     wait_until(lambda: launcher.poll() is not None or catches(launcher.pid, signal.SIGUSR1))
@@ -302,6 +305,7 @@ def test_a_request_that_comes_before_the_workers_reaches_them(tmp_path: Path) ->
     assert launcher.wait(60) == 75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_request_ends_a_launcher_that_waits_for_other_machines(number: int, status: int, tmp_path: Path) -> None:
     launcher = start_launcher(tmp_path, "true", options=["--nnodes", "2"])
@@ -311,12 +315,14 @@ def test_a_request_ends_a_launcher_that_waits_for_other_machines(number: int, st
     assert (tmp_path / "status").read_text() == f"{status}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--nproc-per-node", "two"], ["--nnodes", "x"], ["--rdzv-backend", "none"]])
 def test_a_mistake_in_torchruns_options_is_one(options: list[str], tmp_path: Path) -> None:
     launcher = start_launcher(tmp_path, "true", options=options)
     assert launcher.wait(60) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_request_holds_for_workers_that_are_started_again(number: signal.Signals, tmp_path: Path) -> None:
     script = "trap 'exit 75' TERM USR1; touch ready_$RANK; for i in $(seq 600); do sleep 0.1; done"
@@ -332,6 +338,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_a_hang_up_is_a_request_to_save_unless_it_is_ignored(tmp_path: Path) -> None:
     for ignored in (False, True):
         folder = tmp_path / str(ignored)
@@ -346,6 +353,7 @@ def test_a_hang_up_is_a_request_to_save_unless_it_is_ignored(tmp_path: Path) -> 
         assert launcher.wait(120) == (0 if ignored else 75)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_script_is_asked_to_stop_and_says_so_in_its_log(tmp_path: Path) -> None:
     """What writes the log is a child of the launcher, as the workers are."""
     sections = tiny_sections(
@@ -372,6 +380,7 @@ def test_a_run_of_the_script_is_asked_to_stop_and_says_so_in_its_log(tmp_path: P
     assert list((tmp_path / "run" / "checkpoints").glob("iter_*"))
 
 
+@pytest.mark.slow
 def test_workers_that_end_before_they_can_save_are_to_be_continued(tmp_path: Path) -> None:
     launcher = start_launcher(tmp_path, "touch ready_$RANK; exec sleep 100")
     wait_until_ready(tmp_path)

@@ -24,6 +24,7 @@ from tests.training.trainer_helpers import LAYERS, losses
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(missing_programs()), reason=f"Slurm is not installed: {', '.join(missing_programs())}"),
 ]
@@ -87,7 +88,7 @@ def test_a_job_that_is_cancelled_comes_back_only_when_submitted_again_and_a_mist
     cluster.wait_for_state(mistaken, "FAILED")
     assert cluster.field(mistaken, "ExitCode") == f"{EXIT_MISTAKE}:0"
     assert cluster.attempt(mistaken) == 0
-    assert "optimizer.lr = -1.0: must be above 0" in log_of(cluster, mistaken)
+    assert "optimizer.lr = -1.0 is not allowed: it must be a number in (0, inf)" in log_of(cluster, mistaken)
 
 
 def test_a_task_of_an_array_that_is_asked_to_stop_is_requeued_alone(
@@ -96,7 +97,8 @@ def test_a_task_of_an_array_that_is_asked_to_stop_is_requeued_alone(
     """To Slurm the number of one of the tasks means all of them."""
     out = folder / "array"
     array = cluster.submit(
-        "--array=1-2", "--nodes=1", str(JOBS / "profile.sbatch"), str(config), str(out), "--iterations", "40",
+        "--array=1-2", "--nodes=1",
+        str(JOBS / "measure_sensitivity.sbatch"), str(config), str(out), "--iterations", "40",
         SBLD_HOME=str(REPOSITORY),
     )  # fmt: skip
     tasks = [f"{array}_1", f"{array}_2"]

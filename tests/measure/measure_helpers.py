@@ -13,22 +13,21 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.tokenizer import load_tokenizer
-from megatron_sbld.measure.measure import profile
-from megatron_sbld.measure.plan import ProfileOptions
+from megatron_sbld.measure.measure import measure as measure_sensitivity
+from megatron_sbld.measure.options import MeasureOptions
 from megatron_sbld.measure.state import RunSnapshot
-from megatron_sbld.method.policy import FullDepthPolicy
-from megatron_sbld.sensitivity.measurement import ProfileFolder
+from megatron_sbld.sensitivity.measurement import MeasurementFolder
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.run import Run, microbatch_calculator
 from megatron_sbld.training.stop import stop_flag
+from tests.training.trainer_helpers import full_depth_run
 
 
 def measure(config: Config, out: Path | str, load: Path | str | None = None, **options: Any) -> int | str:
-    """Call `profile` in this process: its exit status, or the error as text."""
-    chosen = ProfileOptions(out=str(out), **options)
+    """Call `measure` in this process: its exit status, or the error as text."""
+    chosen = MeasureOptions(out=str(out), **options)
     try:
-        return profile(config, chosen, load=None if load is None else str(load), command="test").status
+        return measure_sensitivity(config, chosen, load=None if load is None else str(load), command="test").status
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -47,7 +46,7 @@ def call(case: tuple[Callable[[Any], Any], Any]) -> Any:
 
 def values(out: Path | str, seed: int = 1234) -> dict[str, list[float]]:
     """What each finished run of a measurement measured, by the name of its file."""
-    folder = ProfileFolder.read(Path(out))
+    folder = MeasurementFolder.read(Path(out))
     found = {layer: folder.run(seed, layer) for layer in (None, *range(1, folder.request.num_layers + 1))}
     return {"baseline" if n is None else f"layer {n}": run.values for n, run in found.items() if run is not None}
 
@@ -59,8 +58,7 @@ def state_is_restored(case: tuple[Config, int]) -> str:
     """
     config, before = case
     with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        run = Run(config, tokenizer, FullDepthPolicy(config.model.num_layers), None)
+        run = full_depth_run(config)
         for chunk in run.chunks:
             chunk.train()
         for _ in range(before):

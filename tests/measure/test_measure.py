@@ -1,4 +1,4 @@
-"""`megatron-sbld profile` in one process on real text: planted sensitivities are found, and runs can be stopped."""
+"""`sensitivity measure` in one process on real text: planted sensitivities are found, and runs can be stopped."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import yaml
 
 from megatron_sbld.cli import main as cli
 from megatron_sbld.config.sections import Config
-from megatron_sbld.measure.plan import has_optimizer_state, parse_layers, parse_numbers
+from megatron_sbld.measure.options import parse_layers, parse_numbers
+from megatron_sbld.measure.plan import has_optimizer_state
 from megatron_sbld.measure.runs import OneLayerPolicy
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.sensitivity.measurement import ProfileFolder
+from megatron_sbld.sensitivity.measurement import MeasurementFolder
 from megatron_sbld.training import model
 from tests.measure.measure_helpers import measure, state_is_restored, values
 from tests.training.trainer_helpers import (
@@ -86,6 +87,7 @@ def test_the_policy_drops_the_one_layer_alone() -> None:
     assert policy.residual_scale == "none"
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_run_that_pretrain_would_make(config: Config, whole: Path, tmp_path: Path) -> None:
     """Same weights, data, schedule and dropout; and every layer's run differs from it."""
     stopped = change(config, training={"exit_after_iterations": N})
@@ -96,6 +98,7 @@ def test_the_baseline_is_the_run_that_pretrain_would_make(config: Config, whole:
     assert len({tuple(run) for run in found.values()}) == LAYERS + 1
 
 
+@pytest.mark.slow
 def test_a_second_baseline_after_other_runs_has_the_losses_of_the_first(
     config: Config, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +115,7 @@ def test_a_second_baseline_after_other_runs_has_the_losses_of_the_first(
     assert found["layer 3"] == expected["layer 3"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on_and_equals_the_uninterrupted_one(
     config: Config, whole: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +132,7 @@ def test_an_interrupted_measurement_goes_on_and_equals_the_uninterrupted_one(
     assert first["gap_stderr"] == second["gap_stderr"]
 
 
+@pytest.mark.slow
 def test_a_finished_measurement_started_again_does_nothing(config: Config, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("layer-*.json")}
@@ -135,17 +140,21 @@ def test_a_finished_measurement_started_again_does_nothing(config: Config, whole
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_parts_on_their_own_equal_the_whole(config: Config, whole: Path, tmp_path: Path) -> None:
     assert measure(config, tmp_path / "a", iterations=N, layers="1,4") == 0
     assert measure(config, tmp_path / "b", iterations=N, layers="2-3") == 0
     assert not (tmp_path / "a" / "sensitivity.json").exists()
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "m.json")])
+        cli.main(
+            ["sensitivity", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "m.json")]
+        )
     assert ended.value.code == 0
     merged, expected = (SensitivityFile.load(file) for file in (tmp_path / "m.json", whole / "sensitivity.json"))
     assert (merged.gap, merged.gap_stderr, merged.block) == (expected.gap, expected.gap_stderr, expected.block)
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_by_field_and_what_does_not_matter_is_not(
     config: Config, whole: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +174,7 @@ def test_another_config_is_refused_by_field_and_what_does_not_matter_is_not(
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_seeds_are_other_weights_and_data_and_are_averaged(config: Config, whole: Path, tmp_path: Path) -> None:
     assert measure(config, tmp_path / "out", iterations=N, seeds="1234,7") == 0
     assert values(tmp_path / "out") == values(whole)  # drop.seed is 1234 as well
@@ -178,6 +188,7 @@ def test_seeds_are_other_weights_and_data_and_are_averaged(config: Config, whole
     assert by_seed["7"][1] == pytest.approx(mean_of_7)
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_was_measured_with(whole: Path, corpus: Path) -> None:
     text = (whole / "sensitivity.json").read_text()
     about = json.loads(text)["measured_with"]
@@ -195,6 +206,7 @@ def test_the_file_says_what_it_was_measured_with(whole: Path, corpus: Path) -> N
     assert not list(whole.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_dropped_layer_is_updated_as_the_config_says(config: Config, whole: Path, tmp_path: Path) -> None:
     """Layer 1 runs in iterations 1 and 4: only then can it be seen what the optimizer did to it in 2 and 3."""
     assert measure(change(config, drop={"dropped_update": "freeze"}), tmp_path / "out", iterations=N) == 0
@@ -247,6 +259,7 @@ def gaps(out: Path) -> tuple[SensitivityFile, dict[int, float]]:
     return found, dict(enumerate(found.gap, start=1))
 
 
+@pytest.mark.slow
 def test_planted_sensitivities_are_found_and_fill_the_lists(planted: Config, tmp_path: Path) -> None:
     assert measure(planted, tmp_path / "out", iterations=40) == 0
     found, gap = gaps(tmp_path / "out")
@@ -258,6 +271,7 @@ def test_planted_sensitivities_are_found_and_fill_the_lists(planted: Config, tmp
     assert len(found.allow) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["leave_one_out", "block_influence"])
 def test_the_cheaper_estimates_find_what_does_nothing_but_not_what_does_harm(
     planted: Config, tmp_path: Path, method: str
@@ -275,6 +289,7 @@ def test_the_cheaper_estimates_find_what_does_nothing_but_not_what_does_harm(
     assert "drop" not in found.measured_with
 
 
+@pytest.mark.slow
 def test_leave_one_out_evaluates_what_pretrain_would_have_trained_and_goes_on_where_it_was(
     config: Config, tmp_path: Path
 ) -> None:
@@ -289,6 +304,7 @@ def test_leave_one_out_evaluates_what_pretrain_would_have_trained_and_goes_on_wh
     assert values(tmp_path / "part")["layer 2"] == values(tmp_path / "loaded")["layer 2"]
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_goes_on_as_the_run_would(config: Config, tmp_path: Path) -> None:
     saved = change(config, training={"exit_after_iterations": 4})
     assert run_here(saved) == 75
@@ -302,6 +318,7 @@ def test_from_a_checkpoint_goes_on_as_the_run_would(config: Config, tmp_path: Pa
     assert (about["iteration"], about["whole_state"]) == (4, True)
 
 
+@pytest.mark.slow
 def test_weights_without_optimizer_state_start_at_iteration_zero_and_are_noted(
     config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,6 +335,7 @@ def test_weights_without_optimizer_state_start_at_iteration_zero_and_are_noted(
     assert not set(values(tmp_path / "out")["baseline"]) & set(losses(config.logging.run_dir))
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_once_its_rank_is_settled(planted: Config, tmp_path: Path) -> None:
     """Between the two whose rank decides the lists, which run to their end; and again for a part that is merged."""
     planted = change(planted, drop={"allow_fraction": 0.17})
@@ -326,12 +344,13 @@ def test_a_run_ends_early_once_its_rank_is_settled(planted: Config, tmp_path: Pa
     runs = values(tmp_path / "out")
     assert {len(runs[name]) for name in ("baseline", "layer 1", "layer 5")} == {40}
     assert 10 <= len(runs["layer 2"]) < 40
-    found = ProfileFolder.read(tmp_path / "out")
+    found = MeasurementFolder.read(tmp_path / "out")
     low, middle, high = (found.gap(1234, layer) for layer in (DISTURBING, 2, LEARNING))
     assert low.mean < middle.mean < high.mean
     assert middle.mean == pytest.approx(0.0, abs=0.2 * (high.mean - low.mean))
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_told_apart_do_not_end_early(planted: Config, tmp_path: Path) -> None:
     layers = ",".join(map(str, IDENTITIES[:3]))  # whose losses are equal, bit for bit
     assert measure(planted, tmp_path / "out", layers=layers, iterations=12, window=4, early_stop=True) == 0
@@ -414,6 +433,7 @@ def write(folder: Path, sections: dict[str, Any]) -> str:
     return str(folder / "config.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_writes_file_and_plot_and_prints_the_table(
     corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,13 +441,13 @@ def test_the_command_writes_file_and_plot_and_prints_the_table(
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--training.micro_batch_size", "4", "--config", path, "--iterations", str(N)]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", *arguments])
+        cli.main(["sensitivity", "measure", *arguments])
     assert ended.value.code == 0
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert "sensitivity" in capsys.readouterr().out
     found, expected = (SensitivityFile.load(folder / "sensitivity.json") for folder in (out, whole))
     assert found.gap == expected.gap
-    assert found.measured_with["command"] == " ".join(["megatron-sbld", "profile", *arguments])
+    assert found.measured_with["command"] == " ".join(["megatron-sbld", "sensitivity", "measure", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -446,7 +466,7 @@ def test_mistakes_on_the_command_line_end_in_one_message(
     capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", *args])
+        cli.main(["sensitivity", "measure", *args])
     printed = capsys.readouterr().err
     assert ended.value.code == cli.EXIT_MISTAKE
     assert message in " ".join(printed.split())
@@ -463,7 +483,8 @@ def test_sigterm_ends_the_run_at_the_next_iteration_and_the_next_call_goes_on(
 ) -> None:
     path = write(tmp_path, tiny_sections(tmp_path / "run", corpus, training={**RUN, "train_iters": 5000}))
     out, iterations = tmp_path / "out", 40
-    command = [sys.executable, "-m", "megatron_sbld", "profile", "--config", path, "--out", str(out), "--layers", "1-2"]
+    command = [sys.executable, "-m", "megatron_sbld", "sensitivity", "measure", "--config", path]
+    command += ["--out", str(out), "--layers", "1-2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--iterations", str(iterations)], stdout=log, stderr=log, env=environment)

@@ -1,4 +1,4 @@
-"""`megatron-sbld profile` on two processes: every layout like one process, restored and continued bit for bit.
+"""`sensitivity measure` on two processes: every layout like one process, restored and continued bit for bit.
 
 One start of the processes runs all cases; what one process has to do comes before.
 """
@@ -24,6 +24,8 @@ from tests.training.trainer_helpers import (
     run_here,
     tiny_run,
 )
+
+pytestmark = pytest.mark.slow
 
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -66,7 +68,7 @@ N = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("profile_ranks")
+    return tmp_path_factory.mktemp("measure_ranks")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,6 @@ def test_a_snapshot_restores_the_run_bit_for_bit(outcomes: dict[str, list[Any]],
     assert outcomes[f"snapshot {name}, {before}"] == ["", ""]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", SLOW_SNAPSHOTS)
 def test_a_snapshot_restores_the_run_of_further_layouts(
@@ -159,7 +160,6 @@ def test_every_layout_measures_what_one_process_does(
     check_measurement(outcomes, folder, layout, method)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", SLOW_LAYOUTS)
 def test_further_layouts_measure_what_one_process_does(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -12,13 +13,15 @@ from megatron_sbld.megatron_lm.arguments import add_arguments, argument_name, dr
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.method.config import DropConfig
 
-FIELDS = [field.name for field in dataclasses.fields(DropConfig)]
+FIELDS = [field.name for field in dataclasses.fields(DropConfig) if field.name != "recipe"]
 OTHER_VALUES = {
     **{"policy": "sbld", "schedule": "linear", "sensitivity": "file.json", "sensitivity_update": "dynamic"},
     **{"block_layers": [13, 14], "allow_layers": [1], "residual_scale": "inverse_keep_prob", "residual": "fused"},
     **{"decision_scope": "microbatch", "granularity": "sample", "sampler": "balanced", "replicas": "distinct"},
     **{"dropped_update": "freeze", "interpolate": True, "release_block": True, "balance_stages": 2, "seed": 7},
     **{"update_interval": 50, "update_memory": 500},
+    **{"stages": [[0.5, 1], [1.0, 8]], "steps": [[0.5, 0.7], [1.0, 1.0]], "stage_layers": "first"},
+    **{"stage_init": "copy", "stage_copy_moments": True, "keep_layers": [1, 8], "depth": "linear"},
 }
 """A value other than the default, for each field that is not a float."""
 
@@ -48,7 +51,20 @@ def test_arguments_that_are_not_there_leave_the_default_section() -> None:
 def test_every_field_has_an_argument_that_sets_it_alone(name: str) -> None:
     value = OTHER_VALUES.get(name, 0.25)
     words = [str(item) for item in value] if isinstance(value, list) else [] if value is True else [str(value)]
+    if name in ("stages", "steps"):
+        words = [json.dumps(value)]
     assert drop_config(parse(argument_name(name), *words)) == dataclasses.replace(DropConfig(), **{name: value})
+
+
+def test_a_recipe_fills_what_was_not_set_also_to_its_default() -> None:
+    assert drop_config(Namespace(num_layers=8, **vars(parse("--sbld-recipe", "pld-paper")))).theta == 0.5
+    explicit = parse("--sbld-recipe", "pld-paper", "--sbld-theta", "0.9", "--sbld-recovery-fraction", "0.1")
+    config = drop_config(Namespace(num_layers=8, **vars(explicit)))
+    assert (config.policy, config.theta, config.recovery_fraction) == ("pld", 0.9, 0.1)
+
+
+def test_layers_in_the_order_in_which_they_begin_are_json() -> None:
+    assert drop_config(parse("--sbld-stage-layers", "[3, 1]")).stage_layers == [3, 1]
 
 
 @pytest.mark.parametrize("words", [("--sbld-policy", "half"), ("--sbld-theta", "much"), ("--sbld-thet", "0.9")])
@@ -62,7 +78,7 @@ def test_the_help_is_the_fields_own_documentation(capsys: pytest.CaptureFixture[
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert "None is 10 % of the iterations" in shown
-    assert "SBLD: weight of theta(t). (default: 1.0)" in shown
+    assert "SBLD: weight of theta(t). At least 0. (default: 1.0)" in shown
 
 
 def test_another_provider_of_arguments_is_kept() -> None:
@@ -89,14 +105,14 @@ def test_nothing_is_looked_at_without_a_policy() -> None:
         ({"sbld_theta": 1.5}, r"--sbld-theta = 1.5 .*\(0, 1\]"),
         ({"sbld_policy": "sbld"}, "--sbld-sensitivity = None is not allowed with --sbld-policy sbld"),
         ({"sbld_sampler": "balanced", "pipeline_model_parallel_size": 3}, "pipeline stages = 3"),
-        ({"sbld_replicas": "distinct"}, "--sbld-replicas = 'distinct' needs --sbld-sampler balanced"),
+        ({"sbld_replicas": "distinct"}, "--sbld-replicas = 'distinct' does not work with --sbld-sampler = 'bernoulli'"),
         (
             {"sbld_replicas": "distinct", "sbld_sampler": "balanced", "overlap_grad_reduce": True},
-            "--overlap-grad-reduce does not work with --sbld-replicas distinct",
+            "--sbld-replicas = 'distinct' does not work with --overlap-grad-reduce = True",
         ),
         (
             {"sbld_replicas": "distinct", "sbld_granularity": "sample", "micro_batch_size": 1},
-            "--micro-batch-size = 1 does not work",
+            "--sbld-replicas = 'distinct' does not work with --micro-batch-size = 1",
         ),
         ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl = 'transformer_engine' does not work"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp = True does not work"),
@@ -113,7 +129,10 @@ def test_a_mistake_is_refused_by_the_arguments_name(changed: dict[str, Any], mes
 
 
 def test_a_dynamic_sensitivity_by_microbatches_is_refused() -> None:
-    with pytest.raises(ValueError, match="--sbld-sensitivity-update dynamic does not work with --sbld-decision-scope"):
+    message = (
+        "--sbld-sensitivity-update = 'dynamic' does not work with --sbld-decision-scope = 'microbatch' in Megatron-LM"
+    )
+    with pytest.raises(ValueError, match=message):
         check(
             sbld_policy="sbld",
             sbld_sensitivity="file.json",

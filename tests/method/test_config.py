@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import pytest
 
-from megatron_sbld.method.build import build_policy, build_schedule, validate_drop
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.build_schedule import build_schedule
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, SBLDPolicy, StochasticDepthPolicy
 from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear, Polynomial
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 NUM_LAYERS = 12
@@ -211,6 +213,12 @@ def test_settings_that_the_gaps_were_measured_without_are_reported(tmp_path, mea
 
 
 OUT_OF_RANGE = {
+    "recipe": "best",
+    "depth": "cubic",
+    "stage_init": "ones",
+    "stage_copy_moments": "yes",
+    "hold_until": 1.1,
+    "decay_until": -0.1,
     "policy": "random",
     "schedule": "cosine",
     "theta": 0.0,
@@ -253,7 +261,10 @@ OUT_OF_RANGE = {
 
 
 def test_the_table_of_values_out_of_range_has_every_field():
-    assert set(drop_field_names()) - set(OUT_OF_RANGE) == {"block_layers", "allow_layers"}
+    assert set(drop_field_names()) - set(OUT_OF_RANGE) == {
+        *("block_layers", "allow_layers", "keep_layers"),
+        *("stages", "stage_layers", "steps"),  # test_stages.py
+    }
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE.items())
@@ -303,18 +314,18 @@ def test_a_value_out_of_range_is_refused_by_name_even_when_nothing_is_dropped(na
         ),
         (
             {"replicas": "distinct", "sampler": "balanced", "sensitivity_update": "dynamic"},
-            r"drop\.replicas = 'distinct' does not work with drop\.sensitivity_update dynamic",
+            r"drop\.replicas = 'distinct' does not work with drop\.sensitivity_update = 'dynamic'",
         ),
         (
             {"replicas": "distinct", "sampler": "balanced", "dropped_update": "freeze"},
-            r"drop\.replicas = 'distinct' does not work with drop\.dropped_update freeze",
+            r"drop\.replicas = 'distinct' does not work with drop\.dropped_update = 'freeze'",
         ),
-        ({"replicas": "distinct"}, r"drop\.replicas = 'distinct' needs drop\.sampler balanced"),
+        ({"replicas": "distinct"}, r"drop\.replicas = 'distinct' does not work with drop\.sampler = 'bernoulli'"),
         (
             {"granularity": "sample", "sensitivity_update": "dynamic"},
-            r"drop\.granularity = 'sample' does not work with drop\.sensitivity_update dynamic",
+            r"drop\.granularity = 'sample' does not work with drop\.sensitivity_update = 'dynamic'",
         ),
-        ({"balance_stages": 2}, r"drop\.balance_stages = 2 needs drop\.sampler balanced"),
+        ({"balance_stages": 2}, r"drop\.balance_stages = 2 does not work with drop\.sampler = 'bernoulli'"),
         ({"sampler": "balanced", "balance_stages": 5}, r"drop\.balance_stages = 5 .*divide the 12 layers"),
         ({"sampler": "balanced", "balance_stages": 24}, r"drop\.balance_stages = 24 .*divide the 12 layers"),
         ({"duration": 10.0}, r"drop\.duration = 10\.0 is not used by drop\.schedule pwegd.*linear or polynomial"),
@@ -331,7 +342,7 @@ def test_contradictions_and_settings_that_nothing_would_use_are_refused(fields, 
 
 
 def test_sbld_without_a_sensitivity_file_says_how_to_get_one():
-    with pytest.raises(ValueError, match=r"drop\.sensitivity = None .*12 layers .*megatron-sbld profile"):
+    with pytest.raises(ValueError, match=r"drop\.sensitivity = None .*12 layers .*megatron-sbld sensitivity measure"):
         validate_drop(DropConfig(policy="sbld"), NUM_LAYERS, TRAIN_ITERS)
 
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_sbld.method.build import build_policy, validate_drop
+from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.decisions import draw_plan, draw_sample_counts
+from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 SHARES = st.floats(0, 1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.bucket_model import Speeds, exposed_time, skipped
 from megatron_sbld.config.sections import ModelConfig
 from megatron_sbld.layout.placement import Placement
 from megatron_sbld.predict.cost import pass_costs, step_costs
@@ -22,9 +21,6 @@ from megatron_sbld.predict.parameters import (
     shard_sizes,
 )
 from tests.predict.predict_helpers import HARDWARE, make_setup
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from bucket_model import Speeds, exposed_time, skipped
 
 TOKENS, HIDDEN = 128, 256
 

@@ -221,6 +221,25 @@ def test_runs_that_stand_at_different_iterations_are_noted(tmp_path):
     assert any("b stands at iteration 10, a at 20" in note for note in comparison.notes)
 
 
+def test_a_run_that_was_resumed_with_other_settings_is_noted_by_name(tmp_path):
+    changes = [
+        {"iteration": 11, "field": "optimizer.lr", "before": 0.002, "after": 0.001},
+        {"iteration": 11, "field": "data.data_cache_path", "before": None, "after": "cache"},
+        {"iteration": 41, "field": "drop.theta", "before": 0.5, "after": 0.6},
+    ]
+    folders = [
+        steady_run(tmp_path / "full", 0.5, 1.0, "none", 2.0),
+        steady_run(tmp_path / "pld", 0.4, 0.5, "pld", 2.1),
+    ]
+    (tmp_path / "pld" / "changes.jsonl").write_text("".join(json.dumps(change) + "\n" for change in changes))
+    groups = group_runs(read_runs(folders))
+    found = [note for note in summarise(groups, groups[0]).notes if "resumed" in note]
+    assert found == [
+        "pld was resumed with other settings, and is compared by its last: optimizer.lr was 0.002 up to iteration 10, "
+        "then 0.001."
+    ], "the cache changes nothing, and at iteration 41 the run is not yet"
+
+
 # The command
 
 

@@ -113,7 +113,9 @@ def test_the_config_for_8_gpus_is_the_same_run(name: str) -> None:
     assert different == {"training.micro_batch_size", "checkpoint.save_interval", "logging.run_dir"}
 
 
-@pytest.mark.parametrize(("name", "suffix"), FILES)
+@pytest.mark.parametrize(
+    ("name", "suffix"), [FILES[0], *(pytest.param(*file, marks=pytest.mark.slow) for file in FILES[1:])]
+)
 def test_every_proposed_override_can_be_shown_before_training(
     name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,8 @@ def test_messages_of_other_refusals_are_those_of_the_code() -> None:
             "mcore/skip/refusals.py",
             "mcore/skip/switchable.py",
             "mcore/skip/samples.py",
-            "config/validate.py",
+            "method/combinations.py",
+            "config/combinations.py",
         )
     )
     for switch, status, evidence in rows():

@@ -22,7 +22,7 @@ def quickstart():
 
 def test_help_says_what_every_option_does():
     result = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
-    assert all(option in result.stdout for option in ("--text", "--iters", "--profile", "--out"))
+    assert all(option in result.stdout for option in ("--text", "--iters", "--measure", "--out"))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_processes_and_precision_follow_the_gpus(quickstart, monkeypatch, gpus, 
     assert ("bf16" in command) == bf16
 
 
-@pytest.mark.parametrize("args", [[], ["--profile"]])
+@pytest.mark.parametrize("args", [[], ["--measure"]])
 def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypatch, tmp_path, args):
     commands = []
     monkeypatch.setattr(quickstart, "run_step", lambda title, command: commands.append(command))
@@ -80,7 +80,7 @@ def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypa
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--text", str(text), "--out", str(out), "--iters", "30", *args])
     quickstart.main()
-    measured = [command for command in commands if "profile" in command]
+    measured = [command for command in commands if "sensitivity" in command]
     (trained,) = [command for command in commands if "--drop.sensitivity" in command]
     used = trained[trained.index("--drop.sensitivity") + 1]
     evaluated, compared = commands[-2:]
@@ -92,4 +92,4 @@ def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypa
         return
     assert commands.index(measured[0]) == 1
     assert measured[0][measured[0].index("--iterations") + 1] == "30"
-    assert used == str(out / "profile" / "sensitivity.json")
+    assert used == str(out / "sensitivity" / "sensitivity.json")

@@ -15,6 +15,8 @@ from build_libraries import BuildError, Switches, cpu_command, cuda_command
 
 from megatron_sbld.nvcc import Nvcc, NvccError, find_nvcc
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")

@@ -19,6 +19,8 @@ from build_libraries import BuildError, Switches, compile_library, library_comma
 from megatron_sbld.nvcc import find_nvcc
 from megatron_sbld.residual.native import ABI, Args, Library
 
+pytestmark = pytest.mark.slow
+
 FORCED = os.environ.get("MEGATRON_SBLD_CUDA") == "force"
 
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_sbld.cli import main as cli
 from megatron_sbld.report import sensitivity as report
 from megatron_sbld.sensitivity.file import SensitivityFile
-from megatron_sbld.sensitivity.measurement import LayerRun, ProfileFolder, Request, sensitivity_of
+from megatron_sbld.sensitivity.measurement import LayerRun, MeasurementFolder, Request, sensitivity_of
 
 LAYERS, N = 6, 30
 GAPS = {1: 0.5, 2: 0.01, 3: 0.2, 4: 0.1, 5: -0.1, 6: 0.3}
@@ -29,7 +29,12 @@ def request(**changes: Any) -> Request:
         "window": 10,
         "block_fraction": 0.17,
         "allow_fraction": 0.34,
-        "about": {"command": "megatron-sbld profile", "commit": "abc", "hardware": "2 CPU cores", "date": "today"},
+        "about": {
+            "command": "megatron-sbld sensitivity measure",
+            "commit": "abc",
+            "hardware": "2 CPU cores",
+            "date": "today",
+        },
     }
     return Request(**{**values, **changes})
 
@@ -39,9 +44,9 @@ def run(seed: int, gap: float) -> LayerRun:
     return LayerRun(values=values.tolist(), cost_iterations=float(N), seconds=1.0)
 
 
-def folder(path: Path, layers: list[int], **changes: Any) -> ProfileFolder:
+def folder(path: Path, layers: list[int], **changes: Any) -> MeasurementFolder:
     """A measurement of some layers with every seed; batches have the same noise with and without a layer."""
-    made = ProfileFolder.open(path, request(**changes))
+    made = MeasurementFolder.open(path, request(**changes))
     for seed in made.request.seeds:
         made.add(seed, None, run(seed, 0.0))
         for layer in layers:
@@ -64,7 +69,7 @@ def test_parts_merged_equal_the_whole(tmp_path: Path, capsys: pytest.CaptureFixt
     folder(tmp_path / "b", [3, 4, 5])
     output = tmp_path / "merged.json"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", "merge", str(tmp_path / "b"), str(tmp_path / "a"), "--output", str(output)])
+        cli.main(["sensitivity", "merge", str(tmp_path / "b"), str(tmp_path / "a"), "--output", str(output)])
     assert ended.value.code == 0
     merged = SensitivityFile.load(output)
     for name in ("gap", "gap_stderr", "sensitivity", "block", "allow"):
@@ -102,9 +107,9 @@ def test_a_folder_of_other_settings_is_refused_by_field_and_left_as_it_is(tmp_pa
     folder(tmp_path, [1])
     before = (tmp_path / "profile.json").read_bytes()
     with pytest.raises(ValueError, match=r"other settings.*\n  optimizer\.lr: 0\.1 there, 0\.3 now"):
-        ProfileFolder.open(tmp_path, request(settings={"optimizer.lr": 0.3, "--iterations": N}))
+        MeasurementFolder.open(tmp_path, request(settings={"optimizer.lr": 0.3, "--iterations": N}))
     assert (tmp_path / "profile.json").read_bytes() == before
-    assert ProfileFolder.open(tmp_path, request(window=20)).request.window == 20
+    assert MeasurementFolder.open(tmp_path, request(window=20)).request.window == 20
 
 
 def test_a_run_from_another_folder_is_found_out(tmp_path: Path) -> None:
@@ -121,7 +126,7 @@ def test_a_damaged_folder_is_refused_with_its_file(tmp_path: Path, content: str)
     folder(tmp_path, [1])
     (tmp_path / "profile.json").write_text(content)
     with pytest.raises(ValueError, match=r"profile\.json"):
-        ProfileFolder.read(tmp_path)
+        MeasurementFolder.read(tmp_path)
 
 
 def test_a_run_that_ended_early_has_a_gap_between_its_neighbours(tmp_path: Path) -> None:
@@ -158,7 +163,7 @@ def test_show_prints_every_layer_and_draws_a_plot(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot = tmp_path / "plots" / "gaps.png"
-    assert command("profile", "show", file, "--plot", str(plot)) == 0
+    assert command("sensitivity", "show", file, "--plot", str(plot)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == [str(layer) for layer in GAPS]
     assert any(line.split()[:2] == ["1", "+0.5015"] and line.split()[-1] == "Block" for line in lines if line.strip())
@@ -178,7 +183,7 @@ def test_outputs_never_overwrite_what_was_measured(
         ("lists", file, "--output", file),
         ("show", file, "--plot", str(tmp_path / "plot.png")),
     ):
-        assert command("profile", *args) == cli.EXIT_MISTAKE
+        assert command("sensitivity", *args) == cli.EXIT_MISTAKE
         assert "is an input, and would be overwritten" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -193,7 +198,7 @@ def test_lists_are_chosen_anew_from_the_same_gaps(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "folder" / "other.json"
-    args = ["profile", "lists", file, "--block", "0.5", "--allow", "0", "--output", str(output)]
+    args = ["sensitivity", "lists", file, "--block", "0.5", "--allow", "0", "--output", str(output)]
     assert command(*args) == 0
     before, after = SensitivityFile.load(file), SensitivityFile.load(output)
     assert (after.block, after.allow) == ((1, 3, 6), ())
@@ -204,7 +209,7 @@ def test_rank_compares_orders_and_costs(file: str, tmp_path: Path, capsys: pytes
     measured = SensitivityFile.load(file)
     reverse = SensitivityFile.from_gaps([-gap for gap in measured.gap], measured.gap_stderr, {"method": "made up"})
     reverse.save(tmp_path / "reverse.json")
-    assert command("profile", "rank", file, str(tmp_path / "reverse.json")) == 0
+    assert command("sensitivity", "rank", file, str(tmp_path / "reverse.json")) == 0
     printed = capsys.readouterr().out
     assert "+1.000" in printed
     assert "-1.000" in printed
@@ -229,7 +234,7 @@ def test_mistakes_end_in_one_message(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
     places = {"FILE": file, "FOLDER": str(tmp_path / "measured")}
-    assert command("profile", *(places.get(arg, arg) for arg in args)) == cli.EXIT_MISTAKE
+    assert command("sensitivity", *(places.get(arg, arg) for arg in args)) == cli.EXIT_MISTAKE
     printed = " ".join(capsys.readouterr().err.split())
     assert "Traceback" not in printed
     with pytest.raises(ValueError, match=message):

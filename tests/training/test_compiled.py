@@ -26,6 +26,8 @@ from tests.training.trainer_helpers import (
     trained,
 )
 
+pytestmark = pytest.mark.slow
+
 FULL_RECOMPUTATION = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 WITH_DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -113,7 +115,6 @@ def test_a_missing_compiler_is_named_before_the_run_starts(config: Config) -> No
     assert not Path(config.logging.run_dir).exists()
 
 
-@pytest.mark.slow
 def test_many_models_in_one_process_have_graphs_of_their_own(config: Config, tmp_path: Path) -> None:
     for width in range(17, 26):  # torch's own limit is 8
         trained(change(config, model={"ffn_hidden_size": width}, training={"train_iters": 3}), tmp_path / str(width))

@@ -147,6 +147,7 @@ def _run_and_stop_rank_1(config: Config) -> tuple[int | str, int]:
         return run_here(config), len(following)
 
 
+@pytest.mark.slow
 def test_ranks_agree_when_one_of_them_is_asked(folder: Path, corpus: Path) -> None:
     runs = [run_with_validation(folder, corpus, name, **parallel) for name, parallel in LAYOUTS.items()]
     calls = [call for run in runs for call in (in_folder(run, f"{run.logging.run_dir} whole"), run, run)]

@@ -19,6 +19,7 @@ from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.decisions import draw_sample_counts
 from megatron_sbld.training import run as run_module
+from tests.harness import slow_but
 from tests.training.trainer_helpers import (
     FULL_DEPTH,
     HALF,
@@ -64,6 +65,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "worker processes": {"data": {"num_workers": 1}},
 }
+# Of the variants that resume, for `make test`.
+QUICK = ("plain", "balanced", "samples", "ramp of the batch size", "fused residual", "fp16")
 MODELS: dict[str, dict[str, Any]] = {
     "RoPE": {"position_embedding_type": "rope", "rotary_percent": 0.5},
     "RMSNorm": {"normalization": "RMSNorm"},
@@ -100,7 +103,7 @@ def config(tmp_path: Path, corpus: Path) -> Config:
     return tiny_run(tmp_path / "run", corpus, drop=sbld(tmp_path))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(QUICK, VARIANTS))
 def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(config: Config, tmp_path: Path, name: str) -> None:
     config = change(config, **VARIANTS[name])
     expected = trained(config, tmp_path / "whole")
@@ -151,7 +154,7 @@ def test_rows_after_the_last_checkpoint_are_written_anew(config: Config, tmp_pat
     assert losses(folder) == expected
 
 
-@pytest.mark.parametrize("scope", ["iteration", "microbatch"])
+@pytest.mark.parametrize("scope", [pytest.param("iteration", marks=pytest.mark.slow), "microbatch"])
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_recomputation_changes_no_loss(config: Config, tmp_path: Path, name: str, scope: str) -> None:
     config = change(config, drop={"decision_scope": scope})
@@ -167,6 +170,7 @@ def test_every_kind_of_model_learns(config: Config, tmp_path: Path, name: str) -
     assert found[-1] < found[0] - 0.5
 
 
+@pytest.mark.slow
 def test_the_fused_residual_is_for_every_policy_and_megatrons_without_dropout(config: Config, tmp_path: Path) -> None:
     for name, drop in {"none": FULL_DEPTH, "sbld": {}}.items():
         plain = change(config, model=NO_DROPOUT, drop=drop)

@@ -39,6 +39,8 @@ from tests.training.trainer_helpers import (
     tiny_run,
 )
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 KILLED_ITERATIONS = 40
 
 
@@ -146,7 +148,6 @@ def test_both_of_slurms_signals_are_a_request_to_stop(number: signal.Signals) ->
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_rank_stops_all_of_them_at_the_same_iteration(
     folder: Path, corpus: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:

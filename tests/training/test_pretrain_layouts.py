@@ -34,7 +34,7 @@ from tests.training.trainer_helpers import (
     without_dropout,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EVEN = {"pipeline_model_parallel_size": 2}
 UNEVEN = {**EVEN, "pipeline_model_parallel_layout": "Et|tttL"}

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from megatron_sbld.health.run_lock import LOCK_FILE, RunLock
-from megatron_sbld.measure.measure import profile
-from megatron_sbld.measure.plan import ProfileOptions
+from megatron_sbld.measure.measure import measure
+from megatron_sbld.measure.options import MeasureOptions
 from megatron_sbld.training import run
 from tests.health.test_run_lock import Holder
 from tests.training.trainer_helpers import change, losses, prepare_corpus, run_here, tiny_run
 
 
-def test_pretrain_and_profile_take_the_lock_before_they_write_and_give_it_back(
+def test_pretrain_and_measure_take_the_lock_before_they_write_and_give_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "RunLock", partial(RunLock, wait_s=0.1))
@@ -28,7 +28,7 @@ def test_pretrain_and_profile_take_the_lock_before_they_write_and_give_it_back(
         outcome = str(run_here(config))
         assert outcome.startswith("ValueError: logging.run_dir = "), outcome
         with pytest.raises(ValueError, match=r"--out = .*: another run uses this folder"):
-            profile(config, ProfileOptions(out=str(tmp_path / "run"), iterations=2))
+            measure(config, MeasureOptions(out=str(tmp_path / "run"), iterations=2))
         after = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*") if path.is_file())
         assert [entry for entry in after if entry[0] != lock_file] == [
             entry for entry in before if entry[0] != lock_file

@@ -5,6 +5,7 @@ One start of the processes runs all cases; what one process has to do comes befo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_sbld.config.sections import Config
+from tests.harness import slow_but
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     FULL_DEPTH,
@@ -75,6 +77,10 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 CHAIN_STOPS = 3
+# One of each kind of parallelism, for `make test`.
+QUICK = ("TP 2 with sequence parallelism", "PP 2 interleaved", "DP 2, both overlaps")
+QUICK_RESUMED = ("DP 2, both overlaps, bf16, per microbatch", "PP 2 interleaved")
+QUICK_CHAINS = ("distributed optimizer",)
 
 
 @pytest.fixture(scope="module")
@@ -116,52 +122,76 @@ def chain(folder: Path, corpus: Path, name: str) -> list[Config]:
     ]
 
 
-@pytest.fixture(scope="module")
-def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
-    """Run all cases; by name, the outcome of each rank."""
+def chains(folder: Path, corpus: Path, names: Collection[str]) -> tuple[dict[str, Config], dict[str, Config]]:
+    """Runs of one process and of two that change their layout."""
+    if not names:
+        return {}, {}
+    whole = in_folder(chain(folder, corpus, "plain optimizer")[0], folder / "chain in one process")
+    here = {"chain in one process": change(whole, training={"exit_after_iterations": None})}
+    there = {}
+    for name in names:
+        here[f"chain, {name}, 0"], *others = chain(folder, corpus, name)
+        there |= {f"chain, {name}, {i}": config for i, config in enumerate(others, start=1)}
+    return here, there
+
+
+def with_sensitivity_updates(folder: Path, corpus: Path) -> tuple[dict[str, Config], dict[str, Config]]:
+    """The same runs for those whose sensitivity is renewed."""
+    base = without_dropout(folder, corpus, "layers that matter", drop=FULL_DEPTH, checkpoint={"save_at_end": True})
+    # As many microbatches as each of two replicas has: each has its own decisions.
+    half = {"micro_batch_size": 2 * LAYERS_THAT_MATTER["training"]["micro_batch_size"]}
+    stop = {"exit_after_iterations": DYNAMIC_STOP}
+    halved = "dynamic in one process, half as many microbatches"
     here = {
-        "base": without_dropout(
-            folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
-        ),
-        "layers that matter": change(
-            without_dropout(folder, corpus, "layers that matter", drop=FULL_DEPTH, checkpoint={"save_at_end": True}),
-            **{**LAYERS_THAT_MATTER, "training": {"train_iters": 3}},
-        ),
-        "one process": from_common_weights(folder, corpus, "one process"),
+        "layers that matter": change(base, **{**LAYERS_THAT_MATTER, "training": {"train_iters": 3}}),
         "dynamic in one process": with_updates(folder, corpus, "dynamic in one process"),
-        # As many microbatches as each of two replicas has: each has its own decisions.
-        "dynamic in one process, half as many microbatches": with_updates(
-            folder,
-            corpus,
-            "dynamic in one process, half as many microbatches",
-            training={"micro_batch_size": 2 * LAYERS_THAT_MATTER["training"]["micro_batch_size"]},
-        ),
-        "chain in one process": change(
-            in_folder(chain(folder, corpus, "plain optimizer")[0], folder / "chain in one process"),
-            training={"exit_after_iterations": None},
-        ),
-        **{f"chain, {name}, 0": chain(folder, corpus, name)[0] for name in CHAINS},
-        "dynamic, stopped": change(
-            with_updates(folder, corpus, "dynamic, continued"), training={"exit_after_iterations": DYNAMIC_STOP}
-        ),
+        halved: with_updates(folder, corpus, halved, training=half),
+        "dynamic, stopped": change(with_updates(folder, corpus, "dynamic, continued"), training=stop),
     }
-    there: dict[str, Any] = {
+    there = {
         f"dynamic on {name}": with_updates(folder, corpus, f"dynamic on {name}", parallel=LAYOUTS[name])
         for name in DYNAMIC_LAYOUTS
     }
-    there |= {
-        f"on {name}": from_common_weights(folder, corpus, f"on {name}", **layout) for name, layout in LAYOUTS.items()
-    }
-    for name, sections in RESUMED.items():
+    there["dynamic, continued"] = with_updates(folder, corpus, "dynamic, continued", parallel=TENSOR)
+    return here, there
+
+
+def resumed(folder: Path, corpus: Path, names: Collection[str]) -> dict[str, Config]:
+    """Uninterrupted runs, and the same ones stopped and continued."""
+    there = {}
+    for name in names:
+        sections = RESUMED[name]
         drop = dynamic(folder) if "dynamic" in name else {**sbld(folder), **sections.get("drop", {})}
         config = tiny_run(folder / f"whole {name}", corpus, **{**sections, "drop": drop})
         there[f"whole {name}"] = config
         there[f"stopped {name}"], there[f"resumed {name}"] = stop_and_resume(
             in_folder(config, folder / name), DYNAMIC_STOP if "dynamic" in name else 3
         )
-    for name in CHAINS:
-        there |= {f"chain, {name}, {i}": config for i, config in enumerate(chain(folder, corpus, name)) if i > 0}
-    there["dynamic, continued"] = with_updates(folder, corpus, "dynamic, continued", parallel=TENSOR)
+    return there
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, corpus: Path, asked_for: Callable[..., frozenset[str]]) -> dict[str, list[int | str]]:
+    """Run all cases that are asked for; by name, the outcome of each rank."""
+    layouts = asked_for(test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process)
+    here = {
+        "base": without_dropout(
+            folder, corpus, "base", drop=FULL_DEPTH, training={"train_iters": 3}, checkpoint={"save_at_end": True}
+        ),
+        "one process": from_common_weights(folder, corpus, "one process"),
+    }
+    there: dict[str, Any] = {
+        f"on {name}": from_common_weights(folder, corpus, f"on {name}", **LAYOUTS[name]) for name in sorted(layouts)
+    }
+    parts = [
+        chains(folder, corpus, sorted(asked_for(test_a_run_that_changes_its_layout_keeps_its_decisions_and_losses)))
+    ]
+    if asked_for(test_every_layout_estimates_the_sensitivity_as_one_process_does):
+        parts.append(with_sensitivity_updates(folder, corpus))
+    for alone, together in parts:
+        here |= alone
+        there |= together
+    there |= resumed(folder, corpus, sorted(asked_for(test_a_resumed_run_has_the_losses_of_the_uninterrupted_one)))
     refused = tiny_run(folder / "refused", corpus, drop=HALF)
     there["another config"] = [refused, change(refused, drop={"theta": 0.6}, optimizer={"lr": 0.5})]
     there["after a refusal"] = refused
@@ -169,7 +199,7 @@ def outcomes(folder: Path, corpus: Path) -> dict[str, list[int | str]]:
     return results | dict(zip(there, run_trainers(2, list(there.values()), timeout=500), strict=True))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(QUICK, LAYOUTS))
 def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
     outcomes: dict[str, list[int | str]], folder: Path, name: str
 ) -> None:
@@ -182,6 +212,7 @@ def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
     assert valid_losses(folder / f"on {name}") == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DYNAMIC_LAYOUTS)
 def test_every_layout_estimates_the_sensitivity_as_one_process_does(
     outcomes: dict[str, list[int | str]], folder: Path, name: str
@@ -198,6 +229,7 @@ def test_every_layout_estimates_the_sensitivity_as_one_process_does(
     assert decisions(folder / f"dynamic on {name}") == decisions(folder / reference)
 
 
+@pytest.mark.slow
 def test_a_run_with_updates_that_changes_its_layout_keeps_its_sensitivity_and_decisions(
     outcomes: dict[str, list[int | str]], folder: Path
 ) -> None:
@@ -225,7 +257,7 @@ def test_four_processes_take_the_decisions_and_have_the_losses_of_one(
         np.testing.assert_allclose(losses(folder / name), losses(folder / "one process"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", slow_but(QUICK_RESUMED, RESUMED))
 def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
     outcomes: dict[str, list[int | str]], folder: Path, name: str
 ) -> None:
@@ -239,7 +271,7 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
     assert (len(changed) > 1) == ("dynamic" in name)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", slow_but(QUICK_CHAINS, CHAINS))
 def test_a_run_that_changes_its_layout_keeps_its_decisions_and_losses(
     outcomes: dict[str, list[int | str]], folder: Path, name: str
 ) -> None:

@@ -19,6 +19,7 @@ from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import TrainingData
+from megatron_sbld.data.blend import find_data
 from megatron_sbld.data.tokenizer import load_tokenizer
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.method.build import build_policy
@@ -86,6 +87,7 @@ def test_updates_change_the_sensitivity_and_with_it_the_keep_probabilities(confi
             assert values == pytest.approx([row[name][layer] for row in found], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_without_updates_the_losses_are_those_of_the_base_list(config: Config, tmp_path: Path) -> None:
     """Observing takes nothing from a run and adds nothing to it."""
     never = change(config, drop={"update_interval": 1000, "exploration": 0.0})
@@ -95,7 +97,7 @@ def test_without_updates_the_losses_are_those_of_the_base_list(config: Config, t
     assert losses(tmp_path / "dynamic") == losses(tmp_path / "fixed")
 
 
-@pytest.mark.parametrize("scope", ["iteration", "microbatch"])
+@pytest.mark.parametrize("scope", ["iteration", pytest.param("microbatch", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_estimates_and_losses_of_the_uninterrupted_one(
     config: Config, tmp_path: Path, scope: str
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_resumed_run_has_the_estimates_and_losses_of_the_uninterrupted_one(
     assert decisions(config.logging.run_dir) == decisions(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_recovery_is_not_observed(config: Config, tmp_path: Path) -> None:
     config = change(config, drop={"recovery_fraction": 0.5}, checkpoint={"save_interval": 20, "save_at_end": True})
     found = trained(config, tmp_path / "run")
@@ -121,6 +124,7 @@ def test_the_recovery_is_not_observed(config: Config, tmp_path: Path) -> None:
     assert decisions(tmp_path / "run")[20:] == [[1.0] * LAYERS] * 20
 
 
+@pytest.mark.slow
 def test_it_is_switched_on_and_off_within_a_run(config: Config) -> None:
     off = change(config, drop={"sensitivity_update": "none"})
     stop = {"exit_after_iterations": 3}
@@ -149,6 +153,7 @@ def test_another_base_list_on_resume_holds_until_the_next_update(config: Config,
     assert train_rows(config.logging.run_dir)[35]["keep_probs"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_block_layer_is_observed_only_if_its_release_is_asked_for(config: Config, tmp_path: Path) -> None:
     blocked = change(config, drop={"block_layers": [4]})
     last = trained(blocked, tmp_path / "blocked")[-1]
@@ -194,7 +199,7 @@ def marginal_costs(config: Config, keep_probs: NDArray[np.float64], num_batches:
         make_switchable(model, controller)
         model.train()
         length = RunLength(change(config, training={"train_iters": TRAINED + OBSERVED}).training)
-        batches = TrainingData(config, tokenizer, length, TRAINED * 16).train_batches(num_batches)
+        batches = TrainingData(config, tokenizer, find_data(config), length, TRAINED * 16).train_batches(num_batches)
         found = np.empty((num_batches, 1 + layers))
         for number, batch in enumerate(itertools.islice(batches, num_batches)):
             for position in range(1 + layers):

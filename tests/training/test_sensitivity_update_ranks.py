@@ -13,6 +13,8 @@ from megatron_sbld.method.schedule import Constant
 from megatron_sbld.training.sensitivity_update import SensitivityUpdate
 from tests.harness import run_distributed
 
+pytestmark = pytest.mark.slow
+
 LAYERS, ITERATIONS, INTERVAL = 6, 90, 30
 BASE = np.linspace(0.0, 1.0, LAYERS)
 GAP = 0.1 * BASE[::-1]
@@ -36,7 +38,7 @@ def observe_with_losses_of_ones_own() -> tuple[list[list[float]], list[list[bool
     return sensitivity, plans, iterations
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_all_ranks_have_the_first_ranks_sensitivity(world_size: int) -> None:
     results = run_distributed(observe_with_losses_of_ones_own, world_size)
     for rank, (sensitivity, plans, iterations) in enumerate(results):

@@ -18,8 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sbld.checkpoint.start import find_start, planned_length
 from megatron_sbld.config.sections import Config
+from megatron_sbld.data.blend import check_data
+from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.method.policy import FullDepthPolicy
 from megatron_sbld.sensitivity.file import SensitivityFile
+from megatron_sbld.training.run import Run
 from tests.harness import run_distributed
 
 LAYERS, SEQUENCE, ITERATIONS = 4, 32, 8
@@ -61,17 +66,21 @@ BOTH_OVERLAPS = {
     "overlap_param_gather": True,
     "ddp_bucket_size": 20_000,
 }
+MODULES = (
+    "argparse ast calendar codecs configparser contextlib csv dataclasses difflib doctest enum fractions functools "
+    "heapq inspect optparse pickle random shutil statistics subprocess tarfile textwrap threading tokenize traceback "
+    "typing uuid"
+)
+SOURCES = [str(Path(os.__file__).with_name(f"{name}.py")) for name in MODULES.split()]
+"""Text that every machine has, in every Python from 3.10 on, and that no change of this package changes."""
 
 
 def prepare_corpus(folder: Path) -> Path:
-    """This package's own sources as byte-level tokens; the prefix without _train or _valid."""
+    """Python's own sources as byte-level tokens; the prefix without _train or _valid."""
     from megatron_sbld.data.prepare import PrepareConfig, prepare
 
     corpus = folder / "corpus"
-    sources = str(REPOSITORY / "megatron_sbld")
-    prepare(
-        PrepareConfig(inputs=[sources], include=["*.py"], output=str(corpus), valid_fraction=0.2, workers=1, quiet=True)
-    )
+    prepare(PrepareConfig(inputs=SOURCES, output=str(corpus), valid_fraction=0.2, workers=1, quiet=True))
     return corpus
 
 
@@ -207,6 +216,15 @@ def run_here(config: Config) -> int | str:
         return pretrain(config, TasksInTraining)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def full_depth_run(config: Config) -> Run:
+    """The parts of a run that drops nothing, from where the config says; within `distributed_run`."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    data = check_data(config, tokenizer)
+    start = find_start(config, tokenizer, data)
+    policy = FullDepthPolicy(config.model.num_layers)
+    return Run(config, tokenizer, data, policy, start, planned_length(config, start))
 
 
 def trained(config: Config, folder: Path) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import get_args
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -21,13 +22,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sbld.checks import check_choice
 from megatron_sbld.layout.placement import Placement
 from megatron_sbld.mcore.local.attention import SDPACoreAttention
 from megatron_sbld.mcore.local.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_sbld.mcore.local.norm import norm_class
 from megatron_sbld.mcore.versions import nvidia_apex_available, transformer_engine_available
-
-TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
+from megatron_sbld.words import TransformerImpl
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,7 @@ def choose_transformer_impl(transformer_impl: str) -> tuple[str, str]:
     Raises:
         ValueError: an unknown name, or Transformer Engine is asked for and cannot be used.
     """
-    if transformer_impl not in TRANSFORMER_IMPLS:
-        raise ValueError(f"model.transformer_impl={transformer_impl!r}: must be one of {', '.join(TRANSFORMER_IMPLS)}")
+    check_choice("model.transformer_impl", transformer_impl, get_args(TransformerImpl))
     if transformer_impl == "local":
         return "local", "as configured"
     if not torch.cuda.is_available():

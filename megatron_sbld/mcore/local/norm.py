@@ -8,8 +8,13 @@ these mark theirs.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sbld.checks import check_choice
+from megatron_sbld.words import Normalization
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -32,10 +37,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def norm_class(normalization: str) -> type[LayerNorm | RMSNorm]:
     """The norm for TransformerConfig's `normalization`: LayerNorm or RMSNorm."""
-    classes: dict[str, type[LayerNorm | RMSNorm]] = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
-    if normalization not in classes:
-        raise ValueError(f"normalization={normalization!r}: must be one of {list(classes)}")
-    return classes[normalization]
+    check_choice("normalization", normalization, get_args(Normalization))
+    return LayerNorm if normalization == "LayerNorm" else RMSNorm
 
 
 def _check_config(config: TransformerConfig, normalization: str) -> None:

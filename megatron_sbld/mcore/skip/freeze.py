@@ -1,4 +1,4 @@
-"""Freezing the layers that an iteration dropped: `drop.dropped_update: freeze`.
+"""Freezing layers: those that an iteration dropped (`drop.dropped_update: freeze`), and those that have not begun.
 
 A dropped layer's gradient is zero, and Megatron's optimizer makes a step with it: momentum and weight decay still move
 the layer's weights, and its moments decay (`apply`). Here its gradients are taken away instead, just before the step of
@@ -6,7 +6,8 @@ the torch optimizer inside Megatron's, which leaves out a parameter without a gr
 count of zeros and the check for overflow come before that and are those of `apply`.
 
 Adam's `step` counts every iteration for every layer, frozen or not, because Megatron saves one for all parameters. So
-its bias correction is that of `apply`, which counts them as well.
+its bias correction is that of `apply`, which counts them as well. A layer that has waited to begin is the exception: at
+its first step the moments are set so that the update is Adam's own first one (first_step.py).
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import Adam as MegatronAdam  # Transformer Engine's or Apex's FusedAdam, or torch's AdamW
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.optimizer.params import held_params, held_tensors, optimizer_parts
 from megatron_sbld.mcore.optimizer.state import initialise, is_torch_adam
 from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, SkippableBucketGroup, bucket_groups, make_recorded
+from megatron_sbld.mcore.skip.first_step import prepare_first_step
 from megatron_sbld.mcore.skip.layer_buckets import note_wrappers, wrapper_of
 from megatron_sbld.mcore.skip.switchable import SwitchableLayer, chunk_list, decoder_layers
 
 _PARTS = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 _INNER = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, MegatronAdam)
 
-LayerParams = list[tuple[SwitchableLayer, list[torch.Tensor]]]
+_ADVICE = {"dropped_update 'freeze'": "use dropped_update 'apply'", "stages": "leave stages out"}
 
-_handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = weakref.WeakKeyDictionary()
+LayerParams = list[tuple[SwitchableLayer, list[torch.Tensor]]]
 
 
 def freeze_dropped_layers(model: torch.nn.Module | Iterable[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
@@ -51,23 +55,52 @@ def freeze_dropped_layers(model: torch.nn.Module | Iterable[torch.nn.Module], op
         ValueError: the layers are not switchable, the optimizer is of another model or of a kind in which a layer
             cannot be frozen, or data-parallel replicas drop distinct layers.
     """
+    _freeze(model, optimizer, "dropped_update 'freeze'")
+
+
+def freeze_waiting_layers(
+    model: torch.nn.Module | Iterable[torch.nn.Module], optimizer: MegatronOptimizer, controller: DropController
+) -> list[SwitchableLayer]:
+    """Let a layer keep its weights and moments until it begins, and begin with Adam's own first step.
+
+    As freeze_dropped_layers, in any order with it, but layers that have begun are stepped as they are otherwise.
+
+    Args:
+        model, optimizer: as in freeze_dropped_layers.
+        controller: of the model's layers; a rank may have none.
+
+    Returns:
+        The layers on this rank.
+    """
+    return _freeze(model, optimizer, "stages", controller)
+
+
+def _freeze(
+    model: torch.nn.Module | Iterable[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    setting: str,
+    controller: DropController | None = None,
+) -> list[SwitchableLayer]:
     chunks = chunk_list(model)
     for chunk in chunks:
         note_wrappers(chunk.modules())
     layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
-    parts = [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
+    parts = optimizer_parts(optimizer)
     for part in parts:
-        _check_optimizer(part)
-    held = {param for part in parts for param in _held_params(part)}
+        _check_optimizer(part, setting)
+    held = {param for part in parts for param in held_params(part)}
     for layer in layers:
-        _check_layer(layer, held)
+        _check_layer(layer, held, setting)
+        if controller is None:  # refuses distinct replicas now, not at the first step
+            layer._drop_controller.dropped_throughout(layer.layer_number)
     for part in parts:
-        inner_params = _inner_params(part)
+        inner_params = held_tensors(part)
         layer_params = [
             (layer, [inner_params[param] for param in layer.parameters() if param in inner_params]) for layer in layers
         ]
-        _attach(_Freezer(part, layer_params))
+        _attach(_Freezer(part, layer_params, controller))
     _record_zeroing(layers)
+    return layers
 
 
 class _Freezer:
@@ -76,17 +109,21 @@ class _Freezer:
     part: Megatron's optimizer around it.
     layer_params: for each layer on this rank, what the torch optimizer holds of its parameters: the parameters, their
         fp32 copies, or this rank's shards of one of these.
+    controller: whose stages it attends to; without one, it freezes layers in the iterations that drop them.
     """
 
-    def __init__(self, part: MegatronOptimizer, layer_params: LayerParams) -> None:
+    def __init__(self, part: MegatronOptimizer, layer_params: LayerParams, controller: DropController | None) -> None:
         self.part = part
+        self.freezes_dropped = controller is None
+        self.controller = controller
+        self.handles: list[RemovableHandle] = []
         self._layer_params = layer_params
         self._frozen_layers: set[SwitchableLayer] = set()
         self._frozen: list[torch.Tensor] = []
 
     def before_step(self, inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Take the gradients of dropped layers away."""
-        self._frozen_layers = {layer for layer, _ in self._layer_params if _is_dropped(layer)}
+        """Take the gradients of dropped layers away, and prepare the first steps of those that have begun."""
+        self._frozen_layers = {layer for layer, _ in self._layer_params if self._is_frozen(layer)}
         self._frozen = [
             param for layer, params in self._layer_params if layer in self._frozen_layers for param in params
         ]
@@ -96,9 +133,14 @@ class _Freezer:
             initialise(self.part)
         for param in self._frozen:
             param.grad = None
+        for layer, params in self._layer_params:
+            if layer not in self._frozen_layers and layer._drop_controller.makes_first_step(layer.layer_number):
+                prepare_first_step(inner, params)
 
     def after_step(self, inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Count the iteration for frozen parameters too, where each parameter has a count of its own."""
+        if self.controller is not None:
+            self.controller.note_step()
         if self._frozen and is_torch_adam(self.part):
             torch._foreach_add_([inner.state[param]["step"] for param in self._frozen], 1.0)
         if isinstance(self.part, DistributedOptimizer):  # others gather nothing
@@ -106,6 +148,11 @@ class _Freezer:
             for group in self._skippable_groups():
                 group.note_step(records)
         self._frozen = []
+
+    def _is_frozen(self, layer: SwitchableLayer) -> bool:
+        if layer.training and not layer._drop_controller.has_begun(layer.layer_number):
+            return True
+        return self.freezes_dropped and _is_dropped(layer)
 
     def _skippable_groups(self) -> list[SkippableBucketGroup]:
         """Those whose parameters need not be gathered when all of their layers were frozen."""
@@ -135,85 +182,52 @@ def _record_zeroing(layers: Iterable[SwitchableLayer]) -> None:
         make_recorded(wrapper, records)
 
 
+_freezers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Freezer] = weakref.WeakKeyDictionary()
+
+
 def _attach(freezer: _Freezer) -> None:
     inner = freezer.part.optimizer
-    for handle in _handles.get(inner, []):
-        handle.remove()
-    _handles[inner] = [
+    before = _freezers.get(inner)
+    if before is not None:  # it may have been attached for the other purpose
+        freezer.freezes_dropped |= before.freezes_dropped
+        freezer.controller = freezer.controller or before.controller
+        for handle in before.handles:
+            handle.remove()
+    _freezers[inner] = freezer
+    freezer.handles = [
         inner.register_step_pre_hook(freezer.before_step),
         inner.register_step_post_hook(freezer.after_step),
     ]
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Dense parameters, experts, and with overlap_param_gather_with_optimizer_step the first chunk, have one each."""
-    # Not isinstance: a subclass (LayerWiseDistributedOptimizer) gives parameters to ranks in its own way.
-    return optimizer.chained_optimizers if type(optimizer) is ChainedOptimizer else [optimizer]
-
-
-def _inner_params(part: MegatronOptimizer) -> dict[torch.Tensor, torch.Tensor]:
-    """Each parameter of the model that the optimizer has a part of on this rank -> the tensor that torch steps."""
-    if isinstance(part, DistributedOptimizer):
-        pairs = [
-            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
-            (part.model_fp32_groups, part.shard_fp32_groups),
-        ]
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        pairs = [
-            (part.float16_groups, part.fp32_from_float16_groups),
-            (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
-        ]
-    else:
-        own = [group["params"] for group in part.optimizer.param_groups]
-        pairs = [(own, own)]
-    return {
-        param: inner
-        for model_groups, inner_groups in pairs
-        for model_group, inner_group in zip(model_groups, inner_groups, strict=True)
-        for param, inner in zip(model_group, inner_group, strict=True)
-    }
-
-
-def _held_params(part: MegatronOptimizer) -> Iterable[torch.Tensor]:
-    """Parameters of the model that the optimizer steps, on this rank or, sharded, on another."""
-    if isinstance(part, DistributedOptimizer):
-        return [param for buffer in part.buffers for param in buffer.param_index_map]
-    return _inner_params(part)
-
-
-def _check_optimizer(part: MegatronOptimizer) -> None:
-    advice = "use dropped_update 'apply'"
+def _check_optimizer(part: MegatronOptimizer, setting: str) -> None:
+    advice = _ADVICE[setting]
     if type(part) not in _PARTS:
         allowed = ", ".join(kind.__name__ for kind in _PARTS)
-        raise ValueError(
-            f"dropped_update 'freeze' does not work with {type(part).__name__}: allowed are {allowed}; {advice}"
-        )
+        raise ValueError(f"{setting} does not work with {type(part).__name__}: allowed are {allowed}; {advice}")
     if isinstance(part, DistributedOptimizer) and part.ddp_config.use_megatron_fsdp:
-        raise ValueError(f"dropped_update 'freeze' does not work with use_megatron_fsdp = True; {advice}")
+        raise ValueError(f"{setting} does not work with use_megatron_fsdp = True; {advice}")
     for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
         if getattr(part.config, name):
             raise ValueError(
-                f"dropped_update 'freeze' does not work with {name} = True: its step reads gradients elsewhere, so "
+                f"{setting} does not work with {name} = True: its step reads gradients elsewhere, so "
                 f"that taking one away would freeze nothing; {advice}"
             )
     if type(part.optimizer) not in _INNER:
         raise ValueError(
-            f"dropped_update 'freeze' does not work with {type(part.optimizer).__name__}: allowed are torch's Adam, "
+            f"{setting} does not work with {type(part.optimizer).__name__}: allowed are torch's Adam, "
             f"AdamW and SGD and the FusedAdam of Apex or Transformer Engine; {advice}"
         )
 
 
-def _check_layer(layer: torch.nn.Module, held: set[torch.Tensor]) -> None:
+def _check_layer(layer: torch.nn.Module, held: set[torch.Tensor], setting: str) -> None:
     if not isinstance(layer, SwitchableLayer):
         raise ValueError(f"a decoder layer is a {type(layer).__name__}: call make_switchable(model, controller) before")
-    layer._drop_controller.dropped_throughout(
-        layer.layer_number
-    )  # refuses distinct replicas now, not at the first step
     for name, param in layer.named_parameters():
         if is_float8tensor(param):
             raise ValueError(
-                f"dropped_update 'freeze' does not work with parameters in fp8 (layer {layer.layer_number}, {name}): "
-                "they are quantised anew at each step; use dropped_update 'apply'"
+                f"{setting} does not work with parameters in fp8 (layer {layer.layer_number}, {name}): "
+                f"they are quantised anew at each step; {_ADVICE[setting]}"
             )
         if param.requires_grad and param not in held:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Switches and wrappers under which a drop would be wrong or silently ignored, each refused by name with the reason.
 
-docs/megatron_features.md lists them beside the switches that are supported; a test keeps the two equal.
+What does not work together is in method/combinations.py. docs/megatron_features.md lists all of it beside the switches
+that are supported; a test keeps them equal.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
+
+from megatron_sbld.controller import DropController
 
 REASONS = {
     "cuda_graph_impl": "a captured graph would repeat the decision it was captured with",
@@ -48,12 +51,8 @@ WRAPPERS = {
 """Why each module around a model is refused, by package and class."""
 
 
-def refuse_unsupported_switches(
-    config: TransformerConfig, *, microbatch_scope: bool, sample_granularity: bool, distinct_replicas: bool
-) -> None:
-    """Check a built model's config.
-
-    distinct_replicas: whether data-parallel replicas may run different layers.
+def refuse_unsupported_switches(config: TransformerConfig, controller: DropController) -> None:
+    """Check a built model's config: its switches by themselves, and together with what the controller does.
 
     Raises:
         ValueError: naming the switch, its value, what is allowed and why.
@@ -62,16 +61,7 @@ def refuse_unsupported_switches(
         value = getattr(config, name, None)
         if is_on(config, name):
             raise ValueError(f"{name} = {value!r} does not work with layer dropping: {reason}; switch it off")
-    narrow = next((name for name in ("fp8", "fp4") if getattr(config, name, None)), None)
-    if microbatch_scope and narrow and config.recompute_granularity == "full":
-        raise ValueError(
-            f"decisions per microbatch do not work with {narrow} and recompute_granularity = 'full': Transformer "
-            "Engine's recomputation does not tell its passes apart; use decision scope 'iteration'"
-        )
-    if sample_granularity:
-        _refuse_fixed_number_of_samples(config)
-    if distinct_replicas:
-        _refuse_experts_of_distinct_replicas(config)
+    controller.refuse(vars(config))
 
 
 def is_on(config: TransformerConfig, name: str) -> bool:
@@ -81,36 +71,6 @@ def is_on(config: TransformerConfig, name: str) -> bool:
     if name == "fp8_recipe":
         return bool(config.fp8) and value == "delayed"
     return bool(value)
-
-
-def _refuse_fixed_number_of_samples(config: TransformerConfig) -> None:
-    """What takes each pass of a layer to have as many samples as the one before."""
-    if config.tp_comm_overlap:
-        raise ValueError(
-            "granularity 'sample' does not work with tp_comm_overlap = True: its buffers have room for whole "
-            "microbatches alone; use granularity 'layer'"
-        )
-    if config.num_moe_experts is not None and "global_aux_loss" in config.moe_router_load_balancing_type:
-        raise ValueError(
-            "granularity 'sample' does not work with moe_router_load_balancing_type = 'global_aux_loss': it averages "
-            "counts of tokens over passes as if all had as many; use granularity 'layer'"
-        )
-
-
-def _refuse_experts_of_distinct_replicas(config: TransformerConfig) -> None:
-    """Data-parallel ranks exchange tokens, or counts of them, inside an MoE layer: all of them must run it or none."""
-    if config.num_moe_experts is None:
-        return
-    if config.expert_model_parallel_size > 1:
-        raise ValueError(
-            f"replicas 'distinct' does not work with expert_model_parallel_size = {config.expert_model_parallel_size}: "
-            "replicas exchange tokens inside a layer, so all must run it or none; use replicas 'shared'"
-        )
-    if "global_aux_loss" in config.moe_router_load_balancing_type:
-        raise ValueError(
-            "replicas 'distinct' does not work with moe_router_load_balancing_type = 'global_aux_loss': replicas count "
-            "tokens together inside a layer, so all must run it or none; use replicas 'shared'"
-        )
 
 
 def is_refused_wrapper(module: torch.nn.Module) -> bool:

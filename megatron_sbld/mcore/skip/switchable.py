@@ -3,7 +3,8 @@
 A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so
 parameter names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one
 hands its input on; one that only some samples of a microbatch run is samples.py's. Evaluation never asks and never
-drops. What a skip must take care of is listed at `_SkippedLayer` and in ddp.py.
+drops, but for layers that have not begun. What a skip must take care of is listed at `_SkippedLayer` and in
+layer_buckets.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, in_backw
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
 from megatron_sbld.mcore.versions import check_megatron_core
+from megatron_sbld.method.combinations import refuse_combinations
 
 
 class _SkippedLayer(torch.autograd.Function):
@@ -69,7 +71,9 @@ class SwitchableLayer(TransformerLayer):
         if not self.training:
             if is_checkpointing():
                 self._refuse_recomputation_in_evaluation()
-            return super().forward(*args, **kwargs)
+            if self._drop_controller.has_begun(self.layer_number):
+                return super().forward(*args, **kwargs)
+            return self._hand_on(args[0] if args else kwargs["hidden_states"]), kwargs.get("context")
         controller = self._drop_controller
         hidden_states = args[0] if args else kwargs["hidden_states"]
         microbatch = self._microbatch()
@@ -91,13 +95,18 @@ class SwitchableLayer(TransformerLayer):
 
     def _skip(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
+        controller = self._drop_controller
+        # Other replicas may run what this one skips, but for a layer that has not begun.
+        self._drop_record.skipped = controller.replicas_run_alike or not controller.has_begun(self.layer_number)
+        return self._hand_on(hidden_states)
+
+    def _hand_on(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self._drop_buckets is None:
             # Looked up here, once: a layer may have been made switchable before its model was wrapped.
             self._drop_buckets = LayerBuckets(self)
-            _refuse_overlap_of_distinct_replicas(self._drop_buckets, self._drop_controller)
+            self._drop_controller.refuse({"overlap_grad_reduce": self._drop_buckets.reports_gradients})
             _let_buckets_be_skipped(self._drop_buckets.wrapper)
         buckets = self._drop_buckets
-        self._drop_record.skipped = self._drop_controller.replicas_run_alike  # others may run what this one skips
         buckets.wait_for_params()
         return _SkippedLayer.apply(hidden_states, buckets.stand_in(hidden_states))
 
@@ -212,6 +221,7 @@ def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controll
         partial(_refuse_wrapped, chunks, layers)
     )  # fully_shard() and compile() change a model in place
     controller.check_once(partial(_refuse_equal_replicas, controller))
+    controller.check_once(partial(_refuse_unattended_growth, controller))
     return [layer.layer_number for layer in layers]
 
 
@@ -281,12 +291,7 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
         raise ValueError(
             f"layer {layer.layer_number} has cross-attention, and only decoder-only models can be made switchable"
         )
-    refuse_unsupported_switches(
-        layer.config,
-        microbatch_scope=controller.scope == "microbatch",
-        sample_granularity=controller.granularity == "sample",
-        distinct_replicas=not controller.replicas_run_alike,
-    )
+    refuse_unsupported_switches(layer.config, controller)
     if controller.scales_residual and are_fused(layer):
         _refuse_compiled_scales(layer)
 
@@ -297,20 +302,19 @@ def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[Transfor
     refuse_wrappers_around(layers)
 
 
+def _refuse_unattended_growth(controller: DropController) -> None:
+    if len(controller.growth.begun) < controller.num_layers and not controller.growth.callbacks:
+        raise ValueError(
+            "the policy has stages, whose waiting layers the optimizer would move: call grow_in_stages(model, "
+            "optimizer) once the optimizer is built"
+        )
+
+
 def _refuse_compiled_scales(layer: TransformerLayer) -> None:
     if hasattr(layer, "_compiled_forward"):
-        raise ValueError(
-            f"layer {layer.layer_number} is compiled, and its branches are fused and scaled: each scale would be "
-            "compiled anew; leave out fuse_residual, or use residual_scale 'none'"
-        )
-
-
-def _refuse_overlap_of_distinct_replicas(buckets: LayerBuckets, controller: DropController) -> None:
-    if buckets.reports_gradients and not controller.replicas_run_alike:
-        raise ValueError(
-            "replicas 'distinct' does not work with overlap_grad_reduce: a replica that skips a layer would start its "
-            "reductions in another order than one that runs it; use replicas 'shared' or switch the overlap off"
-        )
+        scaled: dict[str, Any] = {"torch_compile": True, "residual": "fused", "residual_scale": "inverse_keep_prob"}
+        names = {"torch_compile": f"layer {layer.layer_number}: torch_compile"}
+        refuse_combinations(scaled, lambda name: names.get(name, name))
 
 
 def _refuse_equal_replicas(controller: DropController) -> None:

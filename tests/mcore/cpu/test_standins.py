@@ -21,6 +21,8 @@ from megatron_sbld.mcore.local.attention import SDPACoreAttention
 from tests.harness import model_parallel, run_distributed, single_process
 from tests.mcore.helpers import Step, tiny_config, tiny_gpt, train
 
+pytestmark = pytest.mark.slow
+
 LLAMA = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -159,7 +161,6 @@ def test_context_parallel_attention_is_a_slice_of_the_whole(two_ranks: list[dict
         torch.testing.assert_close(rank["attention"][masked], rank["attention"]["expected"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_four_processes_train_as_one_on_every_layout() -> None:
     ranks = run_distributed(_train_all, 4, FOUR_PROCESSES, timeout=300)
     _assert_all_ranks_agree_with_one_process(FOUR_PROCESSES, ranks)

@@ -86,7 +86,7 @@ def test_fused_branches_of_a_compiled_layer_may_not_be_scaled(order: str, residu
         if residual_scale == "none":
             last()
             return
-        with pytest.raises(ValueError, match="layer 1 is compiled, and its branches are fused and scaled"):
+        with pytest.raises(ValueError, match="layer 1: torch_compile = True does not work with residual = 'fused'"):
             last()
 
 

@@ -77,12 +77,13 @@ def test_a_step_has_megatrons_bits_in_fewer_operations(tmp_path: Path, precision
         assert both[False]["operators"] >= num_params
 
 
-@pytest.mark.parametrize("ddp_bucket_size", [None, 1000])
-def test_shards_on_two_ranks_have_megatrons_bits(tmp_path: Path, ddp_bucket_size: int | None) -> None:
+@pytest.mark.slow
+def test_shards_on_two_ranks_have_megatrons_bits(tmp_path: Path) -> None:
     """With small buckets most parameters are cut in two by the ranks' border."""
     configs = [
-        run_of(tmp_path, precision, use_distributed_optimizer=True, ddp_bucket_size=ddp_bucket_size)
+        run_of(tmp_path, precision, use_distributed_optimizer=True, ddp_bucket_size=size)
         for precision in PRECISIONS
+        for size in (None, 1000)
     ]
     for config, by_rank in zip(configs, call_on_ranks(2, stepped_both_ways, configs), strict=True):
         for both in by_rank:

@@ -20,6 +20,8 @@ from tests.mcore.helpers import build_optimizer, tiny_config, tiny_gpt, train_st
 from tests.mcore.skip.freeze_helpers import Patterns, layer_of
 from tests.mcore.skip.runs import BOTH_OVERLAPS, OVERLAP, SHARDED
 
+pytestmark = pytest.mark.slow
+
 LAYERS, ITERATIONS = 4, 9
 # Each layer is dropped alone, with neighbours and with all others; the first iteration drops already.
 PATTERNS = ("1010", "0111", "1001", "0000", "1111", "0011", "1100")

@@ -222,7 +222,7 @@ def test_distinct_replicas_are_refused_by_name() -> None:
         chunks = tiny_gpt(tiny_config(num_layers=LAYERS))
         make_switchable(chunks, DropController(PATTERNS, sampler="balanced", replicas="distinct"))
         models = wrap_ddp(chunks)
-        with pytest.raises(ValueError, match="replicas 'distinct' does not work with dropped_update 'freeze'"):
+        with pytest.raises(ValueError, match="replicas = 'distinct' does not work with dropped_update = 'freeze'"):
             freeze_dropped_layers(models, build_optimizer(models))
 
 

@@ -44,7 +44,7 @@ from tests.training.trainer_helpers import (
     tiny_run,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LAYERS = 4
 # Layer 4 never runs, so that it must end as it began.
 PATTERNS = Patterns("1010", "1100", "0000", "0110", "1110", "1000")

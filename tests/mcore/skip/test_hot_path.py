@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.common.operations import SYNCHRONISATIONS, difference, host_operations, record, synchronisations
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.skip.switchable import _SkippedLayer
@@ -27,9 +26,6 @@ from tests.mcore.helpers import (
     train_step,
     wrap_ddp,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-from _operations import SYNCHRONISATIONS, difference, host_operations, record, synchronisations
 
 OVERLAPPED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True, "overlap_param_gather": True}
 
@@ -77,8 +73,11 @@ def pass_operations(num_layers: int, kept: Sequence[int]) -> Counter[str]:
         return host_operations(record(run))
 
 
+WRAPPERS = [pytest.param({}, id="plain", marks=pytest.mark.slow), pytest.param(OVERLAPPED, id="overlapped")]
+
+
 @pytest.mark.parametrize("granularity", ["layer", "sample"])
-@pytest.mark.parametrize("ddp", [{}, OVERLAPPED], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("ddp", WRAPPERS)
 def test_an_iteration_that_drops_nothing_runs_what_stock_layers_run(
     ddp: dict[str, Any], granularity: Granularity
 ) -> None:
@@ -87,7 +86,7 @@ def test_an_iteration_that_drops_nothing_runs_what_stock_layers_run(
     assert difference(switchable, stock) == {}
 
 
-@pytest.mark.parametrize("ddp", [{}, OVERLAPPED], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("ddp", WRAPPERS)
 def test_dropping_layers_waits_no_oftener_for_the_device(ddp: dict[str, Any]) -> None:
     stock, dropped = training_operations(None, ddp), training_operations((1, 0, 0, 1), ddp)
     assert synchronisations(stock) > 0
@@ -120,7 +119,7 @@ def test_a_dropped_layer_runs_an_identity_and_nothing_else(kept: tuple[int, ...]
     }
 
 
-@pytest.mark.parametrize("ddp", [{}, OVERLAPPED], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("ddp", WRAPPERS)
 def test_an_iteration_with_dropped_layers_runs_nothing_new_but_identities(ddp: dict[str, Any]) -> None:
     stock, dropped = training_operations(None, ddp), training_operations((1, 0, 0, 1), ddp)
     identities = 2 * GLOBAL_MICROBATCHES
@@ -131,7 +130,7 @@ def test_an_iteration_with_dropped_layers_runs_nothing_new_but_identities(ddp: d
     assert more <= identity_operations().keys()
 
 
-@pytest.mark.parametrize("ddp", [{}, OVERLAPPED], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("ddp", WRAPPERS)
 def test_leaving_samples_out_adds_a_gather_and_a_scatter_and_never_waits_for_the_device(ddp: dict[str, Any]) -> None:
     """One of the two samples in two layers, in every microbatch."""
     stock, some = training_operations(None, ddp), training_operations((1, 0.5, 0.5, 1), ddp, "sample")

@@ -7,11 +7,12 @@ recomputation that took another microbatch's decision.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import pytest
 
-from tests.harness import run_distributed, single_process
+from tests.harness import run_distributed, single_process, slow_but
 from tests.mcore.skip.runs import (
     BLOCK_RECOMPUTE,
     BOTH_OVERLAPS,
@@ -26,6 +27,9 @@ from tests.mcore.skip.runs import (
 
 # All cases of a module run in one set of processes, inside the first test's fixture.
 pytestmark = pytest.mark.timeout(1200)
+
+
+AskedFor = Callable[..., frozenset[str]]
 
 
 def _long(cases: dict[str, Case]) -> dict[str, Case]:
@@ -124,6 +128,16 @@ SAME_ARITHMETIC = {
     "DP 2, both overlaps": "DP 2, distributed optimizer",
 }
 OTHER_ADDRESSES = ("DP 2, both overlaps",)
+# One of each kind of parallelism, with what its silent corruptions come from, for `make test`.
+QUICK = (
+    "both overlaps, microbatch",
+    "TP 2 with sequence parallelism",
+    "PP 2 interleaved, full recomputation, microbatch",
+    "DP 2, overlapped reduction, extreme",
+    "DP 2, both overlaps, extreme",
+)
+QUICK_EVALUATED = ("DP 2, both overlaps, bucket of a parameter",)
+QUICK_KEPT_ALL = ("PP 2 interleaved, full recomputation, microbatch", "DP 2, both overlaps")
 FOUR_PROCESSES = {
     "TP 2 x PP 2": Case(tp=2, pp=2),
     "TP 2 x PP 2, microbatch": Case(tp=2, pp=2, scope="microbatch"),
@@ -144,20 +158,37 @@ def reference_of(case: Case) -> str:
     return f"{case.policy} {case.scope}" + (", dropout" if case.model else "")
 
 
+def of(cases: dict[str, Case], names: Collection[str], label: str = "") -> dict[str, Case]:
+    return {label + name: case for name, case in cases.items() if name in names}
+
+
 @pytest.fixture(scope="module")
-def one_process() -> dict[str, Result]:
+def one_process(asked_for: AskedFor) -> dict[str, Result]:
+    variants = of(ONE_PROCESS_VARIANTS, asked_for(test_recomputation_and_overlap_change_nothing_in_one_process))
+    others = of(
+        {**TWO_PROCESSES, **FOUR_PROCESSES}, asked_for(test_two_processes_equal_one, test_four_processes_equal_one)
+    )
+    references = {reference_of(case) for case in [*variants.values(), *others.values()]}
     with single_process():
-        return run_cases(_long({**ONE_PROCESS, **ONE_PROCESS_VARIANTS}))
+        return run_cases(_long({**of(ONE_PROCESS, references), **variants}))
 
 
 @pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Result]]:
-    replicas = {"DP 2, microbatch": Case(scope="microbatch"), **TWO_REPLICAS_MICROBATCH}
-    evaluated = {f"evaluated {name}": case for name, case in EVALUATED.items()}
-    kept_all = {f"kept all, {name}": case for name, case in KEPT_ALL.items()}
-    stock = {f"stock, {name}": replace(case, switchable=False) for name, case in KEPT_ALL.items()}
-    cases = _long({**TWO_PROCESSES, **replicas, **evaluated, **kept_all, **stock})
-    return run_distributed(run_cases, 2, cases, timeout=900)
+def two_processes(asked_for: AskedFor) -> list[dict[str, Result]]:
+    same = asked_for(test_overlaps_change_no_bit)
+    replicas = of(TWO_REPLICAS_MICROBATCH, asked_for(test_overlaps_change_nothing_when_each_microbatch_decides))
+    kept_all = of(KEPT_ALL, asked_for(test_nothing_dropped_is_stock_bit_for_bit_on_two_processes))
+    evaluated = asked_for(test_evaluation_between_iterations_sees_the_newest_parameters)
+    cases = {
+        **of(
+            TWO_PROCESSES, asked_for(test_two_processes_equal_one).union(same, (SAME_ARITHMETIC[name] for name in same))
+        ),
+        **({"DP 2, microbatch": Case(scope="microbatch"), **replicas} if replicas else {}),
+        **(of(EVALUATED, {"DP 2", *evaluated}, "evaluated ") if evaluated else {}),
+        **{f"kept all, {name}": case for name, case in kept_all.items()},
+        **{f"stock, {name}": replace(case, switchable=False) for name, case in kept_all.items()},
+    }
+    return run_distributed(run_cases, 2, _long(cases), timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +196,7 @@ def four_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 4, _long(FOUR_PROCESSES), timeout=900)
 
 
-@pytest.mark.parametrize("name", ONE_PROCESS_VARIANTS)
+@pytest.mark.parametrize("name", slow_but(QUICK, ONE_PROCESS_VARIANTS))
 def test_recomputation_and_overlap_change_nothing_in_one_process(one_process: dict[str, Result], name: str) -> None:
     case = ONE_PROCESS_VARIANTS[name]
     reference = one_process[reference_of(case)]
@@ -176,7 +207,7 @@ def test_recomputation_and_overlap_change_nothing_in_one_process(one_process: di
     assert_equal_runs(one_process[name], reference, relative=1e-6)
 
 
-@pytest.mark.parametrize("name", TWO_PROCESSES)
+@pytest.mark.parametrize("name", slow_but(QUICK, TWO_PROCESSES))
 def test_two_processes_equal_one(
     one_process: dict[str, Result], two_processes: list[dict[str, Result]], name: str
 ) -> None:
@@ -187,7 +218,7 @@ def test_two_processes_equal_one(
         assert_equal_runs(rank[name], reference)
 
 
-@pytest.mark.parametrize("name", SAME_ARITHMETIC)
+@pytest.mark.parametrize("name", slow_but(QUICK, SAME_ARITHMETIC))
 def test_overlaps_change_no_bit(two_processes: list[dict[str, Result]], name: str) -> None:
     for rank in two_processes:
         found, expected = rank[name], rank[SAME_ARITHMETIC[name]]
@@ -200,7 +231,7 @@ def test_overlaps_change_no_bit(two_processes: list[dict[str, Result]], name: st
         assert found.gradients == expected.gradients
 
 
-@pytest.mark.parametrize("name", KEPT_ALL)
+@pytest.mark.parametrize("name", slow_but(QUICK_KEPT_ALL, KEPT_ALL))
 def test_nothing_dropped_is_stock_bit_for_bit_on_two_processes(
     two_processes: list[dict[str, Result]], name: str
 ) -> None:
@@ -211,6 +242,7 @@ def test_nothing_dropped_is_stock_bit_for_bit_on_two_processes(
         assert kept_all.gradients == stock.gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_REPLICAS_MICROBATCH)
 def test_overlaps_change_nothing_when_each_microbatch_decides(
     two_processes: list[dict[str, Result]], name: str
@@ -220,7 +252,7 @@ def test_overlaps_change_nothing_when_each_microbatch_decides(
         assert_equal_runs(rank[name], rank["DP 2, microbatch"])
 
 
-@pytest.mark.parametrize("name", [name for name in EVALUATED if name != "DP 2"])
+@pytest.mark.parametrize("name", slow_but(QUICK_EVALUATED, [name for name in EVALUATED if name != "DP 2"]))
 def test_evaluation_between_iterations_sees_the_newest_parameters(
     two_processes: list[dict[str, Result]], name: str
 ) -> None:

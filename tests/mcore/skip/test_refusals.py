@@ -81,7 +81,7 @@ def test_fp8_with_full_recomputation_is_refused_for_decisions_per_microbatch(pre
     setattr(chunk.config, precision, value)
     chunk.config.recompute_granularity = "full"
     with pytest.raises(
-        ValueError, match=rf"decisions per microbatch do not work with {precision} .* use decision scope"
+        ValueError, match=rf"scope = 'microbatch' does not work with {precision} .* set scope iteration"
     ):
         make_switchable(chunk, half(scope="microbatch"))
     make_switchable(chunk, half(scope="iteration"))

@@ -383,11 +383,11 @@ def test_more_inputs_by_position_than_are_known_are_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        ({}, {"tp_comm_overlap": True}, "granularity 'sample' does not work with tp_comm_overlap = True"),
+        ({}, {"tp_comm_overlap": True}, "granularity = 'sample' does not work with tp_comm_overlap = True"),
         (
             {**MOE, "moe_router_load_balancing_type": "global_aux_loss"},
             {},
-            "granularity 'sample' does not work with moe_router_load_balancing_type = 'global_aux_loss'",
+            "granularity = 'sample' does not work with moe_router_load_balancing_type = 'global_aux_loss'",
         ),
     ],
 )

@@ -26,7 +26,7 @@ from tests.mcore.skip.runs import (
 )
 from tests.mcore.skip.test_moe import MOE, SEQUENCE_PARALLEL
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def case(**settings: Any) -> Case:
@@ -44,8 +44,6 @@ TWO_PROCESSES = {
     "PP 2, low": case(pp=2, policy="low"),
     "CP 2, microbatch": case(cp=2, scope="microbatch"),
     "EP 2, both overlaps": case(ep=2, model=MOE, ddp=BOTH_OVERLAPS),
-}
-MORE_ON_TWO_PROCESSES = {
     "PP 2 interleaved, both overlaps, microbatch": case(pp=2, vpp=2, scope="microbatch", ddp=BOTH_OVERLAPS),
     "PP 2, block recomputation, microbatch": case(pp=2, scope="microbatch", config=BLOCK_RECOMPUTE),
     "TP 2, distributed activations, microbatch": case(
@@ -68,20 +66,9 @@ def two_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 2, {**TWO_PROCESSES, **DISTINCT}, timeout=400)
 
 
-@pytest.fixture(scope="module")
-def more_on_two_processes() -> list[dict[str, Result]]:
-    return run_distributed(run_cases, 2, MORE_ON_TWO_PROCESSES, timeout=400)
-
-
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MORE_ON_TWO_PROCESSES)
-def test_more_layouts_on_two_processes_equal_one(more_on_two_processes: list[dict[str, Result]], name: str) -> None:
-    assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])
 
 
 def test_the_cases_run_all_samples_some_and_none() -> None:

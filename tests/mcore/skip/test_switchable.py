@@ -309,7 +309,7 @@ def test_distinct_replicas_refuse_overlapped_reduction_by_name() -> None:
         controller = DropController(Listed(0, 0), sampler="balanced", replicas="distinct")
         make_switchable(models, controller)
         controller.begin_iteration(1, 1)
-        with pytest.raises(ValueError, match="replicas 'distinct' does not work with overlap_grad_reduce"):
+        with pytest.raises(ValueError, match="replicas = 'distinct' does not work with overlap_grad_reduce = True"):
             forward(models[0].train())
 
 

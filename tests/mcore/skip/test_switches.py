@@ -154,14 +154,10 @@ MORE_ON_TWO_PROCESSES = {
     "PP 2 interleaved, gathers and reductions not aligned": case(
         pp=2, vpp=2, policy="extreme", ddp={**BOTH_OVERLAPS, "align": False}
     ),
-}
-KINDS_OF_LAYERS = {
     "Llama's layers, PP 2, extreme": case(LLAMA, pp=2, policy="extreme"),
     "Llama's layers, TP 2 with sequence parallelism": case(LLAMA, tp=2, config=SEQUENCE_PARALLEL),
     "heterogeneous layers, PP 2, extreme": case(HETEROGENEOUS, pp=2, policy="extreme"),
     "heterogeneous layers, DP 2, both overlaps, PLD": case(HETEROGENEOUS, policy="pld", ddp=BOTH_OVERLAPS),
-}
-EXCHANGED_SHAPES = {
     "PP 2, variable sequence lengths": case(
         # Megatron asks for the dispatcher even of a model without experts.
         pp=2,
@@ -220,12 +216,7 @@ def whole_batch() -> dict[str, tuple[dict[str, float], float]]:
 
 @pytest.fixture(scope="module")
 def more_on_two_processes() -> list[dict[str, Result]]:
-    return run_distributed(run_cases, 2, MORE_ON_TWO_PROCESSES, timeout=400)
-
-
-@pytest.fixture(scope="module")
-def kinds_of_layers() -> list[dict[str, Result]]:
-    return run_distributed(run_cases, 2, KINDS_OF_LAYERS, timeout=200)
+    return run_distributed(run_cases, 2, MORE_ON_TWO_PROCESSES, timeout=550)
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +224,13 @@ def four_processes() -> list[dict[str, Result]]:
     return run_distributed(run_cases, 4, FOUR_PROCESSES, timeout=400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(two_processes, name, TWO_PROCESSES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", per_token_runs.KEPT)
 @pytest.mark.parametrize("layout", per_token_runs.LAYOUTS)
 def test_per_token_loss_has_the_gradient_of_the_whole_batch_whatever_the_size_of_a_microbatch(
@@ -251,6 +244,7 @@ def test_per_token_loss_has_the_gradient_of_the_whole_batch_whatever_the_size_of
         assert found.validation == pytest.approx(whole_batch["nothing dropped"][1], rel=1e-5), "it is at full depth"
 
 
+@pytest.mark.slow
 def test_megatrons_default_reports_the_mean_over_tokens_and_weighs_microbatches_alike(
     whole_batch: dict[str, tuple[dict[str, float], float]],
 ) -> None:
@@ -263,6 +257,7 @@ def test_megatrons_default_reports_the_mean_over_tokens_and_weighs_microbatches_
         per_token_runs.assert_equal_gradients(samples.gradients, gradients, relative=0.1)
 
 
+@pytest.mark.slow
 def test_a_microbatch_without_a_token_that_counts_reports_no_loss(per_token: PerTokenRuns) -> None:
     """0 would be taken for a perfect one where the sensitivity is estimated from single microbatches."""
     losses = per_token[per_token_runs.ALONE, 2, "nothing dropped"].result.microbatch_losses
@@ -273,18 +268,6 @@ def test_a_microbatch_without_a_token_that_counts_reports_no_loss(per_token: Per
 @pytest.mark.parametrize("name", MORE_ON_TWO_PROCESSES)
 def test_more_switches_on_two_processes_equal_one(more_on_two_processes: list[dict[str, Result]], name: str) -> None:
     assert_equals_reference(more_on_two_processes, name, MORE_ON_TWO_PROCESSES[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS_OF_LAYERS)
-def test_layers_of_every_kind_on_two_processes_equal_one(kinds_of_layers: list[dict[str, Result]], name: str) -> None:
-    assert_equals_reference(kinds_of_layers, name, KINDS_OF_LAYERS[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXCHANGED_SHAPES)
-def test_stages_that_exchange_the_shapes_of_activations_equal_one_process(name: str) -> None:
-    assert_equals_reference(run_distributed(run_cases, 2, EXCHANGED_SHAPES, timeout=100), name, EXCHANGED_SHAPES[name])
 
 
 @pytest.mark.slow
@@ -300,6 +283,7 @@ def test_fp16_runs_leave_out_the_step_that_overflows_and_no_other() -> None:
     assert result.loss_scales[3] == 2.0**11
 
 
+@pytest.mark.slow
 def test_zeros_are_counted_with_the_dropped_layers_and_equal_on_every_layout(
     two_processes: list[dict[str, Result]],
 ) -> None:

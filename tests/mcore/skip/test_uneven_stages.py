@@ -31,7 +31,7 @@ from tests.mcore.skip.runs import (
     gradient_projections,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LAYERS = 8
 ITERATIONS = 9  # each of ExtremePolicy's patterns
 

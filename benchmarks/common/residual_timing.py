@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from _gain import Interval, interval
-from _residual_cases import Case, Implementation, Operands
-from activation_memory import measure_peak
 
-from megatron_sbld.layout.pipeline import Floats
+from benchmarks.common.gain import Interval, time_ratio
+from benchmarks.common.memory import measure_peak
+from benchmarks.common.residual_cases import Case, Implementation, Operands
 from megatron_sbld.residual.choice import VARIABLE
 
 HEAD_START = 5e-3  # seconds that the device waits for the host
@@ -153,16 +152,8 @@ class Measurement:
         if necessary == 0:
             return None
         ratio = necessary / (2 * self.case.residual_bytes)
-        found = time_ratio(np.array(self.clone), np.array(getattr(self.times[one.name], pass_)), seed)
+        found = time_ratio(np.array(self.clone), np.array(getattr(self.times[one.name], pass_)), seed=seed)
         return Interval(*(ratio * value for value in (found.value, found.low, found.high)))
-
-
-def time_ratio(numerator: Floats, denominator: Floats, seed: int, samples: int = 2000) -> Interval:
-    """Of the sums of times of the same rounds, [R] each; the rounds are drawn together."""
-    rounds = np.random.default_rng(seed).integers(len(numerator), size=(samples, len(numerator)))
-    return interval(
-        float(numerator.sum() / denominator.sum()), numerator[rounds].sum(axis=1) / denominator[rounds].sum(axis=1)
-    )
 
 
 @contextmanager

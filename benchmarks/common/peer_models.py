@@ -19,15 +19,15 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from _measure import Batch, switch_layers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from benchmarks.common.model import SwitchedModel, use_peak_rate
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
-from megatron_sbld.mcore.skip.switchable import decoder_layers, fuse_residual
+from megatron_sbld.data.batches import Batch
+from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual
 from megatron_sbld.ranks import this_device
-from megatron_sbld.training.model import build_model, build_optimizer
+from megatron_sbld.training.model import build_optimizer
 from megatron_sbld.training.step import train_step
 
 AFTER_ALL = 1 << 30  # an iteration that drops nothing
@@ -72,20 +72,16 @@ class MegatronSbld(Peer):
             self.name += COMPILED
         self._config = config
         self._controller = controller
-        self._chunks = build_model(config, vocab_size)
+        self._switched = SwitchedModel(config, vocab_size, controller)
+        self._chunks, self.layers = self._switched.chunks, self._switched.layers
         self.model = self._chunks[0]
-        self.layers = [layer for chunk in self._chunks for layer in decoder_layers(chunk)]
-        self._stock_classes = [type(layer) for layer in self.layers]
-        make_switchable(self._chunks, controller)
-        self._switchable_classes = [type(layer) for layer in self.layers]
         self._optimizer = build_optimizer(config, self._chunks)
         if dropped_update == "freeze":
             freeze_dropped_layers(self._chunks, self._optimizer)
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.optimizer.lr
+        use_peak_rate(self._optimizer, config)
 
     def prepare(self, dropping: bool) -> None:
-        switch_layers(self.layers, self._switchable_classes if dropping else self._stock_classes)
+        self._switched.switch(dropping)
         if not dropping:  # or the last dropped iteration would say what is frozen
             self._controller.begin_iteration(AFTER_ALL, get_num_microbatches())
             assert self._controller.plan.all()

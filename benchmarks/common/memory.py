@@ -1,12 +1,31 @@
-"""The arithmetic of activation_memory.py, without torch or Megatron."""
+"""Peaks of memory: measuring the one of a call, and the arithmetic of activation_memory.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import binom
+from torch.profiler import ProfilerActivity, profile
+
+
+def measure_peak(run: Callable[[], Any]) -> int:
+    """The most bytes that a call has allocated at one time, above what was allocated before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return peak_of_allocations([event.nbytes() for event in events])
 
 
 def spread(num_kept: int, num_layers: int) -> NDArray[np.bool_]:

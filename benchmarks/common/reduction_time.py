@@ -18,17 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from _gain_report import environment_lines
-from _layouts import CPU_DEFAULTS, GPU_DEFAULTS, Layout, bucket_size, make_config, start_processes
-from _measure import random_batches
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    get_num_microbatches,
-    init_num_microbatches_calculator,
-)
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_model_config
 
+from benchmarks.common.layouts import Layout, bucket_size, make_config, model_defaults
+from benchmarks.common.model import random_batches
+from benchmarks.common.processes import megatron_run, start_processes
+from benchmarks.common.report import environment_lines
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.layout.pipeline import Floats
@@ -38,7 +35,6 @@ from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.ranks import this_device
 from megatron_sbld.training.model import build_model, build_optimizer
-from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import train_step
 
 PROCESSES = 2
@@ -53,14 +49,8 @@ def measured_lines(seed: int) -> list[str]:
     if torch.cuda.is_available() and torch.cuda.device_count() < PROCESSES:
         return ["## Measured", "", f"Not run: {torch.cuda.device_count()} GPU(s) for {PROCESSES} processes."]
     args = argparse.Namespace(
-        **(GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS),
+        **model_defaults(),
         **{"num_layers": NUM_LAYERS, "seed": seed, "recompute_granularity": None, "bucket_size": None},
-        **{
-            "keep_probs": [],
-            "rounds": ROUNDS,
-            "warmup": WARMUP,
-            "block_iterations": 1,
-        },  # make_config counts iterations
     )
     times = start_processes(measure, PROCESSES, args)[0]
     size = bucket_size(args, layout_with(overlap=True))
@@ -147,30 +137,23 @@ def measure_skipping(args: argparse.Namespace, processes: int) -> tuple[Floats, 
     """Seconds of iterations with all buckets reduced and with zeros left out, [rounds] each; on each rank the same."""
     torch.set_num_threads(1)
     config = make_config(args, Layout(processes, overlap=True))
-    with distributed_run(config):
-        training = config.training
-        init_num_microbatches_calculator(
-            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, processes
-        )
-        try:
-            copy = _Copy(args, config)
-            policy = LayerDropPolicy(Constant(SKIPPING_KEEP_PROB), args.num_layers)
-            controller = DropController(policy, seed=args.seed)
-            make_switchable(copy.chunks, controller)
-            batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
-            for iteration in range(1, WARMUP + 2 * SKIPPING_ROUNDS + 1):
-                if iteration == WARMUP + 1:  # a layer has been skipped, so the groups have their class
-                    groups = bucket_groups(copy.chunks[0])
-                    skippable = [group for group in groups if isinstance(group, SkippableBucketGroup)]
-                    copy.iterations.clear()
-                in_pair = iteration - WARMUP - 1
-                if in_pair >= 0:
-                    for group in skippable:
-                        group.__class__ = SkippableBucketGroup if _skips(in_pair) else _ParamAndGradBucketGroup
-                controller.begin_iteration(WARMUP + 1 + in_pair // 2, get_num_microbatches())
-                copy.train(batches)
-        finally:
-            destroy_num_microbatches_calculator()
+    with megatron_run(config):
+        copy = _Copy(args, config)
+        policy = LayerDropPolicy(Constant(SKIPPING_KEEP_PROB), args.num_layers)
+        controller = DropController(policy, seed=args.seed)
+        make_switchable(copy.chunks, controller)
+        batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
+        for iteration in range(1, WARMUP + 2 * SKIPPING_ROUNDS + 1):
+            if iteration == WARMUP + 1:  # a layer has been skipped, so the groups have their class
+                groups = bucket_groups(copy.chunks[0])
+                skippable = [group for group in groups if isinstance(group, SkippableBucketGroup)]
+                copy.iterations.clear()
+            in_pair = iteration - WARMUP - 1
+            if in_pair >= 0:
+                for group in skippable:
+                    group.__class__ = SkippableBucketGroup if _skips(in_pair) else _ParamAndGradBucketGroup
+            controller.begin_iteration(WARMUP + 1 + in_pair // 2, get_num_microbatches())
+            copy.train(batches)
         everyone: list[list[float]] = [[]] * processes
         dist.all_gather_object(everyone, copy.iterations)
         slowest = np.max(everyone, axis=0)
@@ -193,23 +176,16 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Medians in seconds over iterations, of the slower rank; called on each of two ranks, the same result on each."""
     torch.set_num_threads(1)
     configs = {overlap: make_config(args, layout_with(overlap)) for overlap in (False, True)}
-    with distributed_run(configs[False]):
-        training = configs[False].training
-        init_num_microbatches_calculator(
-            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, PROCESSES
-        )
-        try:
-            copies = {overlap: _Copy(args, config) for overlap, config in configs.items()}
-            batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
-            for number, copy in itertools.product(range(WARMUP + ROUNDS), copies.values()):
-                copy.train(batches)
-                if number < WARMUP:
-                    copy.exposed.clear()
-                    copy.iterations.clear()
-            gradients = copies[False].chunks[0].buffers[0].grad_data
-            alone = [_all_reduce_time(gradients.numel(), gradients.dtype) for _ in range(ROUNDS)]
-        finally:
-            destroy_num_microbatches_calculator()
+    with megatron_run(configs[False]):
+        copies = {overlap: _Copy(args, config) for overlap, config in configs.items()}
+        batches = random_batches(args, get_num_microbatches(), args.seed + dist.get_rank())
+        for number, copy in itertools.product(range(WARMUP + ROUNDS), copies.values()):
+            copy.train(batches)
+            if number < WARMUP:
+                copy.exposed.clear()
+                copy.iterations.clear()
+        gradients = copies[False].chunks[0].buffers[0].grad_data
+        alone = [_all_reduce_time(gradients.numel(), gradients.dtype) for _ in range(ROUNDS)]
         times = {"alone": float(np.median(alone)), "bytes": float(gradients.numel() * gradients.element_size())}
         for overlap, copy in copies.items():
             times[f"iteration, {overlap}"] = float(np.median(copy.iterations))

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from _gain import Gain, Interval
+from benchmarks.common.gain import Gain, Interval
+from benchmarks.common.gain_plan import Case
+from benchmarks.common.report import gain_text, number_text, run_lines
 
 OVERHEAD_TARGET = 0.005  # of an iteration, at keep_prob 1
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def publish(text: str, out: Path) -> None:
-    """Write a report into a file and show it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    print(text, end="")
-    print(f"written to {out}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -39,14 +24,6 @@ class Overhead:
     @property
     def total(self) -> float:
         return self.begin_iteration + self.decisions
-
-
-@dataclass(frozen=True, order=True)
-class Case:
-    """What the dropped blocks of a pair do."""
-
-    keep_prob: float
-    sampler: str
 
 
 @dataclass(frozen=True)
@@ -78,8 +55,8 @@ class LayoutResult:
     """Over the last minute, before and after."""
 
 
-def report(results: Sequence[LayoutResult], config_lines: Sequence[str], command: str, seed: int) -> str:
-    """The whole markdown file."""
+def report(results: Sequence[LayoutResult], config_lines: Sequence[str], seed: int) -> list[str]:
+    """Markdown."""
     header = [
         "# Realised over ideal gain of dropping layers",
         "",
@@ -90,44 +67,10 @@ def report(results: Sequence[LayoutResult], config_lines: Sequence[str], command
         "confidence intervals by bootstrap over the rounds. Tokens are random. The method: docstring of "
         "`benchmarks/realised_gain.py`.",
         "",
-        *(f"- {line}" for line in [f"Command: `{command}`", *environment_lines(), f"Seed: {seed}", *config_lines]),
+        *run_lines(seed),
+        *(f"- {line}" for line in config_lines),
     ]
-    return "\n".join(header + [line for result in results for line in _section(result)]) + "\n"
-
-
-def environment_lines(packages: Sequence[str] = ("torch", "megatron-core")) -> list[str]:
-    """Commit, date, hardware and versions."""
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return [
-        f"Commit: {_commit()}",
-        f"Date: {time.strftime('%Y-%m-%d')}",
-        f"Hardware: {_hardware()}",
-        f"Software: Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()),
-    ]
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    return f"{commit} with uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _hardware() -> str:
-    cores = f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}; host {cores}"
-    return cores
-
-
-def cpu_model() -> str:
-    """The processor's name as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return header + [line for result in results for line in _section(result)]
 
 
 def _section(result: LayoutResult) -> list[str]:
@@ -161,7 +104,7 @@ def _table(result: LayoutResult) -> list[str]:
         "| ---: | --- | ---: | ---: | ---: | ---: |",
         *(
             f"| {case.keep_prob:g} | {case.sampler} | {gain.kept_fraction:.1%} | {gain.ideal - 1:+.2%} "
-            f"| {percent_text(gain.realised)} | {_or_dash(gain.ratio)} |"
+            f"| {gain_text(gain.realised)} | {_or_dash(gain.ratio)} |"
             for case, gain in sorted(result.gains.items(), reverse=True)
         ),
     ]
@@ -175,7 +118,7 @@ def _pipeline_table(result: LayoutResult) -> list[str]:
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(
             f"| {case.keep_prob:g} | {case.sampler} | {gain.kept_fraction:.1%} | {gain.even_ideal - 1:+.2%} "
-            f"| {gain.ideal - 1:+.2%} | {_or_dash(gain.even_share)} | {percent_text(gain.realised)} "
+            f"| {gain.ideal - 1:+.2%} | {_or_dash(gain.even_share)} | {gain_text(gain.realised)} "
             f"| {_or_dash(gain.even_ratio)} | {_or_dash(gain.ratio)} |"
             for case, gain in sorted(result.gains.items(), reverse=True)
         ),
@@ -194,16 +137,6 @@ def _sampler_lines(result: LayoutResult) -> list[str]:
         for keep_prob, (realised, path) in sorted(result.sampler_differences.items(), reverse=True)
     ]
     return ["", *lines] if lines else []
-
-
-def percent_text(gain: Interval) -> str:
-    """A gain and its interval as percentages."""
-    return f"{gain.value - 1:+.2%} [{gain.low - 1:+.2%}, {gain.high - 1:+.2%}]"
-
-
-def number_text(ratio: Interval, form: str = ".3f") -> str:
-    """A ratio and its interval."""
-    return f"{ratio.value:{form}} [{ratio.low:{form}}, {ratio.high:{form}}]"
 
 
 def _or_dash(ratio: Interval | None) -> str:

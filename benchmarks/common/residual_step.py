@@ -8,21 +8,17 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import torch.distributed as dist
-from _layouts import Layout, make_config
-from _measure import DISTINCT_BATCHES, progress_bar, random_batches
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    get_num_microbatches,
-    init_num_microbatches_calculator,
-)
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
+from benchmarks.common.layouts import Layout, make_config
+from benchmarks.common.model import DISTINCT_BATCHES, random_batches, use_peak_rate
+from benchmarks.common.processes import megatron_run
+from benchmarks.common.rounds import progress_bar
 from megatron_sbld.config.sections import Config
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.mcore import fuse_residual
 from megatron_sbld.mcore.skip.switchable import decoder_layers
 from megatron_sbld.training.model import build_model, build_optimizer
-from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.step import train_step
 
 BRANCHES = ("self_attn_bda", "mlp_bda")
@@ -35,15 +31,8 @@ def step_config(args: argparse.Namespace, dropout_prob: float) -> Config:
 
 def measure_step(args: argparse.Namespace, config: Config) -> tuple[Floats, Floats]:
     """Seconds of blocks with stock and with fused residual adds, [rounds] each; starts and ends a process group."""
-    with distributed_run(config):
-        training = config.training
-        init_num_microbatches_calculator(
-            dist.get_rank(), None, training.global_batch_size, training.micro_batch_size, 1
-        )
-        try:
-            return _Step(args, config).measure()
-        finally:
-            destroy_num_microbatches_calculator()
+    with megatron_run(config):
+        return _Step(args, config).measure()
 
 
 class _Step:
@@ -57,8 +46,7 @@ class _Step:
         fuse_residual(self._chunks)
         self._functions[True] = self._branches()
         self._optimizer = build_optimizer(config, self._chunks)
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.optimizer.lr
+        use_peak_rate(self._optimizer, config)
         batches = random_batches(args, DISTINCT_BATCHES * get_num_microbatches(), args.seed)
         self._batches = itertools.cycle(batches)
 

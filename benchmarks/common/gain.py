@@ -189,6 +189,13 @@ def _gains(pairs: Pairs, times: PassTimes, num_microbatches: int, rounds: NDArra
     return np.stack([realised, iteration / (iteration - saved), iteration / (iteration - evenly)])
 
 
+def time_ratio(numerator: Floats, denominator: Floats, *, seed: int, samples: int = 2000) -> Interval:
+    """Of the sums of times of the same rounds, [R] each; the rounds are drawn together."""
+    rounds = np.random.default_rng(seed).integers(len(numerator), size=(samples, len(numerator)))
+    drawn = numerator[rounds].sum(axis=1) / denominator[rounds].sum(axis=1)
+    return interval(float(numerator.sum() / denominator.sum()), drawn)
+
+
 def interval(value: float, samples: Floats) -> Interval:
     """The value, and the 95 % interval of its bootstrap samples."""
     low, high = np.percentile(samples, [2.5, 97.5])

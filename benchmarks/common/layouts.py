@@ -1,17 +1,12 @@
-"""What the benchmarks share: parallel layouts by name, the trainer's config of a measurement, and its processes."""
+"""Parallel layouts by name, and the trainer's config of a measurement."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _measure import count_iterations
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_sbld.config.sections import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 
@@ -52,7 +47,7 @@ LAYOUTS = {
     "pp4-samplers": Layout(4, pipeline=4, samplers=SAMPLERS),
 }
 ALL_LAYOUTS = ("single", "tp2", "pp2", "dp2")
-CPU_DEFAULTS = {  # an iteration of about half a second on one core
+CPU_DEFAULTS: dict[str, Any] = {  # an iteration of about half a second on one core
     "hidden_size": 128,
     "num_attention_heads": 4,
     "seq_length": 256,
@@ -61,7 +56,7 @@ CPU_DEFAULTS = {  # an iteration of about half a second on one core
     "global_batch_size": 4,
     "precision": "fp32",
 }
-GPU_DEFAULTS = {
+GPU_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,
     "num_attention_heads": 16,
     "seq_length": 2048,
@@ -70,6 +65,11 @@ GPU_DEFAULTS = {
     "global_batch_size": 16,
     "precision": "bf16",
 }
+
+
+def model_defaults() -> dict[str, Any]:
+    """The model that is measured on this machine."""
+    return GPU_DEFAULTS if torch.cuda.is_available() else CPU_DEFAULTS
 
 
 def bucket_size(args: argparse.Namespace, layout: Layout) -> int | None:
@@ -81,8 +81,11 @@ def bucket_size(args: argparse.Namespace, layout: Layout) -> int | None:
     return round(MEGATRON_BUCKET_LAYERS * 12 * args.hidden_size**2)
 
 
-def make_config(args: argparse.Namespace, layout: Layout) -> Config:
-    """The trainer's config of this measurement; what is not an option of it has the trainer's default, but dropout."""
+def make_config(args: argparse.Namespace, layout: Layout, train_iters: int = 1000) -> Config:
+    """The trainer's config of a measurement; what is not an option of it has the trainer's default, but dropout.
+
+    train_iters: over which the learning rate falls, where the measurement has a scheduler.
+    """
     full = args.recompute_granularity == "full"
     return Config(
         model=ModelConfig(
@@ -105,7 +108,7 @@ def make_config(args: argparse.Namespace, layout: Layout) -> Config:
         training=TrainingConfig(
             micro_batch_size=args.micro_batch_size,
             global_batch_size=args.global_batch_size,
-            train_iters=count_iterations(args, layout.samplers),
+            train_iters=train_iters,
             seed=args.seed,
             precision=args.precision,
             recompute_granularity=args.recompute_granularity,
@@ -113,24 +116,3 @@ def make_config(args: argparse.Namespace, layout: Layout) -> Config:
             recompute_num_layers=1 if full else None,
         ),
     )
-
-
-def warn_of_load() -> None:
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"warning: load average {load:.1f}: other programs are running, times will be noisy", file=sys.stderr)
-
-
-def start_processes(function: Callable[..., Any], processes: int, *args: Any) -> dict[int, Any]:
-    """Call an importable function on each of new processes, started as torchrun starts them; its results by rank."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id="benchmark",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-    )
-    return elastic_launch(config, function)(*args)

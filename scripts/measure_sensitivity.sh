@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure the sensitivity of a config's layers on one machine, one process a GPU; the result is OUT/sensitivity.json:
 #
-#   scripts/profile.sh CONFIG OUT [options of `megatron-sbld profile`] [--section.field VALUE ...]
+#   scripts/measure_sensitivity.sh CONFIG OUT [options of `megatron-sbld sensitivity measure`] [--section.field VALUE ...]
 #
 # The same command again goes on with the first run that is missing. Variables: scripts/README.md.
 set -euo pipefail
@@ -14,4 +14,4 @@ help_if_asked "$0" "$@"
 config=$1 out=$2
 shift 2
 need_file "config" "$config"
-on_this_machine profile profile --config "$config" --out "$out" "$@"
+on_this_machine sensitivity sensitivity measure --config "$config" --out "$out" "$@"

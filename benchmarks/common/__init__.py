@@ -1,0 +1,1 @@
+"""What the benchmarks share, and the parts of those that are too long for one file."""

@@ -1,0 +1,104 @@
+"""What the `drop` section stands for, field by field: what None means, which fields its policy and schedule use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from megatron_sbld.method.choices import DroppedUpdate, PolicyName, ResidualScale, ScheduleName
+from megatron_sbld.method.config import DropConfig, default_of, drop_field_names, fields_of
+from megatron_sbld.method.decisions import replicas_run_alike
+from megatron_sbld.method.policy import (
+    LayerDropPolicy,
+    PLDPolicy,
+    SBLDPolicy,
+    StochasticDepthPolicy,
+)
+
+_POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
+    "sbld": "pwegd",
+    "pld": "exponential",
+    "layerdrop": "constant",
+    "stochastic_depth": "constant",
+}
+"""What schedule: null stands for."""
+
+
+SCHEDULED_POLICIES: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
+    "pld": PLDPolicy,
+    "layerdrop": LayerDropPolicy,
+    "stochastic_depth": StochasticDepthPolicy,
+}  # a schedule is all that they need
+
+
+def drop_settings(config: DropConfig) -> dict[str, Any]:
+    """What is in force of the section, as combinations.py asks for it: nothing with policy none, and no field of
+    another policy or schedule; residual_scale is the policy's own where the section has none.
+    """
+    if config.policy == "none":
+        return {}
+    unused = unused_fields(config)
+    used = {name: getattr(config, name) for name in drop_field_names() if name not in unused}
+    if config.stages is not None and config.sampler == "bernoulli":
+        del used["balance_stages"]  # it shares out the stages' layers, and the sampler has none
+    return {**used, "residual_scale": residual_scale(config), "dropped_update": dropped_update(config)}
+
+
+def updates_sensitivity(config: DropConfig) -> bool:
+    """Whether the section asks for an estimate of the sensitivity while the model trains."""
+    return config.policy == "sbld" and config.sensitivity_update == "dynamic"
+
+
+def dropped_update(config: DropConfig) -> DroppedUpdate:
+    """What the optimizer does to a dropped layer that has begun, by what the section says or by its own rule."""
+    if config.dropped_update is not None:
+        return config.dropped_update
+    freezes = config.stages is not None and replicas_run_alike(config.replicas, config.granularity)
+    return "freeze" if freezes else "apply"
+
+
+def residual_scale(config: DropConfig) -> ResidualScale:
+    """How kept layers' branches are scaled, by what the section says or by the policy's own rule."""
+    if config.policy == "none":
+        return "none"
+    return config.residual_scale or SCHEDULED_POLICIES.get(config.policy, SBLDPolicy).default_residual_scale
+
+
+def stages_by_sensitivity(config: DropConfig) -> bool:
+    return config.stages is not None and config.stage_layers == "sensitivity"
+
+
+def schedule_name(config: DropConfig) -> ScheduleName:
+    return config.schedule or _POLICY_SCHEDULES.get(config.policy, "constant")
+
+
+def changed_fields(config: DropConfig) -> set[str]:
+    """Fields that differ from their defaults."""
+    return {name for name in drop_field_names() if getattr(config, name) != default_of(name)}
+
+
+def unused_fields(config: DropConfig) -> set[str]:
+    """Fields of other policies and schedules than the section's."""
+    unused = schedule_fields() - fields_of(schedule_name(config))
+    if not updates_sensitivity(config):
+        unused |= fields_of("dynamic")
+    unused |= frozenset().union(*(fields_of(policy) for policy in get_args(PolicyName) if policy != config.policy))
+    if config.stages is None:
+        unused |= fields_of("stages")
+    if config.policy == "staged":
+        unused |= {"schedule", "theta", "residual_scale"}
+    return unused - {"sensitivity", "interpolate"} if stages_by_sensitivity(config) else unused
+
+
+def schedule_fields() -> set[str]:
+    return set().union(*(fields_of(schedule) for schedule in get_args(ScheduleName)))
+
+
+@contextlib.contextmanager
+def named_as_fields() -> Iterator[None]:
+    """Errors of schedules and policies begin with the argument's name, which is the field's: name the section too."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"drop.{error}") from error
