@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
+from study.settings import VOCABULARY
 
 from megatron_sbld.data.documents import DocumentRules, read_documents
-from study.settings import VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 SEPARATOR = "<|endoftext|>"

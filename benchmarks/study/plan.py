@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sbld.method.config import drop_field_names
 from study.methods import (
     COMBINED,
     CORE,
@@ -250,10 +249,6 @@ class Plan:
         return None if len(known) < len(losses) else tried[losses.index(min(known))]
 
     def _spec(self, width: int, method: Method, budget: float, lr: float, seed: int = 1, **more: Any) -> Planned:
-        name = f"w{width}/{method.name}/{budget:g}/lr{lr:g}"
-        unknown = sorted(set(method.drop) - set(drop_field_names()))
-        if unknown:
-            return Waiting(name, f"this version has no drop.{unknown[0]}", 1)
         drop = dict(method.drop)
         if method.needs_sensitivity:
             if width not in self._sensitivity:

@@ -10,7 +10,6 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-
 from study.methods import METHODS
 from study.rows import Results
 from study.saving import seed_deviation

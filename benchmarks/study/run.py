@@ -25,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from study import data, report, runner, sensitivity
 from study.plan import Measure, Plan, Planned, Waiting, seconds
 from study.rows import FILE, Results, append_row, read_rows
 from study.settings import Spec
+
+from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 
 
 def main() -> int:

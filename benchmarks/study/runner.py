@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 from study import data
 from study.plan import seconds
 from study.rows import curve, executed_flops, read_metrics
 from study.settings import LAYERS, SAMPLES, SEQ_LENGTH, Spec, iteration_flops, parameters, settings
+
+from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 
 _POLL_SECONDS = 2.0
 _SAVE_SECONDS = 300.0

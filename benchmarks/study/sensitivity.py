@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from study import data
 from study.plan import SECOND
 from study.settings import Spec, settings

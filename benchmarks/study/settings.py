@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sbld.config.flops import layer_flops_per_token, logits_flops_per_token
+from megatron_sbld.config.flops import executed_flops
 from megatron_sbld.config.sections import ModelConfig
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
@@ -28,7 +28,6 @@ DECAY_SHARE = 0.2  # WSD: linear over the last fifth
 WARMUP_SHARE, WARMUP_MOST = 0.05, 100
 CURVE_POINTS = 16
 CURVE_BATCHES = 8
-_FORWARD_AND_BACKWARD = 3
 _PROTOCOL = 1
 """Part of every key: raise it when something changes that the settings do not show."""
 
@@ -103,9 +102,7 @@ def parameters(width: int) -> int:
 
 def iteration_flops(width: int, layers_run: float) -> float:
     """FLOPs of an iteration that runs so many layers in the mean."""
-    model = ModelConfig(**model_settings(width))
-    forward = layers_run * layer_flops_per_token(model) + logits_flops_per_token(model, VOCABULARY[width])
-    return _FORWARD_AND_BACKWARD * forward * SAMPLES * SEQ_LENGTH
+    return executed_flops(ModelConfig(**model_settings(width)), VOCABULARY[width], SAMPLES, layers_run)
 
 
 def undropped_iterations(width: int, budget: float) -> int:

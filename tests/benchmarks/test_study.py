@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from study import report
 from study.methods import METHODS, SENSITIVITY
-from study.plan import GRID, Measure, Plan, Waiting, seconds
+from study.plan import GRID, Measure, Plan, seconds
 from study.rows import Point, Results, append_row, curve, executed_flops, read_rows
 from study.saving import flops_at, saving, seed_deviation, share_needed
 from study.settings import LAYERS, VOCABULARY, Spec, iteration_flops, parameters, settings
 
-from megatron_sbld.method.config import drop_field_names
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.config import DropConfig
 
 UNDROPPED = Spec(width=32, method="undropped", budget=5.0, lr=2e-3, seed=1, drop={"policy": "none"})
 LAYERDROP = dataclasses.replace(UNDROPPED, method="layerdrop", drop={"policy": "layerdrop", "theta": 0.75})
@@ -195,20 +197,20 @@ def test_the_plan_names_each_run_once_and_none_takes_over_70_minutes() -> None:
     assert {"once", "epochs"} == {spec.regime for spec in specs}
 
 
-def test_a_method_of_a_later_version_waits_and_one_without_sensitivity_measures(monkeypatch) -> None:
-    monkeypatch.setattr("study.plan.drop_field_names", lambda: ["policy", "theta", "sensitivity"])
-    planned = Plan(Results([]), {}).all()
-    waits = [item.reason for item in planned if isinstance(item, Waiting) and "staged-1" in item.name]
-    assert waits[0] == "this version has no drop.stages"
-    assert Measure(32) in planned
+def test_a_method_without_its_sensitivity_has_it_measured_first() -> None:
+    assert Measure(32) in Plan(Results([]), {}).all()
 
 
-def test_methods_are_of_known_fields_where_this_version_has_them() -> None:
-    known = {*drop_field_names(), "stages", "stage_layers", "stage_init", "steps", "keep_layers", "depth"}
-    known |= {"hold_until", "decay_until"}
-    for method in METHODS.values():
-        assert set(method.drop) <= known
-        assert method.needs_sensitivity == (method.drop.get("sensitivity") == SENSITIVITY)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_drop_section_without_waste(name: str, tmp_path: Path) -> None:
+    method, drop = METHODS[name], dict(METHODS[name].drop)
+    assert method.needs_sensitivity == (drop.get("sensitivity") == SENSITIVITY)
+    drop.pop("sensitivity", None)
+    if not method.needs_sensitivity:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what the policy does not use is warned of
+            build_policy(DropConfig(**drop), LAYERS, 1000)
+    assert method.head is None or METHODS[method.head].head is None
 
 
 def test_a_damaged_line_of_the_rows_is_named(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_run_counts_what_was_planned_and_goes_on_when_it_was_paused(
     assert said == [f"paused while {pause} exists"]
     assert len((run_dir / "cpu_s").read_text().split()) == 2, "two processes"
     assert row["flops"] == pytest.approx(row["expected_flops"], rel=1e-6)
+    assert row["flops"] == pytest.approx(sum(one.get("executed_flops", 0.0) for one in read_metrics(run_dir)))
     assert row["iterations"] == SPEC.iterations
     assert abs(row["flops"] - row["budget_flops"]) <= row["flops"] / SPEC.iterations / 2
     assert row["curve"][-1][0] == pytest.approx(row["flops"], rel=1e-4)
