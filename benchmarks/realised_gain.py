@@ -132,7 +132,7 @@ def add_layout_options(layout: argparse._ArgumentGroup) -> None:
         nargs="+",
         choices=(*SAMPLERS, FIRST_STAGE),
         default=["bernoulli"],
-        help="one, or several in one run; balanced balances the pipeline's stages; first-stage: the same layers always run"
+        help="one, or several in one run; balanced balances the pipeline's stages; first-stage: always the same layers"
         + SHOWN,
     )
     add(

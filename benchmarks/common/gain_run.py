@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
 import unittest.mock
@@ -62,8 +63,12 @@ class FirstStage(Policy):
     """
 
     def _keep_probs(self, theta: float) -> np.ndarray:
-        count = max(round(theta * self.num_layers), 1)
-        return Stages.resolve([[0.0, count], [1.0, self.num_layers]], self.num_layers, 1).gate(0)
+        return _first_stage(max(round(theta * self.num_layers), 1), self.num_layers)
+
+
+@functools.cache
+def _first_stage(count: int, num_layers: int) -> np.ndarray:
+    return Stages.resolve([[0.0, count], [1.0, num_layers]], num_layers, 1).gate(0)
 
 
 class Run:
