@@ -16,6 +16,8 @@ from study.plan import Plan
 from study.rows import Results, append_row, read_metrics
 from study.settings import Spec
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 BALANCED = {"policy": "layerdrop", "theta": 0.75, "sampler": "balanced"}  # 9 of 12 layers in each iteration
 SPEC = Spec(width=32, method="layerdrop", budget=0.1, lr=2e-3, seed=1, drop=BALANCED)
