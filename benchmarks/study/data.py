@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from study.settings import VOCABULARY
 
+from benchmarks.study.settings import VOCABULARY
 from megatron_sbld.data.documents import DocumentRules, read_documents
 
 ROOT = Path(__file__).resolve().parents[2]

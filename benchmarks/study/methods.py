@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from study.settings import LAYERS
+from benchmarks.study.settings import LAYERS
 
 SENSITIVITY = "<sensitivity of this width>"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study.methods import (
+from benchmarks.study.methods import (
     COMBINED,
     CORE,
     METHODS,
@@ -24,8 +24,8 @@ from study.methods import (
     VARIANTS,
     Method,
 )
-from study.rows import Results
-from study.settings import CURVE_BATCHES, CURVE_POINTS, LAYERS, Spec
+from benchmarks.study.rows import Results
+from benchmarks.study.settings import CURVE_BATCHES, CURVE_POINTS, LAYERS, Spec
 
 GRID = (2e-3, 4e-3, 8e-3)
 HIGHER = (1.6e-2, 3.2e-2)

@@ -10,9 +10,10 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from study.methods import METHODS
-from study.rows import Results
-from study.saving import seed_deviation
+
+from benchmarks.study.methods import METHODS
+from benchmarks.study.rows import Results
+from benchmarks.study.saving import seed_deviation
 
 _MARKERS = "osD^v<>phX*Pd8H"
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study import plots
-from study.data import ROOT
-from study.methods import METHODS
-from study.plan import LAST, SECOND
-from study.rows import Point, Results
-from study.saving import Estimate, saving, seed_deviation, share_needed
-from study.settings import LAYERS, VOCABULARY, iteration_flops, parameters
+from benchmarks.study import plots
+from benchmarks.study.data import ROOT
+from benchmarks.study.methods import METHODS
+from benchmarks.study.plan import LAST, SECOND
+from benchmarks.study.rows import Point, Results
+from benchmarks.study.saving import Estimate, saving, seed_deviation, share_needed
+from benchmarks.study.settings import LAYERS, VOCABULARY, iteration_flops, parameters
 
 HEADER = Path(__file__).resolve().parent / "header.md"
 PAGE = ROOT / "benchmarks" / "results" / "study.md"

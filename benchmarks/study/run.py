@@ -23,13 +23,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from study import data, report, runner, sensitivity
-from study.plan import Measure, Plan, Planned, Waiting, seconds
-from study.rows import FILE, Results, append_row, read_rows
-from study.settings import Spec
-
+from benchmarks.study import data, report, runner, sensitivity
+from benchmarks.study.plan import Measure, Plan, Planned, Waiting, seconds
+from benchmarks.study.rows import FILE, Results, append_row, read_rows
+from benchmarks.study.settings import Spec
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 
 

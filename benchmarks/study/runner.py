@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study import data
-from study.plan import seconds
-from study.rows import curve, executed_flops, read_metrics
-from study.settings import LAYERS, SAMPLES, SEQ_LENGTH, Spec, iteration_flops, parameters, settings
 
+from benchmarks.study import data
+from benchmarks.study.plan import seconds
+from benchmarks.study.rows import curve, executed_flops, read_metrics
+from benchmarks.study.settings import LAYERS, SAMPLES, SEQ_LENGTH, Spec, iteration_flops, parameters, settings
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 
 _POLL_SECONDS = 2.0

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
-from study.rows import Point
+
+from benchmarks.study.rows import Point
 
 DRAWS = 2000
 Floats = NDArray[np.float64]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study import data
-from study.plan import SECOND
-from study.settings import Spec, settings
+
+from benchmarks.study import data
+from benchmarks.study.plan import SECOND
+from benchmarks.study.settings import Spec, settings
 
 ITERATIONS = 150
 SEEDS = (101, 102)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from study import report
-from study.methods import METHODS, SENSITIVITY
-from study.plan import GRID, Measure, Plan, seconds
-from study.rows import Point, Results, append_row, curve, executed_flops, read_rows
-from study.saving import flops_at, saving, seed_deviation, share_needed
-from study.settings import LAYERS, VOCABULARY, Spec, iteration_flops, parameters, settings
-
+from benchmarks.study import report
+from benchmarks.study.methods import METHODS, SENSITIVITY
+from benchmarks.study.plan import GRID, Measure, Plan, seconds
+from benchmarks.study.rows import Point, Results, append_row, curve, executed_flops, read_rows
+from benchmarks.study.saving import flops_at, saving, seed_deviation, share_needed
+from benchmarks.study.settings import LAYERS, VOCABULARY, Spec, iteration_flops, parameters, settings
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
 

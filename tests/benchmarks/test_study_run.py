@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from study import data, run, runner
-from study.plan import Plan
-from study.rows import Results, append_row, read_metrics
-from study.settings import Spec
+from benchmarks.study import data, run, runner
+from benchmarks.study.plan import Plan
+from benchmarks.study.rows import Results, append_row, read_metrics
+from benchmarks.study.settings import Spec
 
 pytestmark = pytest.mark.slow
 
