@@ -90,7 +90,7 @@ def another(hint: Any, value: Any) -> Any:
         return f"{value}2"
     kind = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(kind) is Literal:
-        return get_args(kind)[0]
+        return get_args(kind)[-1]
     return {int: 30, float: 0.5, str: "other", bool: True}.get(kind, [1])
 
 
@@ -114,7 +114,8 @@ def saved_run(config: Config, iteration: int = 4, *, data: Any = DATA, replicas:
     return SavedRun(iteration, layout, files.encode_train_state(train_state))
 
 
-SAVED = change(Config(), model={"max_position_embeddings": 4096}, training={"train_iters": 10}, drop=HALF)
+UPDATE = {"dropped_update": "apply"}  # null is no change from what it stands for, and stages change that
+SAVED = change(Config(), model={"max_position_embeddings": 4096}, training={"train_iters": 10}, drop={**HALF, **UPDATE})
 
 
 @pytest.mark.parametrize(("path", "value"), list(fields()), ids=[path for path, _ in fields()])
