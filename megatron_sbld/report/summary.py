@@ -23,6 +23,7 @@ from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.notes import (
     EVALUATION_NOTE,
     FLOPS_NOTE,
+    FLOPS_TO_LOSS_NOTE,
     NOT_INTERLEAVED_NOTE,
     SEEDS_NOTE,
     TIME_TO_LOSS_NOTE,
@@ -206,7 +207,7 @@ def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup, realised: boo
     if realised and baseline.validated:
         notes.append(TIME_TO_LOSS_NOTE)
     if any(total_flops(run) is not None for group in groups for run in group.runs):
-        notes.append(FLOPS_NOTE)
+        notes += [FLOPS_NOTE, FLOPS_TO_LOSS_NOTE] if baseline.validated else [FLOPS_NOTE]
     if baseline.policy != "none":
         notes.append(f"The baseline {baseline.label} drops layers itself ({baseline.policy}): gains are over that.")
     return notes
