@@ -33,8 +33,8 @@ FLOPS_NOTE = (
 )
 FLOPS_TO_LOSS_NOTE = (
     "FLOPs to baseline loss: those until a run's validation loss first falls to the baseline's final one, as a share "
-    "of the baseline's. A learning rate that is still high hides what a run has learned: compare runs that end at equal "
-    "FLOPs, each with its own decay."
+    "of the baseline's. A learning rate that is still high hides what a run has learned: compare runs that end at "
+    "equal FLOPs, each with its own decay."
 )
 
 EVALUATION_NOTE = (
