@@ -96,13 +96,15 @@ class Growth:
 
 def stages_text(stages: Stages) -> str:
     """A line for each stage: until which iteration which layers run."""
-    lines = []
-    for end, layers in zip(stages.ends, stages.sets, strict=True):
-        if len(layers) == stages.num_layers:
+    lines, first = [], 1
+    for end in stages.ends:
+        begun = stages.begun(end)
+        if len(begun) == stages.num_layers:
             break
-        begun = sorted(stages.begun(end))
-        lines.append(f"until iteration {end} {_layers(begun)} {'runs' if len(begun) == 1 else 'run'}")
-    return "\n".join([*lines, f"from iteration {stages.last_growth} on all {stages.num_layers} layers run"])
+        if end >= first:
+            lines.append(f"until iteration {end} {_layers(begun)} {'runs' if len(begun) == 1 else 'run'}")
+        first = end + 1
+    return "\n".join([*lines, f"from iteration {first} on all {stages.num_layers} layers run"])
 
 
 def growth_text(iteration: int, entering: Collection[int], running: Collection[int], init: StageInit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ def test_stages_are_told_with_their_layers() -> None:
         "until iteration 80 3 layers (1, 3, 5) run",
         "from iteration 81 on all 6 layers run",
     ]
+    passed_over = Stages.resolve([[0.0, 1], [0.8, 3], [1.0, 6]], 6, 100)
+    assert stages_text(passed_over).splitlines()[0] == "until iteration 80 3 layers (1, 3, 5) run"
+    resumed = replace(stages, begun_before=frozenset(range(1, 7)))
+    assert stages_text(resumed) == "from iteration 1 on all 6 layers run"
 
 
 @pytest.mark.parametrize(
