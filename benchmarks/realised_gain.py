@@ -54,7 +54,7 @@ from benchmarks.common.gain import Pairs, PassTimes, even_ratio_difference, meas
 from benchmarks.common.gain_plan import Case
 from benchmarks.common.gain_report import LayoutResult, report
 from benchmarks.common.gain_run import RankMeasurement, Run, run_length
-from benchmarks.common.layouts import ALL_LAYOUTS, LAYOUTS, SAMPLERS, Layout, bucket_size, make_config
+from benchmarks.common.layouts import ALL_LAYOUTS, FIRST_STAGE, LAYOUTS, SAMPLERS, Layout, bucket_size, make_config
 from benchmarks.common.options import (
     SHOWN,
     add_block_options,
@@ -130,9 +130,10 @@ def add_layout_options(layout: argparse._ArgumentGroup) -> None:
     add(
         "--sampler",
         nargs="+",
-        choices=SAMPLERS,
+        choices=(*SAMPLERS, FIRST_STAGE),
         default=["bernoulli"],
-        help="one, or both in one run; balanced balances the pipeline's stages" + SHOWN,
+        help="one, or several in one run; balanced balances the pipeline's stages; first-stage: always the same layers"
+        + SHOWN,
     )
     add(
         "--layouts",
@@ -224,7 +225,7 @@ def evaluate(
     }
     gains = {case: measure_gain(measured, times, num_microbatches, seed=args.seed) for case, measured in pairs.items()}
     differences = {}
-    if layout.pipeline > 1 and set(layout.samplers) == set(SAMPLERS):
+    if layout.pipeline > 1 and set(layout.samplers) >= set(SAMPLERS):
         for keep_prob in args.keep_probs:
             balanced, bernoulli = (pairs[Case(keep_prob, sampler)] for sampler in ("balanced", "bernoulli"))
             differences[keep_prob] = even_ratio_difference(balanced, bernoulli, times, num_microbatches, seed=args.seed)

@@ -31,6 +31,7 @@ from megatron_sbld.method.decisions import (
     replicas_run_alike,
 )
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.stages import Stages
 
 CHECKPOINT_KEY = "sbld"
 """Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
@@ -227,8 +228,16 @@ class DropController:
             )
         self.policy = policy
         self._verified = None
-        if not self.begun:
-            self.growth.start(policy)
+
+    def set_stages(self, stages: Stages) -> None:
+        """Use other stages of as many layers, before anything is loaded or begun: those of the pipeline as it is built.
+
+        Raises:
+            ValueError: as the policy's constructor.
+        """
+        self.policy = self.policy.with_stages(stages)
+        self.growth.start(self.policy)
+        self._verified = None
 
     def kept(self, layer_number: int, microbatch: int) -> bool:
         """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration, on any sample."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
 import unittest.mock
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,13 +20,15 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from benchmarks.common.gain_plan import Case, Pair, all_cases, count_iterations, plan_rounds
 from benchmarks.common.gain_report import Overhead
 from benchmarks.common.layer_times import ModuleTimer
+from benchmarks.common.layouts import FIRST_STAGE
 from benchmarks.common.model import DISTINCT_BATCHES, SwitchedModel, random_batches
 from benchmarks.common.rounds import Deadline, progress_bar
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.method.policy import LayerDropPolicy
+from megatron_sbld.method.policy import LayerDropPolicy, Policy
+from megatron_sbld.method.stages import Stages
 from megatron_sbld.training.model import build_optimizer, build_param_scheduler
 from megatron_sbld.training.step import train_step
 
@@ -50,6 +54,21 @@ class RankMeasurement:
     # [rounds * pairs, layers on this stage + 1, 2]: layers and then the whole stage; forward and backward
     pass_times: list[list[tuple[float, float]]] = field(default_factory=list)
     overhead: Overhead = field(default_factory=lambda: Overhead(0.0, 0.0, 0))
+
+
+class FirstStage(Policy):
+    """The same layers run whenever theta(t) is the same: theta(t) of them, spread evenly; nothing freezes the others.
+
+    So the optimizer steps them, as in undropped blocks: a staged run, which freezes them, saves that as well.
+    """
+
+    def _keep_probs(self, theta: float) -> np.ndarray:
+        return _first_stage(max(round(theta * self.num_layers), 1), self.num_layers)
+
+
+@functools.cache
+def _first_stage(count: int, num_layers: int) -> np.ndarray:
+    return Stages.resolve([[0.0, count], [1.0, num_layers]], num_layers, 1).gate(0)
 
 
 class Run:
@@ -80,9 +99,11 @@ class Run:
 
     def build_controller(self, sampler: str) -> DropController:
         """The keep probabilities are the same for all samplers; the balanced one balances the pipeline's stages."""
-        policy = LayerDropPolicy(lambda t: self.theta.get(t, 1.0), self.config.model.num_layers)
+        kind = FirstStage if sampler == FIRST_STAGE else LayerDropPolicy
+        policy = kind(lambda t: self.theta.get(t, 1.0), self.config.model.num_layers)
         stages = self.config.parallel.pipeline_model_parallel_size if sampler == "balanced" else None
-        return DropController(policy, seed=self.args.seed, sampler=sampler, stages=stages)
+        drawn = "bernoulli" if sampler == FIRST_STAGE else sampler
+        return DropController(policy, seed=self.args.seed, sampler=drawn, stages=stages)
 
     def measure(self, name: str) -> RankMeasurement:
         """Warm up, run all rounds, and time the calls that switchable layers add."""

@@ -37,6 +37,8 @@ class Layout:
 
 
 SAMPLERS = ("bernoulli", "balanced")
+FIRST_STAGE = "first-stage"
+"""In the place of a sampler: the same layers always run, keep_prob of them, as in the first stage of a staged run."""
 LAYOUTS = {
     "single": Layout(1),
     "tp2": Layout(2, tensor=2),

@@ -2,8 +2,8 @@
 
 `CheckpointManager` writes, `load_checkpoint` continues a run, `load_weights` takes the weights of any torch_dist
 checkpoint, Megatron-LM's included; each is collective over all ranks. `check_compatible` compares a saved config with
-the present one before a model is built. What is in a checkpoint is checkpoint_state.py's, files and completeness are
-checkpoint_files.py's.
+the present one before a model is built. What is in a checkpoint is state.py's, files and completeness are
+files.py's.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from typing import Any
 from megatron_sbld.checkpoint.files import Layout
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
+from megatron_sbld.method.config import DropConfig, drop_field_names
+from megatron_sbld.method.in_force import dropped_update
 
 BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
 """How many samples each iteration reads."""
@@ -95,9 +97,16 @@ def find_changes(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list
     for section, name, present in _fields(config):
         field = f"{section}.{name}"
         before = saved.get(section, {}).get(name, _MISSING)
+        if field == "drop.dropped_update" and before is not _MISSING:  # null stands for one of the others
+            before, present = before or _default_update(saved["drop"]), dropped_update(config.drop)
         if before is not _MISSING and before != present and not {section, field} & set(FIELDS_OF_THE_PROCESS):
             changes.append(Change(field, before, present))
     return changes
+
+
+def _default_update(saved_drop: Mapping[str, Any]) -> str:
+    known = {name: value for name, value in saved_drop.items() if name in drop_field_names()}
+    return dropped_update(DropConfig(**known))
 
 
 def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]]) -> list[Change]:

@@ -9,7 +9,7 @@ Files are written by torch.distributed.checkpoint's own writer rather than by me
 forks processes, needs psutil, and lets the other ranks wait for ever when the disk of one is full. The format is the
 same.
 
-When to save, which folder, and what else a run needs are checkpoint.py's.
+When to save, which folder, and what else a run needs are manager.py's.
 """
 
 from __future__ import annotations

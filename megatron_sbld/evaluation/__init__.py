@@ -1,1 +1,1 @@
-"""How a trained model is judged and used: LAMBADA, perplexity, generation, the way to Hugging Face and back."""
+"""How a trained model is judged and used: LAMBADA, perplexity, generation."""

@@ -78,7 +78,7 @@ def stage_forecast(
     Args:
         config: the run.
         policy: its policy.
-        outlook: its forecast (forecast.py).
+        outlook: its forecast (drops.py).
         phi: the layers' share of an iteration (flops.layer_share), or None if it is not known.
         replicas: data-parallel size.
         balanced: what the balanced sampler evens; None is drop.balance_stages, or the pipeline's stages.

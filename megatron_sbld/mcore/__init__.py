@@ -1,4 +1,4 @@
-"""Everything that touches megatron-core: the switchable layer, what it refuses, and what runs without a GPU."""
+"""What changes megatron-core's behaviour: the switchable layer, what it refuses, and what runs without a GPU."""
 
 from megatron_sbld.mcore.skip.freeze import freeze_dropped_layers
 from megatron_sbld.mcore.skip.growth import grow_in_stages

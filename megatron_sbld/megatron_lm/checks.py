@@ -61,7 +61,7 @@ def _stages_are_even(args: Namespace) -> bool:
 
 
 def _settings(args: Namespace, config: DropConfig) -> dict[str, Any]:
-    """As combinations.py names them: where megatron-core's name is another than Megatron-LM's, it is core's."""
+    """As method/combinations.py names them: where megatron-core's name is another than Megatron-LM's, it is core's."""
     return {**vars(args), "num_moe_experts": getattr(args, "num_experts", None), **drop_settings(config)}
 
 

@@ -99,9 +99,9 @@ class LayerDropping:
     def _attend_to_stages(self, optimizer: Any) -> None:
         with named_as_arguments():
             ranks = self._layers_of_pipeline_ranks()
-            self.controller.replace_policy(
-                build_policy(self._drop, self._args.num_layers, self._train_iters, ranks=ranks)
-            )
+            policy = build_policy(self._drop, self._args.num_layers, self._train_iters, ranks=ranks)
+            assert policy.stages is not None, "asked for with stages alone"
+            self.controller.set_stages(policy.stages)
             grow_in_stages(
                 self._chunks,
                 optimizer,

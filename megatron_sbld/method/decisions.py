@@ -36,6 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_integer, check_layers
 from megatron_sbld.method.choices import Granularity, Replicas, Sampler, Scope
+from megatron_sbld.method.layer_values import check_layer_values
 
 MAX_SEED = 2**63 - 1
 """The largest seed: what fits the signed 64 bits of checkpoints and messages."""
@@ -77,7 +78,7 @@ def draw_plan(
 
     Refuses stages and a replica that the sampler would ignore.
     """
-    probs = _checked_keep_probs(keep_probs)
+    probs = check_layer_values("keep_probs", keep_probs, "keep_prob")
     num_microbatches = check_integer("num_microbatches", num_microbatches, 1, 2**32 - 1)
     check_choice("sampler", sampler, get_args(Sampler))
     seed, iteration, replica = _checked_draw(seed, iteration, replica, scope)
@@ -112,7 +113,7 @@ def draw_sample_counts(
     expectation is keep_prob * num_samples exactly. So `balanced` keeps as many samples on each stage as it expects,
     give or take less than one, summed over the stage's layers; and one sample is `draw_plan` itself, bit for bit.
     """
-    probs = _checked_keep_probs(keep_probs)
+    probs = check_layer_values("keep_probs", keep_probs, "keep_prob")
     num_samples = _checked_samples(num_samples, len(probs))
     expected = probs * num_samples
     whole = np.floor(expected)  # keep_prob 1 leaves no rest: all samples, always
@@ -238,17 +239,6 @@ def plain_stages(stages: int | Sequence[Sequence[int]] | None) -> int | list[lis
     if stages is None or not isinstance(stages, Sequence):
         return None if stages is None else int(stages)
     return [[int(layer) for layer in stage] for stage in stages]
-
-
-def _checked_keep_probs(keep_probs: ArrayLike) -> NDArray[np.float64]:
-    probs = np.asarray(keep_probs, dtype=np.float64)
-    if probs.ndim != 1 or probs.size == 0:
-        raise ValueError(f"keep_probs has shape {probs.shape}: it must be a list of one value for each layer")
-    outside = np.flatnonzero(~((probs >= 0.0) & (probs <= 1.0)))
-    if outside.size:
-        layer = int(outside[0]) + 1
-        raise ValueError(f"keep_prob of layer {layer} = {probs[outside[0]]!r} is not allowed: it must be in [0, 1]")
-    return probs
 
 
 def _checked_draw(seed: int, iteration: int, replica: int, scope: Scope) -> tuple[int, int, int]:

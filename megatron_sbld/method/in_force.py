@@ -12,7 +12,9 @@ from megatron_sbld.method.decisions import replicas_run_alike
 from megatron_sbld.method.policy import (
     LayerDropPolicy,
     PLDPolicy,
+    Policy,
     SBLDPolicy,
+    StagedPolicy,
     StochasticDepthPolicy,
 )
 
@@ -29,7 +31,9 @@ SCHEDULED_POLICIES: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | Stochast
     "pld": PLDPolicy,
     "layerdrop": LayerDropPolicy,
     "stochastic_depth": StochasticDepthPolicy,
-}  # a schedule is all that they need
+}
+"""Those that need a schedule alone."""
+_CLASSES: dict[PolicyName, type[Policy]] = {**SCHEDULED_POLICIES, "sbld": SBLDPolicy, "staged": StagedPolicy}
 
 
 def drop_settings(config: DropConfig) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def residual_scale(config: DropConfig) -> ResidualScale:
     """How kept layers' branches are scaled, by what the section says or by the policy's own rule."""
     if config.policy == "none":
         return "none"
-    return config.residual_scale or SCHEDULED_POLICIES.get(config.policy, SBLDPolicy).default_residual_scale
+    return config.residual_scale or _CLASSES[config.policy].default_residual_scale
 
 
 def stages_by_sensitivity(config: DropConfig) -> bool:

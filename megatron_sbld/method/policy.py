@@ -1,8 +1,8 @@
 """keep_probs(t): the probability with which each layer runs at iteration t = 1..T, by policy.
 
 docs/method.md section 2 (SBLD; SBLD, Algorithms 1 and 2) and section 4 (PLD, LayerDrop, stochastic depth).
-A policy turns theta(t) of a schedule into one keep probability for each of the L layers. It draws nothing (plan.py) and
-knows nothing of models. Policies are immutable.
+A policy turns theta(t) of a schedule into one keep probability for each of the L layers. It draws nothing, as
+decisions.py does, and knows nothing of models. Policies are immutable.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_sbld.checks import check_choice, check_flag, check_integer, check_layers, check_number
 from megatron_sbld.method.choices import Depth, ResidualScale
+from megatron_sbld.method.layer_values import check_layer_values
 from megatron_sbld.method.schedule import Constant
 from megatron_sbld.method.stages import StageLayers, Stages
 
@@ -307,12 +308,6 @@ def _first_recovery_iteration(recovery_fraction: float, train_iters: int | None)
 
 
 def _checked_sensitivity(sensitivity: ArrayLike) -> NDArray[np.float64]:
-    values = np.array(sensitivity, dtype=np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"sensitivity has shape {values.shape}: it must be a list of one value for each layer")
-    outside = np.flatnonzero(~((values >= 0.0) & (values <= 1.0)))
-    if outside.size:
-        layer = int(outside[0]) + 1
-        raise ValueError(f"sensitivity of layer {layer} = {values[outside[0]]!r} is not allowed: it must be in [0, 1]")
+    values = check_layer_values("sensitivity", sensitivity)
     values.flags.writeable = False
     return values

@@ -14,6 +14,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -99,13 +100,20 @@ class Stages:
 
     def begun(self, iteration: int) -> frozenset[int]:
         """Layers (1-based) that run at iteration t."""
-        return self.begun_before | set(self.sets[self.stage(iteration)])
+        return self._begun[self.stage(iteration)]
 
     def gate(self, iteration: int) -> NDArray[np.float64]:
-        """1 for a layer that has begun at iteration t, else 0, float64 [L]."""
-        gate = np.zeros(self.num_layers)
-        gate[[layer - 1 for layer in self.begun(iteration)]] = 1.0
-        return gate
+        """1 for a layer that has begun at iteration t, else 0, float64 [L]; not to be changed."""
+        return self._gates[self.stage(iteration)]
+
+    @cached_property
+    def _begun(self) -> list[frozenset[int]]:
+        return [self.begun_before | set(layers) for layers in self.sets]
+
+    @cached_property
+    def _gates(self) -> NDArray[np.float64]:
+        gates = np.array([[layer in begun for layer in range(1, self.num_layers + 1)] for begun in self._begun])
+        return gates.astype(np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """What another layout needs to go on with the same sets, in plain lists and numbers."""

@@ -137,6 +137,7 @@ def test_transformers_opt_trains_as_the_plain_loop_does(config: Config) -> None:
     assert losses(opt, decisions) == pytest.approx(losses(plain, decisions), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_layers_of_this_project_train_as_its_eager_ones_do(config: Config) -> None:
     own, _, decisions = build(config)
     controller = DropController(decisions.policy(), seed=ARGS.seed)
@@ -153,6 +154,7 @@ def test_compiled_layers_of_this_project_train_as_its_eager_ones_do(config: Conf
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "of stock layers and of switchable ones"
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_trains_as_the_plain_one_does_and_has_one_graph_for_all_layers(config: Config) -> None:
     _, plain, decisions = build(config)
     compiled = CompiledTorch(config, ARGS.vocab_size)

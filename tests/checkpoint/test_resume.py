@@ -27,6 +27,7 @@ from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.data.prepare import PrepareConfig, prepare
 from megatron_sbld.evaluation.model import read_trained_model
+from megatron_sbld.method.config import DropConfig
 from megatron_sbld.training.changes import read_changes
 from megatron_sbld.training.processes import distributed_run
 from megatron_sbld.training.run import microbatch_calculator
@@ -89,7 +90,7 @@ def another(hint: Any, value: Any) -> Any:
         return f"{value}2"
     kind = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(kind) is Literal:
-        return get_args(kind)[0]
+        return get_args(kind)[-1]
     return {int: 30, float: 0.5, str: "other", bool: True}.get(kind, [1])
 
 
@@ -113,7 +114,8 @@ def saved_run(config: Config, iteration: int = 4, *, data: Any = DATA, replicas:
     return SavedRun(iteration, layout, files.encode_train_state(train_state))
 
 
-SAVED = change(Config(), model={"max_position_embeddings": 4096}, training={"train_iters": 10}, drop=HALF)
+UPDATE = {"dropped_update": "apply"}  # null is no change from what it stands for, and stages change that
+SAVED = change(Config(), model={"max_position_embeddings": 4096}, training={"train_iters": 10}, drop={**HALF, **UPDATE})
 
 
 @pytest.mark.parametrize(("path", "value"), list(fields()), ids=[path for path, _ in fields()])
@@ -474,3 +476,14 @@ def test_an_unchanged_run_says_nothing_and_goes_on_as_it_was(
     assert losses(config.logging.run_dir) == expected
     assert "the checkpoint was saved with" not in caplog.text
     assert read_changes(Path(config.logging.run_dir)) == []
+
+
+def test_dropped_update_null_is_no_change_from_what_it_stands_for() -> None:
+    saved = {"drop": {"policy": "pld", "dropped_update": "apply"}}
+    assert find_changes(saved, Config(drop=DropConfig(policy="pld"))) == []
+    staged = DropConfig(policy="staged", stages=[[0.5, 1], [1.0, 4]])
+    assert find_changes({"drop": {"policy": "staged", "dropped_update": "freeze"}}, Config(drop=staged)) == []
+    frozen = find_changes(saved, Config(drop=DropConfig(policy="pld", dropped_update="freeze")))
+    assert [change.text for change in frozen] == [
+        "drop.dropped_update is 'freeze', the checkpoint was saved with 'apply'"
+    ]

@@ -212,7 +212,11 @@ def test_bad_input_is_refused_by_name(tmp_path, prepared):
         (["gone"], {}, r"gone' does not exist"),
         (["gone"], {"text_format": "dataset"}, r"gone\.idx does not exist"),
         (["a.txt", "set_train"], {}, "some are prefixes of data sets and some are not"),
-        (["a.txt"], {"text_format": "csv"}, "format = 'csv'; allowed: auto, text, jsonl, wikitext, dataset"),
+        (
+            ["a.txt"],
+            {"text_format": "csv"},
+            "format = 'csv' is not allowed: it must be one of auto, text, jsonl, wikitext, dataset",
+        ),
         ([], {}, "at least one file"),
         (["set"], {}, "is a whole set; give one of its splits, .*set_valid or .*set_train"),
         (["set_train.bin"], {}, r"set_train\.bin: it holds the tokens of a data set, .* without \.bin"),

@@ -147,6 +147,7 @@ def test_a_machine_without_enough_gpus_is_refused(tmp_path: Path) -> None:
     assert "has 1 GPU(s) to use" in hidden.stderr
 
 
+@pytest.mark.slow
 def test_one_machine_starts_a_process_a_gpu_prints_the_command_and_keeps_a_log(tmp_path: Path) -> None:
     """The config has no data here: the trainer's own message and status come through."""
     result = run(tmp_path, COMMANDS[0], CONFIG, "--drop.theta", "2.0", SBLD_DEVICE="cpu", SBLD_NPROC_PER_NODE="2")

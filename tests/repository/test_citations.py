@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -32,3 +33,18 @@ def test_nothing_cites_a_file_that_does_not_ship() -> None:
     stale = re.compile(r"equations\.md|\bpapers? 00\d|\(00\d[ ,;)]")
     for path in sources():
         assert not stale.search(path.read_text(encoding="utf-8")), path
+
+
+def test_every_module_that_is_named_is_where_the_name_says() -> None:
+    """A bare name is a neighbour's, the only one of that name in the package, or Megatron's."""
+    package, core = ROOT / "megatron_sbld", Path(str(importlib.util.find_spec("megatron.core").origin)).parent
+    of_megatron_lm = {"preprocess_data.py", "pretrain_gpt.py", "training/checkpointing.py"}
+    wrong = []
+    for path in package.rglob("*.py"):
+        for name in re.findall(r"(?<![\w/{}])[\w/]*\w+\.py\b", path.read_text(encoding="utf-8")):
+            places = [path.parent, package, ROOT, *core.parents]
+            name = name.lstrip("/")
+            known = name in of_megatron_lm or any((place / name).exists() for place in places)
+            if not known and len(list(package.rglob(name))) != 1 and not any(core.rglob(name)):
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not wrong

@@ -198,8 +198,10 @@ def test_sbld_and_dynamic_sensitivity_inside_the_gate(tmp_path: Path, corpus: Pa
     config = staged_run(tmp_path / "run", corpus, drop, training={"train_iters": 12})
     whole = trained(config, tmp_path / "whole")
     assert all(kept[1] == kept[3] == 0.0 for kept in decisions(tmp_path / "whole")[:6])
-    assert [run_here(part) for part in stop_and_resume(config, 5)] == [75, 0]
-    assert losses(tmp_path / "run") == whole
+    for iterations in (5, 7, 9):
+        resumed = in_folder(config, tmp_path / f"stopped_after_{iterations}")
+        assert [run_here(part) for part in stop_and_resume(resumed, iterations)] == [75, 0]
+        assert losses(resumed.logging.run_dir) == whole
 
 
 def test_the_most_sensitive_layers_begin_first(tmp_path: Path, corpus: Path) -> None:

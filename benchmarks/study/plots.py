@@ -1,0 +1,63 @@
+"""The plot of loss against training FLOPs: a panel for each width, the undropped frontier and all methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.study.methods import METHODS
+from benchmarks.study.rows import Results
+from benchmarks.study.saving import seed_deviation
+
+_MARKERS = "osD^v<>phX*Pd8H"
+
+
+def draw(results: Results, widths: Sequence[int], file: Path) -> None:
+    """Write it as an SVG; equal rows give an equal file."""
+    with mpl.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(1, len(widths), figsize=(1.5 + 5 * len(widths), 4.5), squeeze=False)
+        for axis, width in zip(axes[0], widths, strict=True):
+            _panel(axis, results, width)
+        handles = {}
+        for axis in axes[0]:
+            found, labels = axis.get_legend_handles_labels()
+            handles |= dict(zip(labels, found, strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
+        figure.set_layout_engine("constrained")
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _panel(axis: plt.Axes, results: Results, width: int) -> None:
+    """Points are means over seeds with 95 % intervals; the line joins undropped runs of several lengths."""
+    points = {name: results.points(width, name) for name in METHODS}
+    deviation = seed_deviation([point for found in points.values() for point in found]) or 0.0
+    for number, (name, found) in enumerate(points.items()):
+        if not found:
+            continue
+        x, y = [point.flops for point in found], [point.loss for point in found]
+        errors = [1.96 * deviation / math.sqrt(len(point.losses)) for point in found]
+        undropped = name == "undropped"
+        axis.errorbar(
+            x,
+            y,
+            yerr=errors,
+            label=name,
+            color="black" if undropped else plt.get_cmap("tab20")((number - 1) % 20),
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="-" if undropped else ":",
+            linewidth=1.4 if undropped else 0.7,
+            markersize=4,
+            capsize=2,
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("training FLOPs of what ran")
+    axis.set_ylabel("held-out loss at full depth, nats a token")
+    axis.set_title(f"12 layers, width {width}")
+    axis.grid(alpha=0.3)
