@@ -153,10 +153,6 @@ def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, con
         return None
     growth = (saved.train_state.get("drop") or {}).get("growth")
     if growth is None or len(growth["begun"]) == config.model.num_layers:
-        # With stages, or without them, a layer that the policy drops is frozen or not, unless the section says which.
-        chooses_update = None in (change.saved, change.present) and change.field == "drop.stages"
-        if chooses_update and drop.policy != "staged" and drop.dropped_update is None:
-            return None
         return "every layer had begun"
     if change.field == "drop.balance_stages" and not {other.field for other in changes} & set(_STAGE_FIELDS[:2]):
         return "the stages keep the checkpoint's layers"

@@ -64,6 +64,8 @@ def grow_in_stages(
         raise ValueError(f"stage_copy_moments = True needs stage_init 'copy', got {init!r}")
     if controller.policy.stages is None:
         raise ValueError("the controller's policy has no stages: no layer would begin late")
+    if copy_moments and any(isinstance(part.optimizer, torch.optim.SGD) for part in optimizer_parts(optimizer)):
+        raise ValueError("stage_copy_moments = True does not work with SGD: it has no moments as Adam's; leave it out")
     chunks = chunk_list(model)
     layers = freeze_waiting_layers(chunks, optimizer, controller)
     if any(layer._drop_controller is not controller for layer in layers):

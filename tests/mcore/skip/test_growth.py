@@ -220,6 +220,19 @@ def test_copies_are_those_of_the_nearest_running_layer(copy_moments: bool, kind:
             assert copy_moments or place in (2, 4) or not state["exp_avg"].any()
 
 
+def test_sgd_begins_layers_too_but_has_no_moments_to_copy() -> None:
+    sgd = {"optimizer": "sgd", "sgd_momentum": 0.9}
+    with model_parallel():
+        training = Training(staged(4, 1), "copy", optimizer=sgd)
+        before = training.states()
+        for iteration in range(1, 7):
+            assert training.step(iteration)[0]
+        moved = training.states()["decoder.layers.2.mlp.linear_fc2.weight"]["main"]
+        assert not torch.equal(moved, before["decoder.layers.2.mlp.linear_fc2.weight"]["main"])
+        with pytest.raises(ValueError, match="stage_copy_moments = True does not work with SGD"):
+            Training(staged(4, 1), "copy", copy_moments=True, optimizer=sgd)
+
+
 def test_stages_that_nobody_attends_to_are_refused() -> None:
     with model_parallel():
         chunks = tiny_gpt(tiny_config(num_layers=4))
