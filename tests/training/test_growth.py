@@ -100,7 +100,7 @@ def test_a_growing_checkpoint_is_the_shallower_model(growing: Path, tmp_path: Pa
 
 
 def test_tasks_in_training_and_the_evaluation_of_the_checkpoint_run_the_same_layers(
-    tmp_path: Path, corpus: Path
+    tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from megatron_sbld.config.sections import ParallelConfig
     from megatron_sbld.evaluation.model import read_trained_model
@@ -116,6 +116,7 @@ def test_tasks_in_training_and_the_evaluation_of_the_checkpoint_run_the_same_lay
     task = PerplexityTask(str(text), config.data.perplexity_format)
     (evaluated,) = evaluate_checkpoints(task, [read_trained_model(tmp_path / "run")], ParallelConfig())
     assert evaluated.result.bits_per_byte == pytest.approx(shown["perplexity_bits_per_byte"], rel=1e-6)
+    assert "2 of its 4 layers had begun (2, 4): the model has these alone" in caplog.text
 
 
 def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:
