@@ -79,6 +79,7 @@ def grow_in_stages(
     elif init == "copy":
         on_growth = _Copier(chunks, layers, optimizer, copy_moments)
     controller.growth.callbacks[:] = [on_growth]
+    controller.growth.begins_as = f"{init} with moments" if copy_moments else init
 
 
 def _keep_weights(entering: Sequence[int], running: Collection[int]) -> None:
