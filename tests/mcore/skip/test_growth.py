@@ -233,6 +233,19 @@ def test_sgd_begins_layers_too_but_has_no_moments_to_copy() -> None:
             Training(staged(4, 1), "copy", copy_moments=True, optimizer=sgd)
 
 
+def test_chunks_that_are_given_one_by_one_are_refused() -> None:
+    """The second call would take the place of the first one, whose layers would then move while they wait."""
+    with model_parallel():
+        chunks = [chunk for _ in range(2) for chunk in tiny_gpt(tiny_config(num_layers=4))]
+        controller = DropController(staged(4, 1))
+        make_switchable(chunks, controller)
+        models = wrap_ddp(chunks)
+        optimizer = build_optimizer(models)
+        grow_in_stages(models[:1], optimizer, controller)
+        with pytest.raises(ValueError, match="give the chunks on this rank as one list"):
+            grow_in_stages(models[1:], optimizer, controller)
+
+
 def test_stages_that_nobody_attends_to_are_refused() -> None:
     with model_parallel():
         chunks = tiny_gpt(tiny_config(num_layers=4))
