@@ -365,7 +365,12 @@ class DropController:
         keep_probs = [self.policy.keep_probs(t) for t in window]
         return record_of_window(
             Settings(iteration, num_microbatches, self.num_samples or 0, self.num_layers, self.seed),
-            repr((self.scope, self.sampler, self.granularity, self.replicas, self.scales_residual)),
+            repr(
+                (
+                    *(self.scope, self.sampler, self.granularity, self.replicas, self.scales_residual),
+                    *(self.growth.begins_as, sorted(self.growth.begun)),
+                )
+            ),
             keep_probs,
             (self._draw(t, num_microbatches, probs, replica=0) for t, probs in zip(window, keep_probs, strict=True)),
         )

@@ -24,6 +24,8 @@ class Growth:
     def __init__(self, policy: Policy) -> None:
         self.start(policy)
         self.callbacks: list[OnGrowth] = []
+        self.begins_as = ""
+        """What a layer begins as, which takes all ranks: they compare it."""
         self._first_steps: frozenset[int] = frozenset()  # begun, but not stepped since
         self._stepped = False  # in the present iteration
 

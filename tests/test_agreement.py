@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron_sbld import controller as controller_module
 from megatron_sbld.agreement import DropDisagreementError
 from megatron_sbld.controller import DropController
-from megatron_sbld.mcore import make_switchable
-from megatron_sbld.method.policy import LayerDropPolicy
+from megatron_sbld.mcore import grow_in_stages, make_switchable
+from megatron_sbld.method.policy import LayerDropPolicy, StagedPolicy
 from megatron_sbld.method.schedule import Constant
 from tests.harness import model_parallel, run_distributed
-from tests.mcore.helpers import tiny_config, tiny_gpt
+from tests.mcore.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
 
 ODD_ONES: dict[str, dict[str, Any]] = {
     "seed": {"seed": 99},
@@ -81,6 +81,21 @@ def one_rank_replaces_its_policy(odd_rank: int) -> str:
     return "no error"
 
 
+def one_rank_begins_layers_otherwise(odd_rank: int) -> str:
+    """The error that this rank sees before a growth in which others would wait for it."""
+    with model_parallel():
+        controller = DropController(StagedPolicy([[0.0, 1], [1.0, 4]], 4, train_iters=10))
+        models = wrap_ddp(tiny_gpt(tiny_config()))
+        make_switchable(models, controller)
+        init = "random" if dist.get_rank() == odd_rank else "copy"
+        grow_in_stages(models, build_optimizer(models), controller, init)
+        try:
+            controller.begin_iteration(1, 2)
+        except DropDisagreementError as error:
+            return str(error)
+        return "no error"
+
+
 def replicas_with_numbers(*numbers: int) -> str:
     """The error that a rank sees whose distinct replicas have these numbers."""
     with model_parallel():
@@ -93,10 +108,11 @@ def replicas_with_numbers(*numbers: int) -> str:
         return "no error"
 
 
-def all_cases(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]], str, list[str]]:
+def all_cases(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, float]], list[str], list[str]]:
     numbers = range(dist.get_world_size())
     replicas = [replicas_with_numbers(*numbers), replicas_with_numbers(*(0 for _ in numbers))]
-    return ranks_agree(), one_rank_is_odd(odd_rank), one_rank_replaces_its_policy(odd_rank), replicas
+    changed = [one_rank_replaces_its_policy(odd_rank), one_rank_begins_layers_otherwise(odd_rank)]
+    return ranks_agree(), one_rank_is_odd(odd_rank), changed, replicas
 
 
 @pytest.mark.slow
@@ -104,7 +120,7 @@ def all_cases(odd_rank: int) -> tuple[tuple[list, int], dict[str, tuple[str, flo
 def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) -> None:
     odd_rank = world_size - 1
     results = run_distributed(all_cases, world_size, odd_rank)
-    for (plans, collectives), errors, replaced, replicas in results:
+    for (plans, collectives), errors, (replaced, growth), replicas in results:
         assert plans == results[0][0][0]
         assert collectives == 5
         for name, (message, seconds) in errors.items():
@@ -113,6 +129,7 @@ def test_ranks_agree_and_a_rank_that_differs_is_named_on_all(world_size: int) ->
             assert [f"rank {rank}: " in message for rank in range(odd_rank)] == [False] * odd_rank, name
         assert "seed 99 instead of 1" in errors["seed"][0]
         assert f"rank {odd_rank}: mean keep probability 0.7" in replaced
+        assert f"rank {odd_rank}: " in growth
         assert "num_layers 5 instead of 6" in errors["layers"][0]
         assert "num_microbatches 3 instead of 2" in errors["microbatches"][0]
         assert replicas[0] == "no error"

@@ -13,7 +13,8 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-_LAYERS = "decoder.layers."
+LAYERS = "decoder.layers."
+"""What the names of the layers' tensors begin with."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def place_layers(chunk: GPTModel, state: dict[str, Any], layers: LayerMap, metad
     state: the chunk's sharded state dict, by local names; changed.
     metadata: as for the chunk's sharded_state_dict.
     """
-    for name in [name for name in state if name.startswith(_LAYERS)]:
+    for name in [name for name in state if name.startswith(LAYERS)]:
         del state[name]
     for index, layer in enumerate(chunk.decoder.layers):
         saved = layers.places.get(layer.layer_number)
@@ -74,7 +75,7 @@ def _state_of_layer(
     layer: TransformerLayer, index: int, saved: int, num_saved: int, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """The sharded state of the chunk's layer at `index`, in the place of the checkpoint's layer `saved`."""
-    prefix = f"{_LAYERS}{index}."
+    prefix = f"{LAYERS}{index}."
     state: dict[str, Any] = layer.sharded_state_dict(prefix, [(0, saved - 1, num_saved)], metadata)
-    replace_prefix_for_sharding(state, prefix, _LAYERS)
+    replace_prefix_for_sharding(state, prefix, LAYERS)
     return state

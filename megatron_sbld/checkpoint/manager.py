@@ -290,6 +290,7 @@ def check_compatible(
     *,
     saved_vocab_size: int | None = None,
     vocab_size: int | None = None,
+    begun: int | None = None,
     growing: bool = False,
 ) -> None:
     """Refuse a checkpoint whose weights do not fit the model that a config describes.
@@ -299,14 +300,18 @@ def check_compatible(
         config: the present one.
         saved_vocab_size: tokens of the saved run's tokenizer; compared where both are given.
         vocab_size: tokens of the present tokenizer.
-        growing: whether the model may have more layers than the checkpoint.
+        begun: layers that had begun in the checkpoint, where these alone are taken; None: all are.
+        growing: whether the model may have more layers than are taken.
 
     Raises:
         ValueError: names every field that differs, its value and the checkpoint's.
     """
     present, saved = _fields_of_weights(config.model), _fields_of_weights(saved_model(saved_config))
+    note = ""
+    if begun is not None and begun < saved["num_layers"]:
+        saved["num_layers"], note = begun, " that had begun: its run was still growing"
     problems = [
-        f"model.{name} is {present[name]!r}, but the checkpoint has {saved[name]!r}"
+        f"model.{name} is {present[name]!r}, but the checkpoint has {saved[name]!r}{note * (name == 'num_layers')}"
         for name in present
         if present[name] != saved[name] and not (growing and name == "num_layers" and present[name] > saved[name])
     ]

@@ -6,8 +6,8 @@ A field takes effect unless it stands in one of the tables below. Only what conc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sbld.checkpoint.files import Layout
@@ -33,6 +33,8 @@ FIELDS_WITHOUT_EFFECT = {
     "training.initial_loss_scale": "the loss scale goes on where it was",
 }
 
+_STAGE_FIELDS = ("drop.stages", "drop.stage_layers", "drop.stage_init", "drop.stage_copy_moments")
+
 FIELDS_OF_THE_PROCESS = ("checkpoint", "logging", "training.exit_after_iterations")
 """Sections and fields that say what this process does, not what the run is."""
 
@@ -46,6 +48,8 @@ class Change:
     field: str
     saved: Any
     present: Any
+    idle: str | None = None
+    """Why it has no effect, where that depends on more than the field."""
 
     @property
     def text(self) -> str:
@@ -59,9 +63,7 @@ class Change:
     @property
     def without_effect(self) -> str | None:
         """Why it has none; None where it has."""
-        if self.field == "drop.balance_stages" and self.present is None:
-            return "the balanced sampler keeps the checkpoint's stages"
-        return FIELDS_WITHOUT_EFFECT.get(self.field)
+        return self.idle or FIELDS_WITHOUT_EFFECT.get(self.field)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
         ValueError: naming each field that plans the run and has changed, unless checkpoint.replan is true; or a length
             that is below what is done.
     """
-    changes = find_changes(saved.config, config)
+    found = find_changes(saved.config, config)
+    changes = [replace(change, idle=_idle_reason(change, found, saved, config)) for change in found]
     before = saved.train_state.get("train_data")
     if before not in (None, train_data):
         changes.append(Change(_TRAIN_DATA, before, train_data))
@@ -138,6 +141,22 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
             f"checkpoint has done {saved.iteration}; must be at least as many"
         )
     return changes
+
+
+def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, config: Config) -> str | None:
+    """Why a change of the layers that begin together, or of those that are balanced, has no effect."""
+    drop = config.drop
+    if change.field == "drop.balance_stages" and drop.sampler == "balanced":
+        return "the balanced sampler keeps the checkpoint's stages" if change.present is None else None
+    staged = drop.stages is not None or saved.config.get("drop", {}).get("stages") is not None
+    if not staged or change.field not in (*_STAGE_FIELDS, "drop.balance_stages"):
+        return None
+    growth = (saved.train_state.get("drop") or {}).get("growth")
+    if growth is None or len(growth["begun"]) == config.model.num_layers:
+        return "every layer had begun"
+    if change.field == "drop.balance_stages" and not {other.field for other in changes} & set(_STAGE_FIELDS[:2]):
+        return "the stages keep the checkpoint's layers"
+    return None
 
 
 def run_length(saved: SavedRun, config: Config) -> RunLength:

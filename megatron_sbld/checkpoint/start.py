@@ -18,7 +18,7 @@ from megatron_sbld.checkpoint.files import (
     verify,
     verify_weights,
 )
-from megatron_sbld.checkpoint.layers import begun_layers
+from megatron_sbld.checkpoint.layers import LAYERS, begun_layers
 from megatron_sbld.checkpoint.manager import check_compatible, saved_model
 from megatron_sbld.checkpoint.resume import Change, SavedRun, check_resume, find_changes, run_length
 from megatron_sbld.checkpoint.state import failures_name
@@ -45,7 +45,9 @@ class Start:
     changes: list[Change] = field(default_factory=list)
     """What the present config has otherwise than the saved one; of a run that goes on."""
     grown_from: list[int] | None = None
-    """Layers that had begun in the checkpoint of a shallower model, which are this one's first stage."""
+    """Layers that had begun in the checkpoint, where they are fewer than it or this model has.
+
+    They are this run's first stage, or all of its layers. None: each layer is the checkpoint's own."""
     saved_layers: int = 0
     """Layers of that checkpoint."""
 
@@ -97,25 +99,11 @@ def find_load(config: Config, tokenizer: Tokenizer) -> Start | None:
 
 def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, whole_state: bool) -> Start:
     """Refuse a checkpoint of another model, as far as it tells: Megatron-LM's own have no manifest to compare with."""
-    saved, grown_from, saved_layers = None, None, config.model.num_layers
+    growing = not whole_state and config.drop.policy != "none" and config.drop.stages is not None
     if (found.path / MANIFEST).exists():
-        manifest = verify(found.path)
-        saved = SavedRun(manifest.iteration, manifest.layout, manifest.train_state)
-        check_compatible(
-            saved.config,
-            config,
-            saved_vocab_size=saved.train_state.get("vocab_size"),
-            vocab_size=tokenizer.vocab_size,
-            growing=not whole_state and config.drop.policy != "none" and config.drop.stages is not None,
-        )
-        saved_layers = saved_model(saved.config).num_layers
-        if saved_layers < config.model.num_layers:
-            grown_from = begun_layers(saved.train_state.get("drop"), saved_layers)
-        if saved.train_state.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
-            raise ValueError(
-                f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text otherwise than the "
-                "tokenizer that it was trained with"
-            )
+        saved, begun, saved_layers = _read_saved_run(config, tokenizer, found, whole_state, growing)
+    else:
+        saved, begun, saved_layers = None, *_layers_without_manifest(config, found.path, growing)
     rows = embedding_rows(found.path)
     tensor = config.parallel.tensor_model_parallel_size
     if rows < tokenizer.vocab_size:
@@ -131,7 +119,45 @@ def _checked_start(config: Config, tokenizer: Tokenizer, found: CheckpointInfo, 
     if not whole_state:
         saved = None
     changes = find_changes(saved.config, config) if saved else []
-    return Start(found, whole_state, rows, saved, changes, grown_from, saved_layers)
+    takes_all = whole_state or len(begun) == saved_layers == config.model.num_layers
+    return Start(found, whole_state, rows, saved, changes, None if takes_all else begun, saved_layers)
+
+
+def _read_saved_run(
+    config: Config, tokenizer: Tokenizer, found: CheckpointInfo, whole_state: bool, growing: bool
+) -> tuple[SavedRun, list[int], int]:
+    """What a checkpoint of ours says: the run, its layers that had begun, how many it has. Raises as _checked_start."""
+    manifest = verify(found.path)
+    saved = SavedRun(manifest.iteration, manifest.layout, manifest.train_state)
+    saved_layers = saved_model(saved.config).num_layers
+    begun = begun_layers(saved.train_state.get("drop"), saved_layers)
+    check_compatible(
+        saved.config,
+        config,
+        saved_vocab_size=saved.train_state.get("vocab_size"),
+        vocab_size=tokenizer.vocab_size,
+        begun=None if whole_state else len(begun),
+        growing=growing,
+    )
+    if saved.train_state.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
+        raise ValueError(
+            f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text otherwise than the "
+            "tokenizer that it was trained with"
+        )
+    return saved, begun, saved_layers
+
+
+def _layers_without_manifest(config: Config, path: Path, growing: bool) -> tuple[list[int], int]:
+    """The layers of a Megatron-LM checkpoint that had begun, and how many it has. Raises as _checked_start."""
+    layers = config.model.num_layers
+    saved_layers = saved_depth(path) or layers
+    begun = begun_layers(patched_drop_state(path), saved_layers)
+    if len(begun) > layers or (len(begun) < layers and not growing):
+        others = "" if len(begun) == saved_layers else " that had begun: its run was still growing"
+        raise ValueError(
+            f"checkpoint {path}: model.num_layers is {layers}, but the checkpoint has {len(begun)}{others}"
+        )
+    return begun, saved_layers
 
 
 def embedding_rows(path: Path) -> int:
@@ -140,6 +166,17 @@ def embedding_rows(path: Path) -> int:
     with failures_name(path):
         rows: int = dist_checkpointing.load_tensors_metadata(str(path))[_EMBEDDING].global_shape[0]
     return rows
+
+
+def saved_depth(path: Path) -> int | None:
+    """Layers in a torch_dist checkpoint whose layers are alike, as Megatron-LM writes them; None in any other."""
+    with failures_name(path):
+        tensors = dist_checkpointing.load_tensors_metadata(str(path))
+    for name, tensor in tensors.items():
+        if name.startswith(LAYERS) and not name.removeprefix(LAYERS)[0].isdigit():
+            depth: int = tensor.global_shape[0]
+            return depth
+    return None
 
 
 def patched_drop_state(path: Path) -> Mapping[str, Any] | None:

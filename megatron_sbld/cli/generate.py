@@ -42,8 +42,9 @@ def _generate_parser() -> CommandParser:
 
     parser = CommandParser(
         "generate --checkpoint DIR --prompt TEXT [options]",
-        "Continue prompts with a trained model, at full depth. Run it under torchrun for a model that is spread over "
-        "several processes; the replicas that are left share the prompts.",
+        "Continue prompts with a trained model, at full depth; one that is still growing, with the layers that have "
+        "begun. Run it under torchrun for a model that is spread over several processes; the replicas that are left "
+        "share the prompts.",
     )
     parser.add_argument(
         "--checkpoint",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_sbld.checkpoint.files import (
     MANIFEST,
@@ -26,6 +28,8 @@ from megatron_sbld.config.validate import validate
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.evaluation.options import ModelOptions
 from megatron_sbld.training.model import build_chunks, check_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,8 @@ def load_chunks(trained: TrainedModel, config: Config) -> list[torch.nn.Module]:
     Raises:
         ValueError: the checkpoint is damaged, or its model is not the one that its config describes.
     """
+    if trained.growing is not None and dist.get_rank() == 0:
+        logger.warning("%s", trained.growing)
     chunks = build_chunks(config, trained.rows)
     load_weights(trained.checkpoint.path, chunks, layers=trained.layers)
     for chunk in chunks:

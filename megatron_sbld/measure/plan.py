@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 import megatron_sbld
 from megatron_sbld.checkpoint.files import MANIFEST, find_checkpoint, verify_weights
+from megatron_sbld.checkpoint.layers import begun_layers
+from megatron_sbld.checkpoint.manager import saved_model
 from megatron_sbld.checkpoint.start import Start, find_load
 from megatron_sbld.checks import check_integer
 from megatron_sbld.config.sections import MAX_SEED, Config
@@ -115,6 +117,7 @@ def plan_measurement(config: Config, options: MeasureOptions, load: str | None, 
         checkpoint = dataclasses.replace(config.checkpoint, load=load, load_optimizer=whole_state)
         config = dataclasses.replace(config, checkpoint=checkpoint)
     start = find_load(config, tokenizer)
+    _refuse_growing(start)
     if start is not None:  # the drop section is the measurement's own
         changes = [change for change in start.changes if not change.field.startswith(("drop.", "data.valid_"))]
         start = dataclasses.replace(start, changes=changes)
@@ -168,15 +171,32 @@ def build_request(plan: MeasurePlan, world_size: int, command: str, fractions: t
 
 def _measuring_config(config: Config, out: str) -> Config:
     """The config with the measurement's own drop section and folder, and without validation."""
+    own = {name: getattr(config.drop, name) for name in _DROP_FIELDS}
+    if config.drop.stages is not None:  # the measurement has none, but what they decide holds
+        own["dropped_update"] = dropped_update(config.drop)
+        if config.drop.sampler == "bernoulli":
+            own["balance_stages"] = None
     drop = DropConfig(
         policy="layerdrop",  # stands for the policies of the runs, which no field can name
         residual_scale=config.drop.residual_scale or "none",
         seed=config.drop.seed,
-        **{name: getattr(config.drop, name) for name in _DROP_FIELDS},
+        **own,
     )
     data = dataclasses.replace(config.data, valid_data_path=[])
     logging = dataclasses.replace(config.logging, run_dir=out)
     return dataclasses.replace(config, drop=drop, data=data, logging=logging)
+
+
+def _refuse_growing(start: Start | None) -> None:
+    if start is None or start.saved is None:
+        return
+    num_layers = saved_model(start.saved.config).num_layers
+    begun = begun_layers(start.saved.train_state.get("drop"), num_layers)
+    if len(begun) < num_layers:
+        raise ValueError(
+            f"checkpoint {start.checkpoint.path}: its run was still growing, and {len(begun)} of its {num_layers} "
+            "layers had begun: measure from a checkpoint in which all have"
+        )
 
 
 def _lengths(config: Config, options: MeasureOptions, start: Start | None) -> tuple[int, int]:

@@ -6,6 +6,7 @@ A recipe fills the fields of the drop section that the user did not set. Sources
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -41,6 +42,14 @@ def with_recipe(config: DropConfig, num_layers: int, explicit: Collection[str]) 
     if config.recipe is None:
         return config
     settings = recipe_settings(config.recipe, num_layers)
+    others = [field for field, setting in settings.items() if getattr(config, field) != setting.value]
+    if settings.keys() <= set(explicit) and 2 * len(others) >= len(settings):
+        warnings.warn(
+            f"drop.recipe = {config.recipe!r} has no effect: all of its fields are set explicitly, and most of them "
+            "otherwise, as in the config.yaml of another run; leave out "
+            + ", ".join(f"drop.{field}" for field in others),
+            stacklevel=2,
+        )
     return dataclasses.replace(
         config, **{field: setting.value for field, setting in settings.items() if field not in explicit}
     )

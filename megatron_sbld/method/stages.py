@@ -81,6 +81,11 @@ class Stages:
         ]
         sets = tuple(tuple(sorted(layer for rank in picked for layer in rank[stage])) for stage in range(len(counts)))
         ends = tuple(math.floor(round(share * train_iters, 6)) for share, _ in checked)
+        if any(end >= train_iters and len(layers) < num_layers for end, layers in zip(ends, sets, strict=True)):
+            raise ValueError(
+                f"stages = {stages!r} is not allowed: a stage ends with the {train_iters} iterations, and the layers "
+                "that are left would never begin"
+            )
         return cls(ends, sets, (tuple(counts), rule))
 
     @property

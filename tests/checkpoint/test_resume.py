@@ -137,7 +137,8 @@ def test_every_field_takes_effect_and_is_told_or_is_refused_by_name(path: str, v
         return
     (text,) = texts
     assert text.startswith(f"{path} is ")
-    assert ("this has no effect" in text) == (path in FIELDS_WITHOUT_EFFECT)
+    begun = {"drop.stages"}  # every layer of SAVED has
+    assert ("this has no effect" in text) == (path in FIELDS_WITHOUT_EFFECT.keys() | begun)
 
 
 @pytest.mark.parametrize("path", sorted(ROTARY))
@@ -230,6 +231,34 @@ def test_the_iterations_of_a_run_are_counted_in_its_samples(ramp: list[int] | No
     assert RunLength(by_samples).train_iters == 20
     later = RunLength(training, start, expected[start])
     assert [later.samples_after(done) for done in range(start, 21)] == expected[start:]
+
+
+STAGED = change(SAVED, model={"num_layers": 4}, drop={"policy": "staged", "stages": [[0.5, 1], [1.0, 4]]})
+
+
+@pytest.mark.parametrize(
+    ("begun", "drop", "reason"),
+    [
+        ([1], {"stages": [[0.7, 1], [1.0, 4]]}, None),
+        ([1], {"stage_init": "zero"}, None),
+        ([1], {"balance_stages": 2}, "the stages keep the checkpoint's layers"),
+        ([1], {"balance_stages": 2, "stage_layers": "last"}, None),
+        ([1, 2, 3, 4], {"stages": [[0.7, 1], [1.0, 4]]}, "every layer had begun"),
+        ([1, 2, 3, 4], {"stage_init": "copy"}, "every layer had begun"),
+        (None, {"stages": [[0.7, 1], [1.0, 4]]}, "every layer had begun"),
+        (None, {"stages": None, "policy": "layerdrop"}, "every layer had begun"),
+    ],
+)
+def test_stages_are_told_to_have_an_effect_where_layers_are_left_to_begin(
+    begun: list[int] | None, drop: dict[str, Any], reason: str | None
+) -> None:
+    growth = None if begun is None else {"begun": begun}
+    saved = saved_run(STAGED, drop={"growth": growth})
+    found = {change.field.partition(".")[2]: change for change in check_resume(saved, change(STAGED, drop=drop), DATA)}
+    assert found.keys() == drop.keys()
+    found.pop("policy", None)
+    assert {change.without_effect for change in found.values()} == {reason}
+    assert not reason or all(reason in change.text for change in found.values())
 
 
 @pytest.fixture(scope="module")

@@ -319,6 +319,18 @@ def test_from_a_checkpoint_goes_on_as_the_run_would(config: Config, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_config_with_stages_is_measured_at_full_depth_with_what_they_decide(config: Config, tmp_path: Path) -> None:
+    stages = {"policy": "staged", "stages": [[0.5, 2], [1.0, 4]], "balance_stages": 2}
+    staged = change(config, drop=stages, logging={"run_dir": str(tmp_path / "run")})
+    assert measure(staged, tmp_path / "measured", iterations=3, layers="1") == 0
+    about = MeasurementFolder.read(tmp_path / "measured").request.about
+    assert about["drop"]["dropped_update"] == "freeze"
+    assert run_here(change(staged, training={"exit_after_iterations": 2})) == 75
+    refused = measure(staged, tmp_path / "growing", load=tmp_path / "run", iterations=3)
+    assert "still growing, and 2 of its 4 layers had begun: measure from a checkpoint in which all have" in str(refused)
+
+
+@pytest.mark.slow
 def test_weights_without_optimizer_state_start_at_iteration_zero_and_are_noted(
     config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,8 +53,13 @@ def test_a_resolved_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     from megatron_sbld.files.strict_yaml import dump_yaml
 
     drop = parsed(tmp_path, "drop: {recipe: raptr}")
-    again = parsed(tmp_path, dump_yaml({"drop": dataclasses.asdict(drop)}))
-    assert again == drop
+    resolved = dump_yaml({"drop": dataclasses.asdict(drop)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parsed(tmp_path, resolved) == drop
+        parsed(tmp_path, resolved, "--drop.policy", "none")
+    with pytest.warns(UserWarning, match=r"'ddd' has no effect: .*leave out drop.depth, drop.schedule, drop.theta"):
+        assert parsed(tmp_path, resolved, "--drop.recipe", "ddd").schedule == "steps"
 
 
 def test_raptr_runs_exactly_as_many_layers_as_its_stage_says() -> None:

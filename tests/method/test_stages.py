@@ -127,6 +127,7 @@ def test_growing_into_the_recovery_is_refused() -> None:
         ([[0.5, 1], [0.5, 2], [1.0, 4]], "spread", "must ascend"),
         ([[0.5, 0], [1.0, 4]], "spread", r"in \[1, 4\]"),
         ([[1.5, 1], [1.0, 4]], "spread", r"in \[0, 1\]"),
+        ([[0.99999999, 1], [1.0, 4]], "spread", "the layers that are left would never begin"),
         ([[0.5], [1.0, 4]], "spread", "stages entry"),
         ([[0.5, 1], [1.0, 4]], "middle", "first, last, spread, sensitivity"),
         ([[0.5, 2], [1.0, 4]], [1], "at least the 2 layers"),

@@ -5,6 +5,7 @@ Single iterations and layouts are mcore/skip/test_growth.py's.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_a_growing_checkpoint_is_the_shallower_model(growing: Path, tmp_path: Pa
 
 
 def test_tasks_in_training_and_the_evaluation_of_the_checkpoint_run_the_same_layers(
-    tmp_path: Path, corpus: Path
+    tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from megatron_sbld.config.sections import ParallelConfig
     from megatron_sbld.evaluation.model import read_trained_model
@@ -132,6 +133,7 @@ def test_tasks_in_training_and_the_evaluation_of_the_checkpoint_run_the_same_lay
     task = PerplexityTask(str(text), config.data.perplexity_format)
     (evaluated,) = evaluate_checkpoints(task, [read_trained_model(tmp_path / "run")], ParallelConfig())
     assert evaluated.result.bits_per_byte == pytest.approx(shown["perplexity_bits_per_byte"], rel=1e-6)
+    assert "2 of its 4 layers had begun (2, 4): the model has these alone" in caplog.text
 
 
 def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:
@@ -149,6 +151,54 @@ def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:
     three = {"stages": [[0.25, 3], [1.0, 4]], "stage_layers": [1, 4, 2]}
     other = change(in_folder(config, tmp_path / "other"), drop=three)
     assert "begin with 3 layers, [1, 2, 4], but the checkpoint has 2" in str(run_here(other))
+
+
+@pytest.mark.parametrize("saved_by", ["this trainer", "Megatron-LM"])
+def test_the_layers_of_a_growing_checkpoint_that_had_begun_are_its_model(
+    growing: Path, corpus: Path, tmp_path: Path, saved_by: str
+) -> None:
+    """Weights of layers that never trained are taken over by no run, whatever its depth is."""
+    found = str(growing) if saved_by == "this trainer" else patched_checkpoint(growing, tmp_path)
+    weights = {"load": found, "load_optimizer": False}
+    still = {"lr": 1e-12, "min_lr": 0.0, "lr_warmup_iters": 0}
+    shallow = tiny_run(tmp_path / "2", corpus, model={"num_layers": 2}, checkpoint=weights, optimizer=still)
+    assert run_here(shallow) == 0
+    for name, drop in {"same": {"stages": [[0.5, 2], [1.0, 4]]}, "deeper": {"stages": [[0.5, 2], [1.0, 5]]}}.items():
+        deep = {"num_layers": drop["stages"][-1][1]}
+        config = staged_run(tmp_path / name, corpus, drop, model=deep, checkpoint=weights, optimizer=still)
+        assert run_here(config) == 0
+        assert losses(tmp_path / name)[:4] == pytest.approx(losses(tmp_path / "2")[:4], rel=1e-2)  # of other dropout
+    whole = tiny_run(tmp_path / "4", corpus, checkpoint=weights)
+    assert "num_layers is 4, but the checkpoint has 2 that had begun: its run was still growing" in str(run_here(whole))
+
+
+def patched_checkpoint(run_dir: Path, folder: Path) -> str:
+    """The run's newest checkpoint as a patched Megatron-LM would have left it: the drop state in another place."""
+    import torch
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+
+    from megatron_sbld.checkpoint.files import MANIFEST, find_checkpoint, read_train_state
+
+    source = find_checkpoint(run_dir).path
+    stock = Path(shutil.copytree(source, folder / source.name))
+    common = torch.load(stock / COMMON_STATE_FNAME, weights_only=False)
+    common["opt_param_scheduler"]["sbld"] = {"drop": read_train_state(source)["drop"], "sensitivity": None}
+    torch.save(common, stock / COMMON_STATE_FNAME)
+    (stock / MANIFEST).unlink()
+    return str(stock)
+
+
+def test_what_layers_begin_as_can_be_changed_until_they_begin(tmp_path: Path, corpus: Path) -> None:
+    whole = {
+        init: trained(staged_run(tmp_path / "run", corpus, {"stage_init": init}), tmp_path / init)
+        for init in ("random", "zero")
+    }
+    assert whole["random"] != whole["zero"]
+    for first, then in (("random", "zero"), ("zero", "random")):
+        config = staged_run(tmp_path / f"{first}_then_{then}", corpus, {"stage_init": first})
+        assert run_here(change(config, training={"exit_after_iterations": 4})) == 75
+        assert run_here(change(config, drop={"stage_init": then})) == 0
+        assert losses(config.logging.run_dir) == whole[then]
 
 
 def test_a_growing_run_goes_back_no_stage_and_loses_none_silently(tmp_path: Path, corpus: Path) -> None:

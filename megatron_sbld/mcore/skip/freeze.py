@@ -117,6 +117,7 @@ class _Freezer:
         self.freezes_dropped = controller is None
         self.controller = controller
         self.handles: list[RemovableHandle] = []
+        self.layers = {layer for layer, _ in layer_params}
         self._layer_params = layer_params
         self._frozen_layers: set[SwitchableLayer] = set()
         self._frozen: list[torch.Tensor] = []
@@ -189,6 +190,11 @@ def _attach(freezer: _Freezer) -> None:
     inner = freezer.part.optimizer
     before = _freezers.get(inner)
     if before is not None:  # it may have been attached for the other purpose
+        if before.layers - freezer.layers:
+            raise ValueError(
+                "model has fewer layers than in a former call with this optimizer: give the chunks on this rank as one "
+                "list"
+            )
         freezer.freezes_dropped |= before.freezes_dropped
         freezer.controller = freezer.controller or before.controller
         for handle in before.handles:

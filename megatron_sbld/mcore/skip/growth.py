@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_sbld.checks import check_choice
 from megatron_sbld.controller import DropController
+from megatron_sbld.growth import OnGrowth
 from megatron_sbld.mcore.optimizer.params import (
     gather_params,
     held_tensors,
@@ -63,38 +64,58 @@ def grow_in_stages(
         raise ValueError(f"stage_copy_moments = True needs stage_init 'copy', got {init!r}")
     if controller.policy.stages is None:
         raise ValueError("the controller's policy has no stages: no layer would begin late")
+    if copy_moments and any(isinstance(part.optimizer, torch.optim.SGD) for part in optimizer_parts(optimizer)):
+        raise ValueError("stage_copy_moments = True does not work with SGD: it has no moments as Adam's; leave it out")
     chunks = chunk_list(model)
     layers = freeze_waiting_layers(chunks, optimizer, controller)
     if any(layer._drop_controller is not controller for layer in layers):
         raise ValueError("the layers have another controller: give the one that make_switchable was given")
     if parallel_state.is_initialized():
         controller.num_replicas = parallel_state.get_data_parallel_world_size()
+    # When a layer begins and not before: a run that goes on may have another `init` than when it was saved.
+    on_growth: OnGrowth = _keep_weights
     if init == "zero":
-        for layer in layers:
-            if not controller.has_begun(layer.layer_number):
-                _zero_output(layer, optimizer)
-    copy = _Copier(chunks, layers, optimizer, copy_moments)
-    controller.growth.callbacks[:] = [copy if init == "copy" else _keep_weights]
+        on_growth = _Zeroer(chunks, layers, optimizer)
+    elif init == "copy":
+        on_growth = _Copier(chunks, layers, optimizer, copy_moments)
+    controller.growth.callbacks[:] = [on_growth]
+    controller.growth.begins_as = f"{init} with moments" if copy_moments else init
 
 
 def _keep_weights(entering: Sequence[int], running: Collection[int]) -> None:
-    """Random and zero weights are there from the start."""
+    """Random weights are there from the start."""
 
 
-@torch.no_grad()
-def _zero_output(layer: SwitchableLayer, optimizer: MegatronOptimizer) -> None:
+class _Zeroer:
+    """Makes the output projections of layers that begin zero."""
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], layers: Sequence[SwitchableLayer], optimizer: MegatronOptimizer
+    ) -> None:
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._outputs = {layer.layer_number: _output_params(layer) for layer in layers}
+
+    @torch.no_grad()
+    def __call__(self, entering: Sequence[int], running: Collection[int]) -> None:
+        """Collective over the replicas."""
+        gather_params(self._chunks)  # a gather that is under way would put the former weights back
+        held = [held_tensors(part) for part in optimizer_parts(self._optimizer)]
+        for param in [param for layer_number in entering for param in self._outputs.get(layer_number, [])]:
+            param.zero_()
+            for tensors in held:
+                if param in tensors:
+                    tensors[param].zero_()
+
+
+def _output_params(layer: SwitchableLayer) -> list[torch.nn.Parameter]:
     params = [param for name, param in layer.named_parameters() if _is_output(name)]
     if not params:
         raise ValueError(
             f"stage_init = 'zero' does not work with layer {layer.layer_number}: it has none of the output projections "
             f"{', '.join(_OUTPUT_PROJECTIONS)}; use random or copy"
         )
-    for param in params:
-        param.zero_()
-        for part in optimizer_parts(optimizer):
-            held = held_tensors(part).get(param)
-            if held is not None:
-                held.zero_()
+    return params
 
 
 def _is_output(name: str) -> bool:

@@ -220,6 +220,32 @@ def test_copies_are_those_of_the_nearest_running_layer(copy_moments: bool, kind:
             assert copy_moments or place in (2, 4) or not state["exp_avg"].any()
 
 
+def test_sgd_begins_layers_too_but_has_no_moments_to_copy() -> None:
+    sgd = {"optimizer": "sgd", "sgd_momentum": 0.9}
+    with model_parallel():
+        training = Training(staged(4, 1), "copy", optimizer=sgd)
+        before = training.states()
+        for iteration in range(1, 7):
+            assert training.step(iteration)[0]
+        moved = training.states()["decoder.layers.2.mlp.linear_fc2.weight"]["main"]
+        assert not torch.equal(moved, before["decoder.layers.2.mlp.linear_fc2.weight"]["main"])
+        with pytest.raises(ValueError, match="stage_copy_moments = True does not work with SGD"):
+            Training(staged(4, 1), "copy", copy_moments=True, optimizer=sgd)
+
+
+def test_chunks_that_are_given_one_by_one_are_refused() -> None:
+    """The second call would take the place of the first one, whose layers would then move while they wait."""
+    with model_parallel():
+        chunks = [chunk for _ in range(2) for chunk in tiny_gpt(tiny_config(num_layers=4))]
+        controller = DropController(staged(4, 1))
+        make_switchable(chunks, controller)
+        models = wrap_ddp(chunks)
+        optimizer = build_optimizer(models)
+        grow_in_stages(models[:1], optimizer, controller)
+        with pytest.raises(ValueError, match="give the chunks on this rank as one list"):
+            grow_in_stages(models[1:], optimizer, controller)
+
+
 def test_stages_that_nobody_attends_to_are_refused() -> None:
     with model_parallel():
         chunks = tiny_gpt(tiny_config(num_layers=4))
