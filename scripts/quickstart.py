@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Trains the same small GPT three times, undropped, with PLD and with SBLD, and compares the runs.
+"""Trains the same small GPT three times at equal compute, undropped, with SBLD and staged, and compares the runs.
 
 Text is tokenized, each run goes through torchrun with two processes (one where there is one GPU), its model is scored
-on held-out text, and a table and plots end it. The table says nothing of the realised gain: runs of a minute, one after
-another, measure what else the machine does. Every call makes a folder of its own, so no run is ever continued or
-mixed with an older one.
+on held-out text, and a table and plots end it, loss against compute among them. A run that leaves layers out makes as
+many more iterations as the undropped run's training FLOPs pay for. The table says nothing of the realised gain: runs of
+a minute, one after another, measure what else the machine does. Every call makes a folder of its own, so no run is ever
+continued or mixed with an older one.
 
 SBLD takes the sensitivity in configs/quickstart_sensitivity.json; with --measure (`make quickstart PROFILE=1`) that of
 this model on this text is measured first. The committed file is what `make quickstart PROFILE=1` measured on the
@@ -26,16 +27,24 @@ from pathlib import Path
 
 import torch
 
+from megatron_sbld.cli.parser import config_parser, parse_config
+from megatron_sbld.config.flops import executed_flops
+from megatron_sbld.config.sections import Config
+from megatron_sbld.method.build import build_policy
+from megatron_sbld.method.policy import mean_keep_prob
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 SENSITIVITY = "configs/quickstart_sensitivity.json"
+VOCAB_SIZE = 384  # of bytes, as Megatron pads it
 SEPARATOR = "<|endoftext|>"  # what `prepare` cuts documents at
-# Both at PLD's theta of its paper, with which SBLD drops a little more of this model than PLD.
+STAGES = "[[0.6, 6], [1.0, 24]]"  # a quarter of the layers, then all of them well before the rate decays
 RUNS = {
     "undropped": ["--drop.policy", "none"],
-    "pld": ["--drop.policy", "pld", "--drop.theta", "0.5"],
     "sbld": ["--drop.policy", "sbld", "--drop.theta", "0.5", "--drop.sensitivity", SENSITIVITY],
+    "staged": ["--drop.policy", "staged", "--drop.stages", STAGES],
 }
+WARMUP, DECAY = 16, 5  # the learning rate rises over a sixteenth of each run, and falls over a fifth
 # Of each of the 25 runs that measure the sensitivity: as long as the run warms up, and twice that again. All together
 # they cost about as much as four of the runs that follow, far above the 5 % of a real run.
 MEASURE_ITERS = 50
@@ -58,7 +67,8 @@ def main() -> None:
         run_step(title, measure(prefix, out / "sensitivity", iters, args.iters))
         first, runs["sbld"] = 3, [*RUNS["sbld"][:-1], str(out / "sensitivity" / "sensitivity.json")]
     for number, (name, options) in enumerate(runs.items(), start=first):
-        run_step(f"{number}/{steps} train: {name}", pretrain(prefix, out / name, options, args.iters))
+        iters = iterations_at_equal_compute(options, args.iters)
+        run_step(f"{number}/{steps} train: {name}", pretrain(prefix, out / name, options, iters))
     folders = [str(out / name) for name in RUNS]
     evaluate = ["evaluate", "perplexity", "--data", f"{prefix}_valid", "--limit", str(HELD_OUT_DOCUMENTS)]
     run_step(f"{steps - 1}/{steps} bits per byte of held-out text", cli(*evaluate, "--checkpoint", *folders))
@@ -70,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=_path, help="file or folder of text to train on; default: the Python standard library's sources"
     )
-    parser.add_argument("--iters", type=int, help=f"iterations of each run; default: as in {CONFIG}")
+    parser.add_argument("--iters", type=int, help=f"iterations of the undropped run; default: as in {CONFIG}")
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -115,7 +125,28 @@ def standard_library_sources() -> Iterator[Path]:
             yield source
 
 
-def pretrain(prefix: Path, run_dir: Path, options: list[str], iters: int | None) -> list[str]:
+def iterations_at_equal_compute(options: list[str], iters: int | None) -> int:
+    """How many iterations with these options take the training FLOPs of the undropped run, which has `iters`."""
+    undropped = parsed(["--drop.policy", "none"] if iters is None else ["--training.train_iters", str(iters)])
+    total = undropped.training.train_iters
+    if options == RUNS["undropped"]:
+        return total
+    whole = executed_flops(undropped.model, VOCAB_SIZE, 1, undropped.model.num_layers)
+    length = total
+    for _ in range(20):  # what is dropped may depend on the length
+        drop = parsed(options).drop
+        policy = build_policy(drop, undropped.model.num_layers, length, base_dir=ROOT)
+        kept = mean_keep_prob(policy, range(1, length + 1)) * undropped.model.num_layers
+        length = round(total * whole / executed_flops(undropped.model, VOCAB_SIZE, 1, kept))
+    return length
+
+
+def parsed(options: list[str]) -> Config:
+    """The config of the runs, with the options over it."""
+    return parse_config(config_parser("", ""), ["--config", str(ROOT / CONFIG), *options])[0]
+
+
+def pretrain(prefix: Path, run_dir: Path, options: list[str], iters: int) -> list[str]:
     """The command that trains one of the runs."""
     command = [*launcher(["pretrain"], prefix, iters), "--logging.run_dir", str(run_dir), *options]
     return [*command, "--data.valid_data_path", json_list(f"{prefix}_valid")]
@@ -135,7 +166,8 @@ def launcher(subcommand: list[str], prefix: Path, iters: int | None) -> list[str
     if gpus:
         command += ["--training.precision", "bf16"]
     if iters is not None:
-        command += ["--training.train_iters", str(iters), "--optimizer.lr_warmup_iters", str(iters // 10)]
+        command += ["--training.train_iters", str(iters), "--optimizer.lr_warmup_iters", str(iters // WARMUP)]
+        command += ["--optimizer.lr_wsd_decay_iters", str(max(iters // DECAY, 1))]
     return command
 
 
