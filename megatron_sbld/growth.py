@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from megatron_sbld.layout.placement import layer_ranges
+from megatron_sbld.method.choices import StageInit
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.stages import Stages, nearest_running
 
 OnGrowth = Callable[[Sequence[int], Collection[int]], None]
 """Called with the layers that begin now, ascending, and those that have begun before."""
@@ -91,3 +94,35 @@ class Growth:
         elif state["asked"] != asked:
             line = f"drop stages: {state['asked']} when saved, {asked} now"
         return policy.with_stages(stages), line
+
+
+def stages_text(stages: Stages) -> str:
+    """A line for each stage: until which iteration which layers run."""
+    lines, first = [], 1
+    for end in stages.ends:
+        begun = stages.begun(end)
+        if len(begun) == stages.num_layers:
+            break
+        if end >= first:
+            lines.append(f"until iteration {end} {_layers(begun)} {'runs' if len(begun) == 1 else 'run'}")
+        first = end + 1
+    return "\n".join([*lines, f"from iteration {first} on all {stages.num_layers} layers run"])
+
+
+def growth_text(iteration: int, entering: Collection[int], running: Collection[int], init: StageInit) -> str:
+    """What happens at an iteration at which layers begin: which ones, and what they begin as.
+
+    running: layers that have begun before.
+    """
+    sources = {nearest_running(layer, running) for layer in entering}
+    begin_as = {
+        "random": "as initialised",
+        "zero": "with output projections of zero",
+        "copy": f"as {'a copy' if len(entering) == 1 else 'copies'} of {layer_ranges(sources)}",
+    }[init]
+    verb = "begins" if len(entering) == 1 else "begin"
+    return f"iteration {iteration}: {_layers(entering)} {verb}, {begin_as}"
+
+
+def _layers(layers: Collection[int]) -> str:
+    return f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'} ({layer_ranges(layers)})"

@@ -95,7 +95,7 @@ def training_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size
     return model_flops_per_token(model, padded_vocab_size) * global_batch_size * model.seq_length
 
 
-def executed_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size: int, layers_run: float) -> float:
+def executed_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size: float, layers_run: float) -> float:
     """FLOPs of an iteration that runs `layers_run` layers in the mean over its samples; the rest as training_flops."""
     skipped = (model.num_layers - layers_run) * _FORWARD_AND_BACKWARD * layer_flops_per_token(model)
     return (model_flops_per_token(model, padded_vocab_size) - skipped) * global_batch_size * model.seq_length

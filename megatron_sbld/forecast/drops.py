@@ -4,8 +4,8 @@ theta is not the mean keep probability: sensitivities, lists and depth come betw
 Gains are docs/method.md section 7's: what a dropped layer would save if it cost nothing. What is realised is less.
 
 Phases are equal fifths of the iterations before the recovery, and the recovery; of a run with stages they are its
-stages (method/stages.py). A phase of up to 1,000 iterations is
-computed in full, a longer one from 1,000 of its iterations at equal distances. Every iteration counts alike: with
+stages (method/stages.py). A phase of up to 1,000 iterations is computed in full, a longer one from 1,000 of its
+iterations at equal distances. Every iteration counts alike: with
 training.rampup_batch_size the early ones, whose batches are smaller, cost less than that.
 """
 
@@ -34,8 +34,10 @@ class Phase:
     first: int
     last: int
     theta_low: float | None
-    """Lowest theta(t); None in the recovery, which ignores theta."""
+    """Lowest theta(t); None in the recovery, which ignores theta, and for policies without it."""
     theta_high: float | None
+    begun_layers: int | None
+    """How many layers have begun by its end; None without stages."""
     mean_keep_prob: float
     """Over layers and iterations."""
     ideal_gain: float | None
@@ -62,7 +64,7 @@ def forecast(policy: Policy, train_iters: int, phi: float | None) -> Forecast:
     last_dropping = int(min(policy.first_recovery_iteration - 1, train_iters))
     phases = [_phase(policy, name, first, last, phi) for name, first, last in _parts(policy, last_dropping)]
     if last_dropping < train_iters:
-        phases.append(_recovery(last_dropping + 1, train_iters, phi))
+        phases.append(_recovery(policy, last_dropping + 1, train_iters, phi))
     peak_iteration = _peak_iteration(policy, last_dropping)
     peak = None if peak_iteration is None else _phase(policy, "peak", peak_iteration, peak_iteration, phi)
     parts = [*phases, *([] if peak is None else [peak])]
@@ -75,6 +77,7 @@ def forecast(policy: Policy, train_iters: int, phi: float | None) -> Forecast:
         last=train_iters,
         theta_low=min(lows, default=None),
         theta_high=max(highs, default=None),
+        begun_layers=_begun(policy, train_iters),
         mean_keep_prob=mean,
         ideal_gain=_ideal_gain(phi, mean),
     )
@@ -96,8 +99,14 @@ def forecast_text(outlook: Forecast) -> str:
     if outlook.peak is not None:
         peak = outlook.peak.first
         rows.insert(sum(phase.first <= peak for phase in outlook.phases), outlook.peak)
-    lines = [f"{'phase':<10}{'iterations':>19}{'theta':>16}{'mean keep_prob':>17}{'ideal gain':>13}"]
-    lines += [_text_row(row) for row in [*rows, outlook.total]]
+    staged, has_theta = outlook.total.begun_layers is not None, outlook.total.theta_low is not None
+    lines = [
+        f"{'phase':<10}{'iterations':>19}"
+        + (f"{'layers':>8}" if staged else "")
+        + (f"{'theta':>{_theta_width(staged)}}" if has_theta else "")
+        + f"{'mean keep_prob':>{16 if staged else 17}}{'ideal gain':>{12 if staged else 13}}"
+    ]
+    lines += [_text_row(row, has_theta) for row in [*rows, outlook.total]]
     if outlook.time_saved is not None:
         lines.append(
             f"time saved: {outlook.time_saved:.1%} of the undropped run's, if a dropped layer cost nothing at all"
@@ -105,7 +114,11 @@ def forecast_text(outlook: Forecast) -> str:
     return "\n".join(lines)
 
 
-def _text_row(phase: Phase) -> str:
+def _theta_width(staged: bool) -> int:
+    return 15 if staged else 16
+
+
+def _text_row(phase: Phase, has_theta: bool) -> str:
     iterations = str(phase.first) if phase.first == phase.last else f"{phase.first} - {phase.last}"
     if phase.theta_low is None or phase.theta_high is None:
         theta = "-"
@@ -113,7 +126,13 @@ def _text_row(phase: Phase) -> str:
         low, high = f"{phase.theta_low:.3f}", f"{phase.theta_high:.3f}"
         theta = low if low == high else f"{low} - {high}"
     gain = "-" if phase.ideal_gain is None else f"{phase.ideal_gain:+.1%}"
-    return f"{phase.name:<10}{iterations:>19}{theta:>16}{phase.mean_keep_prob:>17.3f}{gain:>13}"
+    staged = phase.begun_layers is not None
+    return (
+        f"{phase.name:<10}{iterations:>19}"
+        + (f"{phase.begun_layers:>8}" if staged else "")
+        + (f"{theta:>{_theta_width(staged)}}" if has_theta else "")
+        + f"{phase.mean_keep_prob:>{16 if staged else 17}.3f}{gain:>{12 if staged else 13}}"
+    )
 
 
 def _parts(policy: Policy, last_dropping: int) -> list[tuple[str, int, int]]:
@@ -141,20 +160,26 @@ def _phase(policy: Policy, name: str, first: int, last: int, phi: float | None) 
         name=name,
         first=first,
         last=last,
-        theta_low=min(thetas),
-        theta_high=max(thetas),
+        theta_low=min(thetas) if policy.uses_theta else None,
+        theta_high=max(thetas) if policy.uses_theta else None,
+        begun_layers=_begun(policy, last),
         mean_keep_prob=mean,
         ideal_gain=_ideal_gain(phi, mean),
     )
 
 
-def _recovery(first: int, last: int, phi: float | None) -> Phase:
+def _begun(policy: Policy, iteration: int) -> int | None:
+    return None if policy.stages is None else len(policy.begun_layers(iteration))
+
+
+def _recovery(policy: Policy, first: int, last: int, phi: float | None) -> Phase:
     return Phase(
         name="recovery",
         first=first,
         last=last,
         theta_low=None,
         theta_high=None,
+        begun_layers=_begun(policy, last),
         mean_keep_prob=1.0,
         ideal_gain=_ideal_gain(phi, 1.0),
     )

@@ -6,6 +6,9 @@ placement is worth is not read off expectations: the decisions that the run will
 iterations, and each of these takes as long as the 1F1B schedule does with them (pipeline.py), the bubble included. With
 independent draws (sampler bernoulli) some stage is late in most iterations on any placement, so that even expectations
 gain less. Transfers, the embedding, the optimizer and memory are not counted.
+
+The stages of a run whose layers begin one after the other (method/stages.py) are phases here. Which layers they run is
+shared out among the pipeline's ranks, so another placement would run others, and none is proposed; predict/ does.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from megatron_sbld.layout.placement import (
     even_placement,
     imbalance,
     iteration_times,
+    layer_ranges,
     stage_loads,
 )
 from megatron_sbld.method.config import DropConfig
@@ -50,6 +54,9 @@ class StageForecast:
     """Names of the phases before the recovery."""
     kept: list[list[float]]
     """Expected number of kept layers, [phases, ranks]."""
+    begun: list[list[list[int]]] | None
+    """Layers that have begun by the end of each phase, [phases, ranks, layers]; None without stages that begin one
+    after the other."""
     kept_in_run: list[float]
     """The same over the whole run, the recovery included, [ranks]."""
     imbalance: float
@@ -106,6 +113,7 @@ def stage_forecast(
         layers=placement.stages,
         phases=[outlook.phases[i].name for i in dropping],
         kept=stage_loads(keep_probs[dropping], placement.stages).tolist(),
+        begun=None if policy.stages is None else [_begun(policy, outlook.phases[i], placement) for i in dropping],
         kept_in_run=stage_loads(in_run, placement.stages).tolist(),
         imbalance=imbalance(stage_loads(in_run, placement.stages, run.output_layers or 0.0)),
         output_layers=run.output_layers,
@@ -119,10 +127,14 @@ def stage_forecast(
 
 def stage_forecast_text(stages: StageForecast) -> str:
     """A line for each stage, and below what is worth saying about them."""
-    lines = [f"{'kept on':<11}{'of layers':>16}" + "".join(f"{name:>8}" for name in [*stages.phases, "run"])]
+    # Where phases are called stages, what the pipeline has are ranks.
+    piece = "stage" if stages.begun is None else "rank"
+    width = max(8, *(len(name) + 1 for name in stages.phases)) if stages.phases else 8
+    lines = [f"{'kept on':<11}{'of layers':>16}" + "".join(f"{name:>{width}}" for name in [*stages.phases, "run"])]
     columns = np.array([*stages.kept, stages.kept_in_run]).T  # [ranks, phases + 1]
     for number, (layers, kept) in enumerate(zip(stages.layers, columns, strict=True), start=1):
-        lines.append(f"{f'stage {number}':<11}{_numbers(layers):>16}" + "".join(f"{value:8.2f}" for value in kept))
+        counts = "".join(f"{value:{width}.2f}" for value in kept)
+        lines.append(f"{f'{piece} {number}':<11}{_numbers(layers):>16}{counts}")
     if stages.balances_others:
         lines.append("The balanced sampler evens others: drop.balance_stages, or the run's first ones.")
     if stages.proposal is not None:
@@ -131,10 +143,13 @@ def stage_forecast_text(stages: StageForecast) -> str:
             f'    parallel.pipeline_model_parallel_layout: "{stages.proposal}"',
             f"({stages.num_microbatches} microbatches; {_output(stages)}; a larger stage needs more memory)",
         ]
-    elif stages.interleaved and stages.imbalance > WORTH_SAYING:
+    elif (stages.interleaved or stages.begun is not None) and stages.imbalance > WORTH_SAYING:
+        proposed = "No placement is proposed for interleaved stages."
+        if not stages.interleaved:
+            proposed = "`megatron-sbld predict` looks for a better placement."
         lines += [
-            f"The stages are uneven: the busiest has {stages.imbalance:.1%} more to do than the mean",
-            f"({_output(stages)}). No placement is proposed for interleaved stages.",
+            f"The {piece}s are uneven: the busiest has {stages.imbalance:.1%} more to do than the mean",
+            f"({_output(stages)}). {proposed}",
         ]
     return "\n".join(lines)
 
@@ -143,6 +158,11 @@ def _mean_keep_probs(policy: Policy, phase: Phase) -> Floats:
     """Mean keep probability of each layer over a phase, [L]."""
     iterations = spread_iterations(phase.first, phase.last, _PROBED).tolist()
     return np.mean([policy.keep_probs(iteration) for iteration in iterations], axis=0)
+
+
+def _begun(policy: Policy, phase: Phase, placement: Placement) -> list[list[int]]:
+    begun = policy.begun_layers(phase.last)
+    return [sorted(begun & set(layers)) for layers in placement.stages]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +195,7 @@ def _fixed_stages(
 
 def _propose(run: _Run, placement: Placement, keep_probs: Floats) -> tuple[str | None, float]:
     """(layout, share of the run's time that it saves) where that is worth saying, else (None, 0)."""
-    if placement.is_interleaved or placement.num_ranks > len(keep_probs):
+    if placement.is_interleaved or placement.num_ranks > len(keep_probs) or run.policy.stages is not None:
         return None, 0.0
     best = best_placement(keep_probs, placement.num_ranks, run.output_layers or 0.0)
     if best == placement:
@@ -231,10 +251,7 @@ def drawn_shares(
 
 def _numbers(layers: list[int]) -> str:
     """The layers of a stage: 1-3, 7-9; how many where that is too long."""
-    begins = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    pieces = [f"{begin}-{end}" if begin < end else f"{begin}" for begin, end in zip(begins, ends, strict=True)]
-    text = ", ".join(pieces)
+    text = layer_ranges(layers)
     return text if layers and len(text) <= _WIDTH else f"{len(layers)} layers"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +145,18 @@ def iteration_times(kept: ArrayLike, stages: Sequence[Sequence[int]], output_lay
     """
     loads = stage_loads(kept, stages, output_layers)
     return critical_path(_FORWARD_SHARE * loads, (1.0 - _FORWARD_SHARE) * loads)
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Layers as a reader writes them.
+
+    >>> layer_ranges([1, 2, 3, 7])
+    '1-3, 7'
+    """
+    held = set(layers)
+    begins = sorted(layer for layer in held if layer - 1 not in held)
+    ends = sorted(layer for layer in held if layer + 1 not in held)
+    return ", ".join(f"{begin}-{end}" if begin < end else f"{begin}" for begin, end in zip(begins, ends, strict=True))
 
 
 def best_placement(keep_probs: ArrayLike, num_stages: int, output_layers: float = 0.0) -> Placement:

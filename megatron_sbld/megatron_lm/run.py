@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
 from megatron_sbld.controller import CHECKPOINT_KEY, DropController
+from megatron_sbld.growth import growth_text
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
 from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
 from megatron_sbld.megatron_lm.checks import check_arguments
@@ -113,7 +114,10 @@ class LayerDropping:
     def train_step(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """An iteration: decisions on every rank, the stock step, and what its loss says of the layers."""
         began = time.perf_counter()
-        self.controller.begin_iteration(self._args.curr_iteration + 1, get_num_microbatches())
+        iteration, begun = self._args.curr_iteration + 1, self.controller.growth.begun
+        self.controller.begin_iteration(iteration, get_num_microbatches())
+        if entering := self.controller.growth.begun - begun:
+            self._scalars.note_growth(growth_text(iteration, entering, begun, self._drop.stage_init))
         result = stock(*args, **kwargs)
         self._scalars.note_step(time.perf_counter() - began, get_current_global_batch_size())
         if self._observer is not None:

@@ -1,8 +1,8 @@
 """What layer dropping adds to Megatron-LM's log: scalars for TensorBoard and W&B, and one line on the console.
 
-Throughput is counted twice from the time of the training steps: of the undropped model, as the paper and Megatron-LM
-do, and of the layers that ran. The FLOPs are Megatron-LM's own formula; a layer's are what the formula gives for one
-layer more.
+FLOPs of an iteration, and throughput from the time of the training steps, are counted twice: of the undropped model, as
+the paper and Megatron-LM do, and of the layers that ran. The FLOPs are Megatron-LM's own formula; a layer's are what
+the formula gives for one layer more.
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ class Scalars:
         self._controller = controller
         self._training = training
         self._seconds = 0.0
-        self._flops = np.zeros(2)  # of the undropped model, executed
+        self._flops = np.zeros(2)  # of the undropped model, executed; since the last line on the console
+        self._last_flops = np.zeros(2)  # of the last iteration
+        self._growth = ""
 
     def note_step(self, seconds: float, batch_size: int) -> None:
         """Count an iteration, which the controller is still at."""
         self._seconds += seconds
-        self._flops += (self._undropped_flops(batch_size), self.executed_flops(batch_size))
+        self._last_flops = np.array([self._undropped_flops(batch_size), self.executed_flops(batch_size)])
+        self._flops += self._last_flops
+
+    def note_growth(self, text: str) -> None:
+        """Have a line about layers that begin printed with this iteration's log."""
+        self._growth = text
 
     def executed_flops(self, batch_size: int) -> float:
         """FLOPs of the present iteration, by Megatron-LM's formula, without those of layers that did not run."""
@@ -48,6 +55,9 @@ class Scalars:
         iteration = controller.iteration
         megatron = importlib.import_module("megatron.training")
         scalars = self._scalars()
+        if self._growth:
+            megatron.print_rank_last(f" layer dropping, {self._growth}")
+            self._growth = ""
         if iteration % args.tensorboard_log_interval == 0:
             layers = {"keep_prob": controller.keep_probs}
             if self._args.sbld_sensitivity_update == "dynamic" and isinstance(controller.policy, SBLDPolicy):
@@ -70,11 +80,17 @@ class Scalars:
 
     def _scalars(self) -> dict[str, float]:
         controller = self._controller
-        return {
+        model_flops, executed_flops = self._last_flops.tolist()
+        scalars = {
             "theta": controller.theta,
             "mean_keep_prob": float(controller.keep_probs.mean()),
             "kept_fraction": controller.kept_fraction,
+            "model_flops": model_flops,
+            "executed_flops": executed_flops,
         }
+        if controller.policy.stages is not None:
+            scalars["begun_layers"] = len(controller.growth.begun)
+        return scalars
 
     def _add(self, scalars: dict[str, float], iteration: int) -> None:
         global_vars = importlib.import_module("megatron.training.global_vars")

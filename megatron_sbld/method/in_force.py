@@ -73,6 +73,11 @@ def stages_by_sensitivity(config: DropConfig) -> bool:
     return config.stages is not None and config.stage_layers == "sensitivity"
 
 
+def uses_theta(config: DropConfig) -> bool:
+    """Whether the field theta has an effect."""
+    return config.policy not in ("none", "staged") and schedule_name(config) != "steps"
+
+
 def schedule_name(config: DropConfig) -> ScheduleName:
     return config.schedule or _POLICY_SCHEDULES.get(config.policy, "constant")
 

@@ -38,6 +38,8 @@ class Policy(ABC):
     """
 
     default_residual_scale: ClassVar[ResidualScale] = "none"
+    uses_theta: ClassVar[bool] = True
+    """Whether theta(t) is in the policy's formula."""
 
     def __init__(
         self,
@@ -258,6 +260,8 @@ class StagedPolicy(Policy):
     ([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
     """
 
+    uses_theta = False
+
     def __init__(
         self,
         stages: Sequence[Sequence[float]] | Stages,
@@ -279,6 +283,8 @@ class StagedPolicy(Policy):
 
 class FullDepthPolicy(Policy):
     """Policy none: every layer is kept, always."""
+
+    uses_theta = False
 
     def __init__(self, num_layers: int, **common: Any) -> None:
         super().__init__(Constant(1.0), num_layers, **common)

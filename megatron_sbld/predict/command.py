@@ -18,6 +18,7 @@ from megatron_sbld.fields import Count, In, Positive, PositiveShare, check_field
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import uses_theta
 from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.predict.cost import Attention
 from megatron_sbld.predict.gain import (
@@ -25,7 +26,6 @@ from megatron_sbld.predict.gain import (
     Prediction,
     Predictor,
     compared_sections,
-    find_target,
     mfu_tokens_per_s,
 )
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
@@ -34,6 +34,7 @@ from megatron_sbld.predict.memory import rank_memory
 from megatron_sbld.predict.outcome import Outcome
 from megatron_sbld.predict.propose import Proposal, propose_placement
 from megatron_sbld.predict.report import print_report
+from megatron_sbld.predict.target import check_has_theta, find_target
 
 _MEMORY_ITERATIONS = 64  # of those sampled: how much is held is alike in all
 
@@ -67,9 +68,9 @@ class PredictOptions:
     target_gain: Annotated[float, In("(0, 10)")] | None = None
     """Propose the largest theta, and lists, that gain this much: 0.2 is 20 % more throughput."""
     compare_policies: bool = False
-    """Also predict every policy at theta 0.9, 0.7 and 0.5."""
+    """Also predict every policy at theta 0.9, 0.7 and 0.5; drop.stages stays with the config's own."""
     out: str | None = None
-    """Folder for predict.json, timeline.png and gain.png."""
+    """Folder for predict.json, timeline.png and, where theta sets the gain, gain.png."""
 
 
 def predict(config: Config, options: PredictOptions, config_files: Sequence[str] = ()) -> Outcome:
@@ -83,8 +84,8 @@ def predict(config: Config, options: PredictOptions, config_files: Sequence[str]
         refuse_inputs("--out", files, [*config_files, options.hardware, config.drop.sensitivity, config.data.tokenizer])
     predictor, assumed_mfu = build_predictor(config, options)
     drop, drops = predictor.setup.config.drop, predictor.setup.config.drop.policy != "none"
-    if options.target_gain is not None and not drops:
-        raise ValueError("--target_gain needs drop.policy sbld, pld, layerdrop or stochastic_depth: none drops nothing")
+    if options.target_gain is not None:
+        check_has_theta(drop)
     sections = _own_sections(predictor) if drops else []
     proposals = [found for section in sections if (found := propose_placement(predictor, section)) is not None]
     nothing = dataclasses.replace(drop, policy="none")
@@ -103,7 +104,7 @@ def predict(config: Config, options: PredictOptions, config_files: Sequence[str]
         proposals=proposals,
         undropped_proposal=propose_placement(predictor, nothing),
         compared=compared,
-        memory=rank_memory(predictor.model, _some_shares(predictor) if drops else None),
+        memory=rank_memory(predictor.model, _some_shares(predictor) if drops and drop.stages is None else None),
         target=None if options.target_gain is None else find_target(predictor, drop, options.target_gain),
     )
     print_report(outcome)
@@ -168,17 +169,20 @@ def _vocab_size(config: Config, options: PredictOptions) -> int:
 
 
 def _own_sections(predictor: Predictor) -> list[DropConfig]:
-    """The config's drop section, on a pipeline with either sampler.
+    """The config's drop section, on a pipeline with either sampler; policy staged draws nothing.
 
     Interleaved, the balanced sampler evens what ranks hold; that it can even chunks instead (balance_stages) is shown.
     """
     drop, placement = predictor.setup.config.drop, predictor.setup.placement
     sections = [drop]
-    if placement.num_ranks > 1 and drop.replicas == "shared":
+    if placement.num_ranks > 1 and drop.replicas == "shared" and drop.policy != "staged":
         balanced = drop if drop.sampler == "balanced" else dataclasses.replace(drop, sampler="balanced")
-        sections = [dataclasses.replace(drop, sampler="bernoulli", balance_stages=None), balanced]
+        # Stages share out their layers among balance_stages whatever the sampler.
+        stages = None if drop.stages is None else drop.balance_stages
+        sections = [dataclasses.replace(drop, sampler="bernoulli", balance_stages=stages), balanced]
         chunks = len(placement.layers_per_chunk)
-        if placement.is_interleaved and placement.is_even and drop.balance_stages is None:
+        evens_ranks = drop.balance_stages is None and drop.stages is None
+        if placement.is_interleaved and placement.is_even and evens_ranks:
             sections.append(dataclasses.replace(balanced, balance_stages=chunks))
     return sections
 
@@ -208,7 +212,7 @@ def _write(predictor: Predictor, outcome: Outcome, folder: Path) -> None:
     files = [folder / "predict.json", folder / "timeline.png"]
     files[0].write_text(json.dumps(as_json(outcome), indent=2) + "\n", encoding="utf-8")
     plot_timeline(predictor, files[1])
-    if outcome.predictions:
+    if outcome.predictions and uses_theta(outcome.setup.config.drop):
         files.append(folder / "gain.png")
         plot_gain(predictor, files[-1])
     print("\n" + "\n".join(f"saved {file}" for file in files))

@@ -1,10 +1,11 @@
 """Calibration on the undropped baseline, and what a drop section gains over it in a run.
 
 One number is calibrated, the share of the peak that matrix products reach, so that the undropped model has the given
-throughput. A run's iterations are sampled at equal distances, with the very decisions that it will take, in every
-replica. Their mean time, corrected for how many layers the sampled decisions happen to keep more or less than expected
-(a control variate), gives gain, hours and GPU hours. Every iteration counts as one of a full global batch, also during
-a batch-size ramp; with sensitivity_update dynamic the sensitivity counts as what the file says throughout.
+throughput. A run's iterations are sampled at equal distances, of a run with stages (method/stages.py) those of each
+stage, with the very decisions that it will take, in every replica. Their mean time, corrected for how many layers the
+sampled decisions happen to keep more or less than expected (a control variate), gives gain, hours and GPU hours. Every
+iteration counts as one of a full global batch, also during a batch-size ramp; with sensitivity_update dynamic the
+sensitivity counts as what the file says throughout.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from megatron_sbld.checks import check_number
@@ -27,9 +30,10 @@ from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement, even_placement
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.in_force import dropped_update
-from megatron_sbld.method.policy import Policy, SBLDPolicy
+from megatron_sbld.method.in_force import dropped_update, uses_theta
+from megatron_sbld.method.policy import Policy
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
+from megatron_sbld.predict.memory import most_memory
 
 ASSUMED_MFU = 0.4
 """Where no throughput is given; what well-tuned Megatron runs of these sizes report (arXiv 2104.04473, 2205.05198)."""
@@ -42,6 +46,27 @@ _SAMPLED_ROWS = 2**16  # microbatches whose decisions are drawn, where each has 
 _SAMPLED_REPLICAS = 8  # with more that decide for themselves, fewer iterations are sampled
 _FEWEST_SAMPLED = 32
 _LOWEST_EFFICIENCY = 1e-6
+_NO_SPREAD = 1e-24  # mean square of shares of layers: rounding alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePrediction:
+    """A part of a run in which the same layers have begun: iterations `first` to `last`, both included."""
+
+    first: int
+    last: int
+    begun_layers: int
+    mean_keep_prob: float
+    ideal_gain: float
+    gain: float
+    gain_stderr: float
+    lost_to_imbalance: float
+    waiting: float
+    """Share of the time of passes in which a pipeline rank waits: the bubble, other ranks, transfers, parameters."""
+    iteration_s: float
+    hours: float
+    memory_gb: list[float]
+    """Of each pipeline rank at most, every layer that has begun being kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +74,10 @@ class Prediction:
     """What a drop section does to a run. Gains are throughput over the undropped model's, less 1."""
 
     policy: str
-    theta: float
-    sampler: str
-    """With the number of stages that it balances, where that is set."""
+    theta: float | None
+    """None where the section's theta has no effect."""
+    sampler: str | None
+    """With the number of stages that it balances, where that is set; None for policy staged, which draws nothing."""
     layout: str
     """Which layers the stages hold, in Megatron's notation."""
     mean_keep_prob: float
@@ -69,6 +95,30 @@ class Prediction:
     tokens_per_s: float
     hours: float
     gpu_hours: float
+    stages: list[StagePrediction]
+    """Empty for a run without stages."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some simulated iterations of a run that stand for all from `first` to `last`."""
+
+    first: int
+    last: int
+    mean: float
+    """Expected seconds of an iteration."""
+    stderr: float
+    even: float
+    """Mean seconds if the same work were spread evenly; `drawn` without that."""
+    drawn: float
+    """Mean seconds as drawn."""
+    mean_keep_prob: float
+    kept_fraction: float
+    waiting: float
+
+    @property
+    def length(self) -> int:
+        return self.last - self.first + 1
 
 
 class Predictor:
@@ -98,12 +148,13 @@ class Predictor:
         every = np.ones((1, 1, self.setup.config.model.num_layers))
         return 1.0 - float(self.model.times([every], evenly=True).total[0]) / self.baseline_s
 
-    def policy(self, drop: DropConfig) -> Policy:
-        """The policy of a drop section in this run."""
+    def policy(self, drop: DropConfig, placement: Placement | None = None) -> Policy:
+        """The policy of a drop section in this run; stages share out their layers on a placement, or the config's."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the config's own are shown once, when it is read
             config = self.setup.config
-            return build_policy(drop, config.model.num_layers, self.train_iters, ranks=placement_of(config).stages)
+            ranks = (placement or placement_of(config)).stages
+            return build_policy(drop, config.model.num_layers, self.train_iters, ranks=ranks)
 
     def predict(self, drop: DropConfig, placement: Placement | None = None) -> Prediction:
         """What a drop section gains over the undropped model on the setup's placement.
@@ -111,39 +162,97 @@ class Predictor:
         placement: that the layers are dropped on; None is the setup's.
         """
         model = self.model if placement is None else self.on(placement)
-        policy, iterations = self.policy(drop), self.sampled(drop)
-        replicas = self.shares(drop, policy, iterations, model.setup.placement)
-        freezes = dropped_update(drop) == "freeze"
-        times = model.times(replicas, freezes=freezes).total
-        even = times if model.num_ranks == 1 else model.times(replicas, evenly=True, freezes=freezes).total
-        means = [policy.keep_probs(iteration) for iteration in iterations]
-        kept = _kept(replicas)
-        mean, stderr = _expected(times, kept - np.mean(means, axis=1))
+        policy = self.policy(drop, model.setup.placement)
+        parts = [self._part(model, drop, policy, *span) for span in self._spans(drop, policy)]
+        weights = [part.length / self.train_iters for part in parts]
+
+        def over_run(values: Iterable[float]) -> float:
+            return math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+
+        mean = over_run(part.mean for part in parts)
+        stderr = math.hypot(*(weight * part.stderr for weight, part in zip(weights, parts, strict=True)))
         gain = self.baseline_s / mean - 1.0
-        mean_keep_prob = min(float(np.mean(means)), 1.0)
+        mean_keep_prob = min(over_run(part.mean_keep_prob for part in parts), 1.0)
+        sampler = drop.sampler + (f" {drop.balance_stages}" if drop.balance_stages else "")
         return Prediction(
             policy=drop.policy,
-            theta=drop.theta,
-            sampler=drop.sampler + (f" {drop.balance_stages}" if drop.balance_stages else ""),
+            theta=drop.theta if uses_theta(drop) else None,
+            sampler=None if drop.policy == "staged" else sampler,
             layout=model.setup.placement.layout,
             mean_keep_prob=mean_keep_prob,
-            kept_fraction=float(kept.mean()),
+            kept_fraction=over_run(part.kept_fraction for part in parts),
             ideal_gain=ideal_speedup(self.phi, mean_keep_prob) - 1.0,
             gain=gain,
             gain_stderr=(1.0 + gain) * stderr / mean,
-            lost_to_imbalance=1.0 - float(even.mean() / times.mean()),
+            lost_to_imbalance=1.0 - over_run(part.even for part in parts) / over_run(part.drawn for part in parts),
             iteration_s=mean,
             tokens_per_s=self.setup.tokens / mean,
             hours=self.hours(mean),
             gpu_hours=self.hours(mean) * self.setup.gpus,
+            stages=[] if policy.stages is None else [self._stage(model, policy, part) for part in parts],
+        )
+
+    def _spans(self, drop: DropConfig, policy: Policy) -> list[tuple[int, int, list[int]]]:
+        """First, last and simulated iterations of each part of the run in which the same layers have begun."""
+        sampled = self.sampled(drop)
+        if policy.stages is None:
+            return [(1, self.train_iters, sampled)]
+        found = []
+        for first, last in spans(policy, self.train_iters):
+            share = (last - first + 1) / self.train_iters
+            count = 1 if drop.policy == "staged" else max(_FEWEST_SAMPLED, round(share * len(sampled)))
+            found.append((first, last, spread_iterations(first, last, count).tolist()))
+        return found
+
+    def _part(
+        self, model: IterationModel, drop: DropConfig, policy: Policy, first: int, last: int, iterations: list[int]
+    ) -> _Part:
+        replicas = self.shares(drop, policy, iterations, model.setup.placement)
+        freezes, waiting = dropped_update(drop) == "freeze", _waiting(policy, iterations)
+        found = model.times(replicas, freezes=freezes, waiting=waiting)
+        times = even = found.total
+        if model.num_ranks > 1:
+            even = model.times(replicas, evenly=True, freezes=freezes, waiting=waiting).total
+        means, kept = [policy.keep_probs(iteration) for iteration in iterations], _kept(replicas)
+        mean, stderr = _expected(times, kept - np.mean(means, axis=1))
+        busy = found.run.busy.sum(axis=-1) / model.num_ranks
+        return _Part(
+            first=first,
+            last=last,
+            mean=mean,
+            stderr=stderr,
+            even=float(even.mean()),
+            drawn=float(times.mean()),
+            mean_keep_prob=float(np.mean(means)),
+            kept_fraction=float(kept.mean()),
+            waiting=float((1.0 - busy / found.run.end).mean()),
+        )
+
+    def _stage(self, model: IterationModel, policy: Policy, part: _Part) -> StagePrediction:
+        begun = policy.begun_layers(part.last)
+        gain = self.baseline_s / part.mean - 1.0
+        return StagePrediction(
+            first=part.first,
+            last=part.last,
+            begun_layers=len(begun),
+            mean_keep_prob=part.mean_keep_prob,
+            ideal_gain=ideal_speedup(self.phi, min(part.mean_keep_prob, 1.0)) - 1.0,
+            gain=gain,
+            gain_stderr=(1.0 + gain) * part.stderr / part.mean,
+            lost_to_imbalance=1.0 - part.even / part.drawn,
+            waiting=part.waiting,
+            iteration_s=part.mean,
+            hours=part.length * part.mean / 3600,
+            memory_gb=most_memory(model, begun),
         )
 
     def iteration_s(self, drop: DropConfig, placement: Placement, iterations: list[int]) -> float:
         """Mean seconds of some iterations of the run on a placement."""
-        model, policy = self.on(placement), self.policy(drop)
+        model, policy = self.on(placement), self.policy(drop, placement)
         replicas = self.shares(drop, policy, iterations, placement)
         means = [policy.keep_probs(iteration) for iteration in iterations]
-        times = model.times(replicas, freezes=dropped_update(drop) == "freeze").total
+        freezes = dropped_update(drop) == "freeze"
+        times = model.times(replicas, freezes=freezes, waiting=_waiting(policy, iterations)).total
         return _expected(times, _kept(replicas) - np.mean(means, axis=1))[0]
 
     def hours(self, iteration_s: float) -> float:
@@ -187,6 +296,21 @@ class Predictor:
         return spread_iterations(1, self.train_iters, count).tolist()
 
 
+def spans(policy: Policy, train_iters: int) -> list[tuple[int, int]]:
+    """First and last iteration of each stage; the whole run without stages."""
+    if policy.stages is None:
+        return [(1, train_iters)]
+    starts = [1, *(end + 1 for end in policy.stages.ends[:-1])]
+    return [(first, last) for first, last in zip(starts, policy.stages.ends, strict=True) if first <= last]
+
+
+def _waiting(policy: Policy, iterations: list[int]) -> NDArray[np.bool_] | None:
+    """Layers that have not begun, [n, L]; None without stages."""
+    if policy.stages is None:
+        return None
+    return np.array([policy.stages.gate(iteration) == 0 for iteration in iterations])
+
+
 def _kept(replicas: list[Floats]) -> Floats:
     """Share of the layers that run, [n]: shares of the microbatches [n, m or 1, L] of each replica."""
     return np.asarray(np.mean([shares.mean(axis=(-1, -2)) for shares in replicas], axis=0))
@@ -198,7 +322,7 @@ def _expected(times: Floats, surplus: Floats) -> tuple[float, float]:
     times: [n].  surplus: by how much more than expected an iteration keeps; its expectation is 0, [n].
     """
     spread = float(np.sum((surplus - surplus.mean()) ** 2))
-    slope = 0.0 if spread == 0.0 else float(np.sum((surplus - surplus.mean()) * times)) / spread
+    slope = 0.0 if spread < _NO_SPREAD * len(times) else float(np.sum((surplus - surplus.mean()) * times)) / spread
     corrected = times - slope * surplus
     apart = corrected - corrected[0]  # so that equal times have exactly their mean
     return float(corrected[0] + apart.mean()), float(apart.std()) / math.sqrt(len(times))
@@ -235,107 +359,21 @@ def mfu_tokens_per_s(setup: Setup, mfu: float) -> float:
     return mfu * setup.hardware.peak * setup.gpus / flops
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What `--target_gain` proposes."""
-
-    target: float
-    drop: DropConfig
-    """With the theta, and lists, that come closest."""
-    prediction: Prediction
-    reached: bool
-    note: str
-    block_layers: list[int]
-    allow_layers: list[int]
-
-
-def find_target(predictor: Predictor, drop: DropConfig, target: float) -> Target:
-    """The largest theta at which a drop section gains at least `target`, by bisection over its allowed range.
-
-    Where no theta in [0.4, 1] gains it, SBLD's lists are changed within the paper's 10 to 20 % of the layers: more in
-    the Allow list and fewer in the Block list. Where the least that it can gain is more, the Allow list shrinks.
-
-    Raises ValueError for policy none or a target out of range.
-    """
-    check_number("target_gain", target, "(0, 10)")
-    if drop.policy == "none":
-        raise ValueError("--target_gain needs drop.policy sbld, pld, layerdrop or stochastic_depth: none drops nothing")
-    note = ""
-    highest = min(1.0, drop.peak_theta or 1.0)
-    lowest = min(LOWEST_THETA, highest)
-    most = _at(predictor, drop, lowest)
-    if most.gain < target and _lists_are_free(drop):
-        wider = dataclasses.replace(drop, block_fraction=0.10, allow_fraction=0.20)
-        if (found := _at(predictor, wider, lowest)).gain > most.gain:
-            drop, most = wider, found
-            note = "with the lists as configured no theta gains it; Block 10 % and Allow 20 % of the layers"
-    if most.gain < target:
-        note = f"cannot be reached: theta = {lowest} gains {most.gain:+.1%}, and the paper recommends none below"
-        return _target(predictor, drop, target, lowest, False, note)
-    least = _at(predictor, drop, highest)
-    if least.gain >= target and _lists_are_free(drop):
-        for fraction in (each for each in (0.10, 0.05, 0.0) if each < drop.allow_fraction):
-            narrower = dataclasses.replace(drop, allow_fraction=fraction)
-            if (found := _at(predictor, narrower, highest)).gain < target:
-                drop, least = narrower, found
-                note = f"the Allow list as configured gains more by itself; Allow {fraction:.0%} of the layers"
-                break
-    if least.gain >= target:
-        note = f"theta = {highest:g} already gains {least.gain:+.1%}"
-        return _target(predictor, drop, target, highest, True, note)
-    low, high = lowest, highest  # gains at low reach the target, at high they do not
-    while high - low > 5e-4:
-        middle = (low + high) / 2
-        if _at(predictor, drop, middle).gain >= target:
-            low = middle
-        else:
-            high = middle
-    return _target(predictor, drop, target, low, True, note)
-
-
-def _at(predictor: Predictor, drop: DropConfig, theta: float) -> Prediction:
-    return predictor.predict(dataclasses.replace(drop, theta=theta))
-
-
-def _lists_are_free(drop: DropConfig) -> bool:
-    return drop.policy == "sbld" and drop.block_layers is None and drop.allow_layers is None
-
-
-def _target(predictor: Predictor, drop: DropConfig, target: float, theta: float, reached: bool, note: str) -> Target:
-    chosen = dataclasses.replace(drop, theta=theta)
-    policy = predictor.policy(chosen)
-    lists = (policy.block_layers, policy.allow_layers) if isinstance(policy, SBLDPolicy) else ((), ())
-    return Target(
-        target=target,
-        drop=chosen,
-        prediction=predictor.predict(chosen),
-        reached=reached,
-        note=note,
-        block_layers=list(lists[0]),
-        allow_layers=list(lists[1]),
-    )
-
-
 def compared_sections(drop: DropConfig, thetas: tuple[float, ...] = (0.9, 0.7, 0.5)) -> list[DropConfig]:
     """Drop sections of every policy at some thetas: the config's own as it is, the others with their defaults.
 
-    SBLD is among them where the config names a sensitivity file.
+    SBLD is among them where the config names a sensitivity file. The config's stages are its own section's alone; that
+    is there once where theta has no effect on it.
     """
-    common = {
-        name: getattr(drop, name)
-        for name in (
-            "sampler",
-            "balance_stages",
-            "decision_scope",
-            "granularity",
-            "dropped_update",
-            "recovery_fraction",
-            "seed",
-        )
-    }
-    sections = []
+    names = ["sampler", "decision_scope", "granularity", "dropped_update", "recovery_fraction", "seed"]
+    if drop.sampler == "balanced":  # else it shares out the layers of stages, which the others have not
+        names.append("balance_stages")
+    common = {name: getattr(drop, name) for name in names}
+    sections = [drop] if drop.policy != "none" and not uses_theta(drop) else []
     for policy in ("sbld", "pld", "layerdrop", "stochastic_depth"):
         if policy == drop.policy:
+            if not uses_theta(drop):
+                continue
             base = drop
         elif policy == "sbld":
             if drop.sensitivity is None:

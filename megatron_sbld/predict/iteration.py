@@ -3,7 +3,8 @@
 The passes run in the pipeline's schedule (simulate.py). Each rank then reduces its gradients: after its last pass, or
 with overlap_grad_reduce bucket by bucket as its last backward passes free them; buckets whose layers all were dropped
 are left out, as the package does. All ranks wait for the slowest, since the gradients' norm needs them all; then the
-optimizer steps, with dropped_update freeze without Adam's part for dropped layers; and with the distributed optimizer
+optimizer steps, with dropped_update freeze without Adam's part for dropped layers, and in any case without that of
+layers that have not begun; and with the distributed optimizer
 parameters are gathered, or with overlap_param_gather while the next forward pass runs, bucket by bucket as its layers
 need them. With replicas `distinct` the slowest replica decides when a stage is done.
 """
@@ -160,10 +161,18 @@ class IterationModel:
             forward[...], backward[...] = (work.mean(axis=-1, keepdims=True) for work in (forward, backward))
         return forward, backward
 
-    def run(self, shares: Floats, evenly: bool = False, record: bool = False, gathers: bool = True) -> Run:
+    def run(
+        self,
+        shares: Floats,
+        evenly: bool = False,
+        record: bool = False,
+        gathers: bool = True,
+        waiting: NDArray[np.bool_] | None = None,
+    ) -> Run:
         """The schedule of the passes: shares [n, m or 1, L]; 1 stands for all microbatches. evenly: as in `passes`.
 
         gathers: whether the first passes wait for parameters with overlap_param_gather.
+        waiting: layers that have not begun, [n, L], whose parameters are not gathered.
         """
         leading, count = shares.shape[:-2], self.setup.num_microbatches
         forward, backward = (
@@ -172,7 +181,8 @@ class IterationModel:
         waits = None
         if gathers and self.setup.config.parallel.overlap_param_gather:
             first = (self.spread_evenly(shares) if evenly else shares)[..., 0, :]
-            waits = functools.partial(self._first_forward, first)
+            ungathered = None if waiting is None else self._skipped(~waiting)
+            waits = functools.partial(self._first_forward, first, ungathered)
         return run_schedule(
             forward,
             backward,
@@ -185,7 +195,7 @@ class IterationModel:
 
     @functools.cached_property
     def _bucket_starts(self) -> list[dict[int, list[tuple[float, int]]]]:
-        """Of each chunk and owner in forward order: which share of it precedes each bucket that begins in it, its size.
+        """Of each chunk and owner in forward order: what share of it precedes each bucket that begins in it, its index.
 
         As much of a layer's time passes before a bucket is needed as of its parameters come before.
         """
@@ -195,18 +205,21 @@ class IterationModel:
             for size, owner in params:
                 sizes[owner] = sizes.get(owner, 0) + size
             found: dict[int, list[tuple[float, int]]] = {owner: [] for owner in sizes}
-            begin, left = 0, list(reversed(buckets))
+            begin, left = 0, list(reversed(range(len(buckets))))
             for owner, size in sizes.items():
                 while left and begin < size:
-                    found[owner].append((begin / size, left[0].size))
-                    begin += left.pop(0).size
+                    found[owner].append((begin / size, left[0]))
+                    begin += buckets[left.pop(0)].size
                 begin -= size
             starts.append(found)
         return starts
 
-    def _first_forward(self, shares: Floats, chunk: int, start: Floats) -> Floats:
+    def _first_forward(
+        self, shares: Floats, ungathered: Sequence[NDArray[np.bool_]] | None, chunk: int, start: Floats
+    ) -> Floats:
         """When a chunk's first forward pass ends, which waits for each bucket of its parameters. shares: [n, L].
 
+        ungathered: buckets of layers that have not begun alone, [n, buckets] of each chunk; None: there is none.
         The first one's gather begins with the pass, each other's when the one before is first needed; dropped layers
         wait as well (param_and_grad_buffer.py:310, finish_param_sync; mcore/skip/layer_buckets.py).
         """
@@ -218,22 +231,32 @@ class IterationModel:
         clock = dispatched = start
         for owner, starts in self._bucket_starts[chunk].items():
             passed = 0.0
-            for share, size in starts:
+            for share, index in starts:
+                gather: Floats | float = self.buckets[chunk][index].size * self.step_costs.second_per_gathered
+                if ungathered is not None:
+                    gather = np.where(ungathered[chunk][:, index], 0.0, gather)
                 clock = clock + (share - passed) * seconds[owner]
-                clock = np.maximum(clock, dispatched + size * self.step_costs.second_per_gathered)
+                clock = np.maximum(clock, dispatched + gather)
                 dispatched, passed = clock, share
             clock = clock + (1.0 - passed) * seconds[owner]
         return clock
 
-    def times(self, replicas: Sequence[Floats], evenly: bool = False, freezes: bool | None = None) -> IterationTimes:
+    def times(
+        self,
+        replicas: Sequence[Floats],
+        evenly: bool = False,
+        freezes: bool | None = None,
+        waiting: NDArray[np.bool_] | None = None,
+    ) -> IterationTimes:
         """The iterations: of each replica that decides for itself, shares of the microbatches, [n, m or 1, L].
 
         evenly: as in `passes`; the same buckets are left out, and the same layers frozen.
         freezes: whether layers that ran nothing are frozen; None is what the setup's drop section says.
+        waiting: layers that have not begun, [n, L], and are frozen in any case; None: all have.
         """
         if freezes is None:
             freezes = dropped_update(self.setup.config.drop) == "freeze"
-        runs = [self.run(shares, evenly) for shares in replicas]
+        runs = [self.run(shares, evenly, waiting=waiting) for shares in replicas]
         ran = np.any([(shares > 0).any(axis=-2) for shares in replicas], axis=0)
         skip = self._skipped(ran)
         last = (self.spread_evenly(replicas[0]) if evenly else replicas[0])[..., -1, :]
@@ -242,7 +265,8 @@ class IterationModel:
         parallel = self.setup.config.parallel
         table = self.setup.vocab_size // parallel.tensor_model_parallel_size * self.setup.config.model.hidden_size
         exposed = reduced - schedule + table * self.step_costs.second_per_tied
-        step, gather = self._step(ran, freezes), self._gather(skip, freezes)
+        frozen = ~ran if freezes else np.zeros_like(ran) if waiting is None else waiting
+        step, gather = self._step(frozen), self._gather(self._skipped(~frozen))
         return IterationTimes(schedule + exposed + step + gather, schedule, exposed, step, gather, runs[0])
 
     @functools.cached_property
@@ -264,25 +288,22 @@ class IterationModel:
             sizes[chunk % self.num_ranks] += shard_sizes(params, buckets, shards, owners)
         return sizes
 
-    def _step(self, ran: NDArray[np.bool_], freezes: bool) -> Floats:
-        """Seconds of the optimizer on the slowest rank, [n]: layers that ran at all [n, L]."""
+    def _step(self, frozen: NDArray[np.bool_]) -> Floats:
+        """Seconds of the optimizer on the slowest rank, [n]: frozen layers [n, L]."""
         costs = self.step_costs
         whole = self._rank_sizes * costs.second_per_updated
-        if not freezes:
-            return np.full(len(ran), whole.max())
-        frozen = np.pad(~ran, ((0, 0), (1, 1)), constant_values=False).astype(float)
-        spared = (self.state_sizes @ frozen.T).min(axis=1) * costs.second_per_stepped  # [pipeline ranks, n]
+        owners = np.pad(frozen, ((0, 0), (1, 1)), constant_values=False).astype(float)
+        spared = (self.state_sizes @ owners.T).min(axis=1) * costs.second_per_stepped  # [pipeline ranks, n]
         return (whole[:, None] - spared).max(axis=0)
 
-    def _gather(self, skip: Sequence[NDArray[np.bool_]], freezes: bool) -> Floats:
-        """Seconds of gathering parameters after the step, [n]; skip: as in `_reduced`."""
+    def _gather(self, skip: Sequence[NDArray[np.bool_]]) -> Floats:
+        """Seconds of gathering parameters after the step, [n]; skip: buckets of frozen layers alone, as `_skipped`."""
         n = len(skip[0])
         if self.setup.config.parallel.overlap_param_gather:
             return np.zeros(n)
         sizes = self._rank_sizes[:, None].repeat(n, 1)
-        if freezes:
-            for chunk, (buckets, skipped) in enumerate(zip(self.buckets, skip, strict=True)):
-                sizes[chunk % self.num_ranks] -= skipped @ np.array([bucket.size for bucket in buckets])
+        for chunk, (buckets, skipped) in enumerate(zip(self.buckets, skip, strict=True)):
+            sizes[chunk % self.num_ranks] -= skipped @ np.array([bucket.size for bucket in buckets])
         return sizes.max(axis=0) * self.step_costs.second_per_gathered
 
     def _skipped(self, ran: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:

@@ -5,12 +5,14 @@ distributed optimizer) and 16 in fp32. A layer leaves s b h (34 + 5 a s / h) byt
 (16 bits), spread over tensor-parallel ranks as far as the paper says; the 5 a s / h of the scores only where the
 attention is neither fused nor recomputed. The formula is written here by tensor, so that it holds for SwiGLU,
 grouped-query attention, fp32 and models without dropout as well. A rank holds the activations of as many microbatches
-as its schedule has in flight; a dropped layer leaves none. Not counted: the allocator's fragmentation, workspaces,
+as its schedule has in flight; a dropped layer leaves none, nor does one that has not begun, whose weights, gradients
+and optimizer state are there all the same. Not counted: the allocator's fragmentation, workspaces,
 communication buffers and the context, for which `MARGIN` of the memory is set aside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +50,12 @@ class RankMemory:
     def total(self) -> float:
         """With every layer kept, as an iteration may be."""
         return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def with_drops(self) -> float:
+        """With the activations of iterations with drops; as `total` where nothing is dropped."""
+        held = self.activations if self.dropped_activations is None else self.dropped_activations
+        return self.total - self.activations + held
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,13 @@ def rank_memory(model: IterationModel, shares: Floats | None = None) -> list[Ran
             )
         )
     return ranks
+
+
+def most_memory(model: IterationModel, layers: Iterable[int]) -> list[float]:
+    """GB on each pipeline rank in an iteration that runs `layers` (1-based) alone."""
+    shares = np.zeros((1, 1, model.setup.config.model.num_layers))
+    shares[..., [layer - 1 for layer in layers]] = 1.0
+    return [rank.with_drops for rank in rank_memory(model, shares)]
 
 
 def _held(model: IterationModel, sizes: ActivationBytes, shares: Floats, rank: int) -> tuple[Floats, int]:

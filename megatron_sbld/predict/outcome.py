@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sbld.predict.gain import Prediction, Target
+from megatron_sbld.predict.gain import Prediction
 from megatron_sbld.predict.iteration import Setup
 from megatron_sbld.predict.memory import RankMemory
 from megatron_sbld.predict.propose import Proposal
+from megatron_sbld.predict.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)

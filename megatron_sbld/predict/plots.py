@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from numpy.typing import NDArray
 
 from megatron_sbld.layout.pipeline import Floats
-from megatron_sbld.predict.gain import LOWEST_THETA, Predictor
+from megatron_sbld.predict.gain import LOWEST_THETA, Predictor, spans
 from megatron_sbld.predict.simulate import Run
 from megatron_sbld.report.plots import DPI
 
@@ -20,20 +21,16 @@ _THETAS = 9
 
 
 def plot_timeline(predictor: Predictor, file: Path) -> None:
-    """Draws an undropped iteration and, if layers are dropped, one with the decisions of the middle of the run."""
-    drop, model = predictor.setup.config.drop, predictor.model
-    undropped = np.ones((1, 1, predictor.setup.config.model.num_layers))
-    cases: list[tuple[str, Floats]] = [("nothing dropped", undropped)]
-    if drop.policy != "none":
-        iteration = max(1, predictor.train_iters // 2)
-        shares = predictor.shares(drop, predictor.policy(drop), [iteration], predictor.setup.placement)[0]
-        kept = f"{shares.mean():.0%} of the layers run"
-        cases.append((f"{drop.policy}, sampler {drop.sampler}, iteration {iteration}: {kept}", shares))
+    """Draws an undropped iteration and, if layers are dropped, one with the decisions of the middle of the run, or of
+    each stage of a run whose layers begin one after the other.
+    """
+    model = predictor.model
+    cases = _timeline_cases(predictor)
     figure = Figure(figsize=(12, 1.5 + len(cases) * (0.8 + 0.35 * model.num_ranks)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(cases), 1, sharex=True))
     limit = 0.0
-    for each, (title, shares) in zip(axes, cases, strict=True):
-        run = model.run(shares, record=True)
+    for each, (title, shares, waiting) in zip(axes, cases, strict=True):
+        run = model.run(shares, record=True, waiting=waiting)
         _draw_run(each, run)
         end, count = float(run.end[0]), predictor.setup.num_microbatches
         shown = min(1.0, (_SHOWN_MICROBATCHES + model.num_ranks) / (count + model.num_ranks))
@@ -44,6 +41,27 @@ def plot_timeline(predictor: Predictor, file: Path) -> None:
     axes[-1].set_xlabel("seconds since the first forward pass; reductions and optimizer follow")
     axes[0].legend(handles=[Patch(color="C0", label="forward"), Patch(color="C1", label="backward")], loc="upper right")
     figure.savefig(file, dpi=DPI)
+
+
+def _timeline_cases(predictor: Predictor) -> list[tuple[str, Floats, NDArray[np.bool_] | None]]:
+    """Title, shares of the microbatches that layers run, and layers that have not begun, of each iteration."""
+    drop, num_layers = predictor.setup.config.drop, predictor.setup.config.model.num_layers
+    cases: list[tuple[str, Floats, NDArray[np.bool_] | None]]
+    cases = [("nothing dropped", np.ones((1, 1, num_layers)), None)]
+    if drop.policy == "none":
+        return cases
+    policy = predictor.policy(drop)
+    for first, last in spans(policy, predictor.train_iters):
+        iteration = max(1, (first - 1 + last) // 2)
+        begun = policy.begun_layers(iteration)
+        if drop.policy == "staged" and len(begun) == num_layers:
+            continue  # as with nothing dropped
+        shares = predictor.shares(drop, policy, [iteration], predictor.setup.placement)[0]
+        sampler = "" if drop.policy == "staged" else f", sampler {drop.sampler}"
+        title = f"{drop.policy}{sampler}, iteration {iteration}: {shares.mean():.0%} of the layers run"
+        waiting = None if policy.stages is None else policy.stages.gate(iteration)[None] == 0
+        cases.append((title, shares, waiting))
+    return cases
 
 
 def _draw_run(axes: Axes, run: Run) -> None:
@@ -76,7 +94,8 @@ def plot_gain(predictor: Predictor, file: Path) -> None:
     axes = figure.subplots()
     ideal: Floats | None = None
     for sampler in samplers:
-        stages = drop.balance_stages if sampler == "balanced" else None
+        # Stages share out their layers among balance_stages whatever the sampler.
+        stages = drop.balance_stages if sampler == "balanced" or drop.stages is not None else None
         section = dataclasses.replace(drop, sampler=sampler, balance_stages=stages)
         found = [predictor.predict(dataclasses.replace(section, theta=float(theta))) for theta in thetas]
         if ideal is None:

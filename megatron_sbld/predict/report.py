@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from megatron_sbld.config.flops import model_flops_per_token
 from megatron_sbld.method.in_force import dropped_update
-from megatron_sbld.predict.gain import Prediction, Target
+from megatron_sbld.predict.gain import Prediction
 from megatron_sbld.predict.memory import MARGIN, RankMemory
 from megatron_sbld.predict.outcome import Outcome
 from megatron_sbld.predict.parameters import num_parameters
 from megatron_sbld.predict.propose import Proposal
+from megatron_sbld.predict.target import Target
 
 _WORTH_SAYING = 0.002  # of an iteration: parts below it are summed up as others
 _ROUNDING = 1e-9
@@ -19,8 +20,12 @@ _ROUNDING = 1e-9
 def print_report(outcome: Outcome) -> None:
     """Prints everything, for a console of about 100 columns."""
     sections = [_head(outcome), _parts(outcome), _gains(outcome)]
+    own = _own_prediction(outcome)
+    if own is not None and own.stages:
+        sections.append(_stages(own, outcome))
     if outcome.compared:
-        sections.append("every policy\n" + prediction_table(outcome.compared, outcome))
+        staged = " (drop.stages with the config's own alone)" if own is not None and own.stages else ""
+        sections.append(f"every policy{staged}\n" + prediction_table(outcome.compared, outcome))
     sections.append(_memory(outcome))
     if outcome.target is not None:
         sections.append(_target(outcome.target))
@@ -70,7 +75,7 @@ def _gains(outcome: Outcome) -> str:
     if not outcome.predictions:
         lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
     config = outcome.setup.config
-    freezes = config.drop.policy != "none" and dropped_update(config.drop) == "freeze"
+    freezes = config.drop.policy not in ("none", "staged") and dropped_update(config.drop) == "freeze"
     if freezes and config.parallel.overlap_param_gather:
         lines.append(
             "drop.dropped_update freeze: not counted is that the overlapped gathers of parameters leave dropped layers "
@@ -84,6 +89,39 @@ def _gains(outcome: Outcome) -> str:
         lines.append(f"With nothing dropped, {layout} would save {saved:.1%} of an iteration.")
         if nothing.placement not in proposals:
             lines.append(_proposal(nothing, outcome))
+    return "\n".join(lines)
+
+
+def _own_prediction(outcome: Outcome) -> Prediction | None:
+    """Of the config's drop section as it is; None if that drops nothing."""
+    setup = outcome.setup
+    found = (
+        entry
+        for entry in outcome.predictions
+        if entry.layout == setup.placement.layout
+        and (entry.sampler is None or entry.sampler.split()[0] == setup.config.drop.sampler)
+    )
+    return next(found, None)
+
+
+def _stages(prediction: Prediction, outcome: Outcome) -> str:
+    """A line for each stage of a run whose layers begin one after the other."""
+    num_layers, ranks = outcome.setup.config.model.num_layers, outcome.setup.placement.num_ranks
+    sampler = "" if prediction.sampler is None else f", sampler {prediction.sampler}"
+    lines = [
+        f"{prediction.policy}{sampler}, stage by stage",
+        f"{'iterations':<19}{'layers':>8}{'keep_prob':>11}{'ideal':>9}{'gain':>9}{'+-':>6}{'imbalance':>11}"
+        f"{'s/iter.':>9}{'hours':>9}" + (f"{'waiting':>9}" if ranks > 1 else ""),
+    ]
+    for stage in prediction.stages:
+        lines.append(
+            f"{f'{stage.first} - {stage.last}':<19}{f'{stage.begun_layers}/{num_layers}':>8}"
+            f"{stage.mean_keep_prob:>11.3f}{stage.ideal_gain:>+9.1%}{_percent(stage.gain, '+'):>9}"
+            f"{100 * stage.gain_stderr:>6.1f}{_percent(stage.lost_to_imbalance):>11}{stage.iteration_s:>9.3f}"
+            f"{stage.hours:>9.1f}" + (f"{_percent(stage.waiting):>9}" if ranks > 1 else "")
+        )
+    if ranks > 1:
+        lines.append("waiting: share of the passes' time in which a pipeline stage computes nothing")
     return "\n".join(lines)
 
 
@@ -111,7 +149,8 @@ def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str
     )
     lines = [header, first]
     for entry in predictions:
-        name = f"{entry.policy:<17}{entry.theta:>6.3g} {entry.sampler:<12}"
+        theta = "-" if entry.theta is None else f"{entry.theta:.3g}"
+        name = f"{entry.policy:<17}{theta:>6} {entry.sampler or '-':<12}"
         lines.append(
             (f"{'undropped':<17}{'-':>6} {'-':<12}" if entry.policy == "none" else name)
             + f"{entry.mean_keep_prob:>9.3f}{entry.ideal_gain:>+8.1%}{_percent(entry.gain, '+'):>8}"
@@ -119,6 +158,8 @@ def prediction_table(predictions: Sequence[Prediction], outcome: Outcome) -> str
             f"{entry.hours:>9.1f}{entry.gpu_hours:>11,.0f}"
             + (f"  {chr(ord('A') + layouts.index(entry.layout))}" if several else "")
         )
+    if any(entry.stages and entry.policy != "staged" for entry in predictions):
+        lines.append(f"{outcome.setup.config.drop.policy} drops among the layers that have begun (drop.stages)")
     if several:
         lines += [f"{chr(ord('A') + index)} = {layout}" for index, layout in enumerate(layouts)]
     return "\n".join(lines)
@@ -132,14 +173,18 @@ def _percent(share: float, sign: str = "") -> str:
 def _memory(outcome: Outcome) -> str:
     capacity = outcome.setup.hardware.memory_gb
     drops = outcome.memory[0].dropped_activations is not None
+    own = _own_prediction(outcome)
+    stages = [] if own is None else own.stages
     lines = [
         f"{'memory, GB':<14}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>8}"
-        f"{'in flight':>11}" + (f"{'with drops':>12}" if drops else "")
+        f"{'in flight':>11}"
+        + (f"{'with drops':>12}" if drops else "")
+        + "".join(f"{f'until {stage.last}':>15}" for stage in stages)
     ]
     for index, rank in enumerate(outcome.memory):
         alike = 0 < index < len(outcome.memory) - 1 and len(outcome.memory) > 8
         if not alike:
-            lines.append(_memory_line(rank))
+            lines.append(_memory_line(rank) + "".join(f"{stage.memory_gb[index]:>15.1f}" for stage in stages))
     worst = max(outcome.memory, key=lambda rank: rank.total)
     if worst.total > capacity:
         lines.append(f"DOES NOT FIT: stage {worst.rank} needs {worst.total:.1f} GB of {capacity:g} GB")
@@ -159,7 +204,7 @@ def _memory_line(rank: RankMemory) -> str:
     )
     if rank.dropped_activations is None:
         return line
-    return line + f"{rank.total - rank.activations + rank.dropped_activations:>12.1f}"
+    return line + f"{rank.with_drops:>12.1f}"
 
 
 def _target(target: Target) -> str:

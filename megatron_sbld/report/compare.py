@@ -12,7 +12,7 @@ from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve, write_iteration_tables
 from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.groups import RunGroup, group_runs
-from megatron_sbld.report.plots import plot_keep_probs, plot_losses
+from megatron_sbld.report.plots import plot_keep_probs, plot_loss_compute, plot_losses
 from megatron_sbld.report.runs import read_runs, run_files
 from megatron_sbld.report.summary import Comparison, choose_baseline, summarise
 from megatron_sbld.report.table import print_line, print_table, write_csv, write_json, write_markdown, write_runs_csv
@@ -20,7 +20,7 @@ from megatron_sbld.report.tradeoff import plot_tradeoff
 
 _FILES = (
     *("comparison.md", "comparison.csv", "comparison_runs.csv", "comparison.json"),
-    *("loss.png", "keep_prob.png", "tradeoff.png", "evaluations.md", "evaluations.png"),
+    *("loss.png", "loss_compute.png", "keep_prob.png", "tradeoff.png", "evaluations.md", "evaluations.png"),
 )
 
 
@@ -31,15 +31,15 @@ def compare(
     group: bool = True,
     realised: bool = True,
 ) -> Comparison:
-    """Prints a table of runs: validation loss, evaluations, tokens/s, keep_prob, ideal and realised gain, time.
+    """Prints a table of runs: validation loss, evaluations, FLOPs, tokens/s, keep_prob, ideal and realised gain, time.
 
     Args:
         runs: run folders, in the order of the rows.
         baseline: a run folder of the row that the others are compared with; added in front if it is not among `runs`.
             None takes the first row that drops nothing, or the first.
-        out: folder for comparison.md, .csv and .json, comparison_runs.csv, loss.png and, where a run drops layers,
-            keep_prob.png, where one has a validation, tradeoff.png, where one was evaluated, evaluations.md and .png.
-            None writes nothing.
+        out: folder for comparison.md, .csv and .json, comparison_runs.csv, loss.png, loss_compute.png and, where a run
+            drops layers, keep_prob.png, where one has a validation, tradeoff.png, where one was evaluated,
+            evaluations.md and .png. None writes nothing.
         group: one row for runs that differ in their seeds alone (groups.py says what that means); False makes a row a
             run.
         realised: whether the tables show what compares the times of runs: realised gain, its share of the ideal one,
@@ -83,6 +83,9 @@ def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path, real
         write(comparison, file)
     plot_losses(groups, folder / "loss.png")
     files.append(folder / "loss.png")
+    baseline = next(group for group in groups if group.label == comparison.baseline)
+    if plot_loss_compute(groups, baseline, folder / "loss_compute.png"):
+        files.append(folder / "loss_compute.png")
     dropping = [group for group in groups if group.policy != "none"]
     if dropping:
         plot_keep_probs(dropping, folder / "keep_prob.png")

@@ -10,6 +10,7 @@ from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.runs import RunData
 
 _COMPARED_SECTIONS = ("model", "parallel", "data", "optimizer", "training")
+_EQUAL_FLOPS = 0.05  # relative difference up to which two runs took as much compute
 _NOT_COMPARED = ("training.seed", "data.data_cache_path")  # seeds have footnotes of their own
 
 SEEDS_NOTE = (
@@ -26,6 +27,15 @@ TIME_TO_LOSS_NOTE = (
     "as a share of the baseline's training time until then (of the same seed where paired); interpolated linearly "
     "between validations, - where it is not reached."
 )
+FLOPS_NOTE = (
+    "Training FLOPs: of what ran, forward and backward, embeddings and logits included, without recomputation, "
+    "optimizer and validation; beside them the change from the baseline's."
+)
+FLOPS_TO_LOSS_NOTE = (
+    "FLOPs to baseline loss: those until a run's validation loss first falls to the baseline's final one, as a share "
+    "of the baseline's. A learning rate that is still high hides what a run has learned: compare runs that end at "
+    "equal FLOPs, each with its own decay."
+)
 
 EVALUATION_NOTE = (
     "Evaluations are of the last iteration at which a run was evaluated. Their s.e. is over the passages or windows of "
@@ -33,16 +43,19 @@ EVALUATION_NOTE = (
 )
 
 
-def group_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[str]:
+def group_notes(
+    group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None, flops_change: float | None
+) -> list[str]:
     """Footnotes on one row.
 
     Args:
         paired: seeds over which the change is paired; None where it is not.
+        flops_change: how much more the group has computed than the baseline, relative to it; None if it is not known.
     """
     notes = [] if group is baseline else _difference_notes(group, baseline)
     for run in group.runs:
         notes += changes_notes(run, _is_compared)
-    notes += _progress_notes(group, baseline)
+    notes += _progress_notes(group, baseline, flops_change)
     missing = [run.label for run in group.runs if not run.valid]
     if missing and group.validated:
         notes.append(f"{group.label}: not in the mean validation loss, for want of a validation: {_and(missing)}.")
@@ -111,8 +124,11 @@ def _difference_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
     return notes
 
 
-def _progress_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
-    """On runs that stand at different iterations, or were last validated at different ones."""
+def _progress_notes(group: RunGroup, baseline: RunGroup, flops_change: float | None) -> list[str]:
+    """On runs that stand at different iterations, or were last validated at different ones.
+
+    That makes losses incomparable, unless both have ended, validated, at equal FLOPs.
+    """
     ours, theirs = ({run.last_iteration for run in runs.runs} for runs in (group, baseline))
     validated, others_validated = ({run.valid[-1]["iteration"] for run in runs.validated} for runs in (group, baseline))
     within = between = ""
@@ -128,7 +144,12 @@ def _progress_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
             f"{_and(sorted(others_validated))}"
         )
     notes = [f"{group.label}: its runs {within}: their mean loss does not compare."] if within else []
-    return notes + ([f"{between}: their losses do not compare."] if between else [])
+    if not between:
+        return notes
+    at_end = validated == ours and others_validated == theirs
+    if at_end and flops_change is not None and abs(flops_change) <= _EQUAL_FLOPS:
+        return [*notes, f"{between}, with {1 + flops_change:.2f} of its FLOPs: they are compared at equal compute."]
+    return [*notes, f"{between}: their losses do not compare."]
 
 
 def _pairing_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plots of runs as PNG files: loss against iterations and against time, and keep_prob by layer and iteration."""
+"""Plots of runs as PNG files: loss against iterations, time and compute, and keep_prob by layer and iteration."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from megatron_sbld.report.compute import flops_until, total_flops
 from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.runs import FloatArray, RunData
 from megatron_sbld.report.seeds import estimate
+
+_Abscissa = Callable[[RunData, FloatArray], FloatArray]
 
 DPI = 150
 _MAX_COLUMNS = 2000  # of a heat map: more iterations than this are averaged, a PNG cannot show them
@@ -26,6 +29,7 @@ _SKIPPED = 0.25  # share of a run whose losses, far above the rest, may leave th
 _TIME_UNITS = (("s", 1.0, 600.0), ("min", 60.0, 36000.0), ("h", 3600.0, float("inf")))  # name, seconds, up to seconds
 _LEGEND_INSIDE = 6  # groups; a legend of more would hide the curves
 _LEGEND_ROWS = 22
+_LOG_FROM = 3.0  # times the FLOPs of the shortest run: ends of short runs would be crowded on a linear axis
 _HIGH_PANELS = 4  # heat maps; more are drawn less high
 
 
@@ -64,21 +68,88 @@ def plot_losses(groups: Sequence[RunGroup], file: Path) -> None:
     runs = [run for group in groups for run in group.runs]
     unit, unit_s = time_unit(max(run.elapsed_s(run.column("iteration"))[-1] for run in runs))
     for number, group in enumerate(groups):
-        _draw_group(by_iteration, group, number, None)
-        _draw_group(by_time, group, number, unit_s)
+        _draw_group(by_iteration, group, number, lambda run, iterations: iterations)
+        _draw_group(by_time, group, number, lambda run, iterations: run.elapsed_s(iterations) / unit_s)
     by_iteration.set(xlabel="iteration", ylabel="loss (nats per token)", xlim=(0, None), ylim=_loss_limits(runs))
     by_time.set(xlabel=f"training time without validation and saving ({unit})", xlim=(0, None))
     for axes in (by_iteration, by_time):
         axes.grid(alpha=0.3)
+    _draw_legend(figure, by_time, groups)
+    figure.savefig(file, dpi=DPI)
+
+
+def plot_loss_compute(groups: Sequence[RunGroup], baseline: RunGroup, file: Path) -> bool:
+    """Draws losses against the FLOPs of what ran; False, and no file, where no run's are known.
+
+    The last validation of each group has a larger dot; a dashed line is the baseline's last validation loss, a dotted
+    one joins the ends of undropped runs of the baseline's model, where they are several: what dropping has to beat. The
+    axis is logarithmic where one run takes several times the FLOPs of another.
+    """
+    known = [(number, group) for number, group in enumerate(groups) if None not in map(total_flops, group.runs)]
+    if not known:
+        return False
+    outside = len(groups) > _LEGEND_INSIDE
+    figure = Figure(figsize=(11 if outside else 8, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for number, group in known:
+        _draw_group(axes, group, number, _flops_until)
+    _draw_ends(axes, known, baseline)
+    runs = [run for _, group in known for run in group.runs]
+    totals = [float(_flops_until(run, run.column("iteration"))[-1]) for run in runs]
+    is_log = max(totals) > _LOG_FROM * min(totals)
+    axes.set(xlabel="training FLOPs of what ran", ylabel="loss (nats per token)", ylim=_loss_limits(runs))
+    if is_log:
+        axes.set(xscale="log", xlim=(_SKIPPED * min(totals), 1.3 * max(totals)))
+    else:
+        axes.set(xlim=(0, None))
+    axes.grid(alpha=0.3, which="both" if is_log else "major")
+    _draw_legend(figure, axes, groups)
+    figure.savefig(file, dpi=DPI)
+    return True
+
+
+def _draw_ends(axes: Axes, groups: Sequence[tuple[int, RunGroup]], baseline: RunGroup) -> None:
+    """Draws the last validations of numbered groups, and what they are measured by."""
+    ends = {number: end for number, group in groups if (end := _end(group)) is not None}
+    undropped = []
+    for number, group in groups:
+        if number not in ends:
+            continue
+        axes.plot(*ends[number], "o", color=group_style(number)["color"], markersize=10, zorder=5)
+        if group is baseline:
+            axes.axhline(
+                ends[number][1], color="0.5", linestyle="--", linewidth=0.9, label=f"{group.label}, at its end"
+            )
+        if group.policy == "none" and group.config.model == baseline.config.model:
+            undropped.append(ends[number])
+    if len(undropped) > 1:
+        axes.plot(*np.transpose(sorted(undropped)), ":", color="black", linewidth=1.2, label="undropped, at their ends")
+
+
+def _flops_until(run: RunData, iterations: FloatArray) -> FloatArray:
+    flops = flops_until(run, iterations)
+    assert flops is not None, "groups without it are left out"
+    return flops
+
+
+def _end(group: RunGroup) -> tuple[float, float] | None:
+    """Mean FLOPs and mean validation loss at the last validations; None where there is none, or one is not finite."""
+    if not group.validated:
+        return None
+    flops = [float(_flops_until(run, run.valid_column("iteration"))[-1]) for run in group.validated]
+    losses = [float(run.valid_column("valid_loss")[-1]) for run in group.validated]
+    return (float(np.mean(flops)), float(np.mean(losses))) if np.isfinite(losses).all() else None
+
+
+def _draw_legend(figure: Figure, axes: Axes, groups: Sequence[RunGroup]) -> None:
     title = "lines: training, running mean\ndots: validation"
-    if len(runs) > len(groups):
+    if any(len(group.runs) > 1 for group in groups):
         title = "lines: training, running mean;\nbold: mean over seeds\ndots: validation, mean ± s.e."
-    handles, labels = by_time.get_legend_handles_labels()
-    if outside:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(groups) > _LEGEND_INSIDE:
         outside_legend(figure, handles, labels, title)
     else:
-        by_time.legend(handles, labels, title=title, alignment="left")
-    figure.savefig(file, dpi=DPI)
+        axes.legend(handles, labels, title=title, alignment="left")
 
 
 def plot_keep_probs(groups: Sequence[RunGroup], file: Path) -> None:
@@ -121,14 +192,10 @@ def draw_keep_probs(axes: Axes, keep_probs: FloatArray, first: int, last: int) -
     return image
 
 
-def _draw_group(axes: Axes, group: RunGroup, number: int, unit_s: float | None) -> None:
-    """Draws a group against iterations, or against time in units of `unit_s` seconds."""
+def _draw_group(axes: Axes, group: RunGroup, number: int, abscissa: _Abscissa) -> None:
+    """Draws a group against `abscissa`, which a run has at the end of some iterations."""
     style = group_style(number)
     several = len(group.runs) > 1
-
-    def abscissa(run: RunData, iterations: FloatArray) -> FloatArray:
-        return iterations if unit_s is None else run.elapsed_s(iterations) / unit_s
-
     smoothed = [_smooth(run.column("loss"), max(1, round(_SMOOTHING * len(run.train)))) for run in group.runs]
     for run, losses in zip(group.runs, smoothed, strict=True):
         x = abscissa(run, run.column("iteration"))
@@ -144,9 +211,7 @@ def _draw_group(axes: Axes, group: RunGroup, number: int, unit_s: float | None) 
     _draw_validation(axes, group, style["color"], abscissa)
 
 
-def _draw_validation(
-    axes: Axes, group: RunGroup, color: Any, abscissa: Callable[[RunData, FloatArray], FloatArray]
-) -> None:
+def _draw_validation(axes: Axes, group: RunGroup, color: Any, abscissa: _Abscissa) -> None:
     """Draws mean validation losses, with standard errors, where all validated runs have one."""
     runs = group.validated
     if not runs:

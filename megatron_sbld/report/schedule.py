@@ -22,6 +22,7 @@ from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.method.recipes import recipe_settings
+from megatron_sbld.method.stages import Stages
 from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
 
@@ -32,11 +33,13 @@ class LayerTable:
 
     iterations: list[int]
     theta: list[float | None]
-    """theta(t), None where the recovery ignores it."""
+    """theta(t), None where the recovery or the policy ignores it."""
     keep_probs: NDArray[np.float64]
     """[iterations, L]"""
     listed: list[str]
-    """Block, Allow or nothing, by layer."""
+    """Block, Allow, Keep (drop.keep_layers) or nothing, by layer."""
+    begins: list[int] | None
+    """First iteration of each layer; None without stages."""
 
 
 def show_schedule(
@@ -102,28 +105,51 @@ def layer_table(policy: Policy, outlook: Forecast) -> LayerTable:
     peak = [] if outlook.peak is None else [outlook.peak.first]
     iterations = sorted({1, *peak, *ends})
     recovers = [iteration >= policy.first_recovery_iteration for iteration in iterations]
-    listed = [""] * policy.num_layers
+    listed = ["Keep" if layer in policy.keep_layers else "" for layer in range(1, policy.num_layers + 1)]
     if isinstance(policy, SBLDPolicy):
         for name, layers in (("Block", policy.block_layers), ("Allow", policy.allow_layers)):
             for layer in layers:
                 listed[layer - 1] = name
     return LayerTable(
         iterations=iterations,
-        theta=[None if full else policy.theta(i) for i, full in zip(iterations, recovers, strict=True)],
+        theta=[
+            None if full or not policy.uses_theta else policy.theta(i)
+            for i, full in zip(iterations, recovers, strict=True)
+        ],
         keep_probs=np.array([policy.keep_probs(iteration) for iteration in iterations]),
         listed=listed,
+        begins=None if policy.stages is None else _first_iterations(policy.stages),
     )
 
 
-def layer_table_text(table: LayerTable) -> str:
-    """The table of layers as plain text: a line for each layer, a column for each iteration."""
-    lines = [
-        f"{'iteration':<17}" + "".join(f"{iteration:>9}" for iteration in table.iterations),
-        f"{'theta':<17}" + "".join("        -" if theta is None else f"{theta:9.3f}" for theta in table.theta),
-        f"{'mean keep_prob':<17}" + "".join(f"{mean:9.3f}" for mean in table.keep_probs.mean(axis=1)),
+def _first_iterations(stages: Stages) -> list[int]:
+    starts = [1, *(end + 1 for end in stages.ends[:-1])]
+    begun = [stages.begun(start) for start in starts]
+    return [
+        next(start for start, layers in zip(starts, begun, strict=True) if layer in layers)
+        for layer in range(1, stages.num_layers + 1)
     ]
-    for layer, (listed, keep_probs) in enumerate(zip(table.listed, table.keep_probs.T, strict=True), start=1):
-        lines.append(f"{f'layer {layer}':<11}{listed:<6}" + "".join(f"{keep_prob:9.3f}" for keep_prob in keep_probs))
+
+
+def layer_table_text(table: LayerTable) -> str:
+    """The table of layers as plain text: a line for each layer, a column for each iteration.
+
+    Of layers that begin in stages the first iteration is told too.
+    """
+    wide = 0 if table.begins is None else 9
+    begins = [""] * len(table.listed) if table.begins is None else [f"{first:>{wide}}" for first in table.begins]
+    header = "" if table.begins is None else f"{'begins':>{wide}}"
+    lines = [f"{'iteration':<17}{header}" + "".join(f"{iteration:>9}" for iteration in table.iterations)]
+    if any(theta is not None for theta in table.theta):
+        thetas = "".join("        -" if theta is None else f"{theta:9.3f}" for theta in table.theta)
+        lines.append(f"{'theta':<17}" + " " * wide + thetas)
+    means = "".join(f"{mean:9.3f}" for mean in table.keep_probs.mean(axis=1))
+    lines.append(f"{'mean keep_prob':<17}" + " " * wide + means)
+    for layer, (listed, begin, keep_probs) in enumerate(
+        zip(table.listed, begins, table.keep_probs.T, strict=True), start=1
+    ):
+        values = "".join(f"{keep_prob:9.3f}" for keep_prob in keep_probs)
+        lines.append(f"{f'layer {layer}':<11}{listed:<6}{begin}{values}")
     return "\n".join(lines)
 
 

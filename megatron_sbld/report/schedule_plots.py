@@ -23,7 +23,10 @@ _MAX_POINTS = 2000  # of a curve or columns of a heat map: a PNG cannot show mor
 
 
 def plot_schedule(policy: Policy, train_iters: int, title: str, file: Path) -> None:
-    """Draws keep_prob of every layer over the run as a heat map (above) and as curves, with theta and the mean."""
+    """Draws keep_prob of every layer over the run as a heat map (above) and as curves, with theta and the mean.
+
+    Of a policy without theta, whose layers run or do not, the mean alone is a curve.
+    """
     iterations = spread_iterations(1, train_iters, _MAX_POINTS)
     keep_probs = np.array([policy.keep_probs(iteration) for iteration in iterations.tolist()])
     figure = Figure(figsize=(10, 8), layout="constrained")
@@ -33,7 +36,9 @@ def plot_schedule(policy: Policy, train_iters: int, title: str, file: Path) -> N
     figure.colorbar(image, ax=above, label="keep_prob (1: always kept)", fraction=0.04, pad=0.01)
     dropping = iterations < policy.first_recovery_iteration
     thetas = np.array([policy.theta(iteration) for iteration in iterations[dropping].tolist()])
-    _draw_curves(below, iterations, keep_probs, iterations[dropping], thetas)
+    if policy.uses_theta:
+        _draw_curves(below, iterations, keep_probs, iterations[dropping], thetas)
+    _draw_mean(below, iterations, keep_probs, "default" if policy.uses_theta else "steps-post")
     below.set(xlabel="iteration", ylabel="keep_prob", ylim=(0, max(1.05, 1.05 * thetas.max(initial=0.0))))
     figure.savefig(file, dpi=DPI)
 
@@ -65,8 +70,12 @@ def _draw_curves(
     for layer in range(num_layers):
         name = f"layer {layer + 1}" if layer in (0, num_layers - 1) else None
         axes.plot(iterations, keep_probs[:, layer], color=colors[layer], linewidth=0.9, alpha=0.8, label=name)
-    axes.plot(iterations, keep_probs.mean(axis=1), color="black", linewidth=2, label="mean keep_prob")
     axes.plot(theta_iterations, thetas, "--", color="tab:red", linewidth=2, label="theta")
+
+
+def _draw_mean(axes: Axes, iterations: IntArray, keep_probs: FloatArray, drawstyle: str) -> None:
+    mean = keep_probs.mean(axis=1)
+    axes.plot(iterations, mean, drawstyle=drawstyle, color="black", linewidth=2, label="mean keep_prob")
     axes.grid(alpha=0.3)
     axes.legend(ncols=4, loc="lower right")
 

@@ -9,19 +9,21 @@ do not scale with their FLOPs, communication and pipeline bubbles are not in it;
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_sbld.config.flops import ideal_speedup, layer_share, padded_vocab_size
+from megatron_sbld.config.flops import ideal_speedup, layer_share
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.report.compute import flops_until, total_flops, vocab_size_of
 from megatron_sbld.report.evaluation import EvaluationFigure, Series, find_series, group_figures, last_evaluations
 from megatron_sbld.report.evaluation import run_figures as evaluation_figures
 from megatron_sbld.report.groups import RunGroup
 from megatron_sbld.report.notes import (
     EVALUATION_NOTE,
+    FLOPS_NOTE,
+    FLOPS_TO_LOSS_NOTE,
     NOT_INTERLEAVED_NOTE,
     SEEDS_NOTE,
     TIME_TO_LOSS_NOTE,
@@ -59,8 +61,12 @@ class RunFigures:
     mean_keep_prob: float
     kept_fraction: float
     train_time_s: float
+    training_flops: float | None
+    """As in RunSummary."""
     time_to_baseline_loss: float | None
     """As in RunSummary; None as well for a seed that is left out of a paired comparison."""
+    flops_to_baseline_loss: float | None
+    """Likewise."""
     evaluations: list[EvaluationFigure] = field(default_factory=list)
     """Of the run's last evaluated iteration: every metric of every series that some run has."""
 
@@ -91,6 +97,12 @@ class RunSummary:
     time_to_baseline_loss: float | None
     """Training time until the validation loss first falls to the baseline's final one, relative to the baseline's time
     at that validation. None unless all seeds reach it."""
+    training_flops: float | None
+    """Of what ran in all iterations (compute.py); None where some run's are not known."""
+    flops_change: float | None
+    """Relative to the baseline's: -0.4 is 40 % less compute."""
+    flops_to_baseline_loss: float | None
+    """As time_to_baseline_loss, in FLOPs."""
     tokens_per_s: float
     model_tflops_per_gpu: float | None
     mean_keep_prob: float
@@ -126,20 +138,26 @@ def summarise(groups: Sequence[RunGroup], baseline: RunGroup, realised: bool = T
     notes = _general_notes(groups, baseline, realised)
     if series:
         notes.append(EVALUATION_NOTE)
-    reference = [_run_figures(run, baseline.label, None, series) for run in baseline.runs]
+    reference = [_run_figures(run, baseline.label, None, None, series) for run in baseline.runs]
     rows, runs = [], []
     for group in groups:
         paired = paired_seeds([run.seed for run in group.validated], [run.seed for run in baseline.validated])
-        times = _times_to_baseline_loss(group, baseline, paired)
-        figures = [_run_figures(run, group.label, time, series) for run, time in zip(group.runs, times, strict=True)]
+        times = _shares_to_baseline_loss(group, baseline, paired, lambda run: run.valid_column("train_time_s"))
+        flops = _shares_to_baseline_loss(
+            group, baseline, paired, lambda run: flops_until(run, run.valid_column("iteration"))
+        )
+        figures = [
+            _run_figures(run, group.label, time, compute, series)
+            for run, time, compute in zip(group.runs, times, flops, strict=True)
+        ]
         row = _summarise_group(group, baseline, figures, reference, paired, series)
-        notes += group_notes(group, baseline, paired) + evaluation_notes(group, baseline)
-        compared = _compared_times(figures, paired)
+        notes += group_notes(group, baseline, paired, row.flops_change) + evaluation_notes(group, baseline)
+        compared = [run.time_to_baseline_loss for run in _compared(figures, paired)]
         reached = [time for time in compared if time is not None]
         if 0 < len(reached) < len(compared):
             notes.append(
                 f"{group.label}: {len(reached)} of {len(compared)} seeds reach the baseline's final loss, so that no "
-                "mean time to it is given."
+                "mean time or FLOPs to it are given."
             )
         rows.append(row)
         runs += figures
@@ -188,12 +206,20 @@ def _general_notes(groups: Sequence[RunGroup], baseline: RunGroup, realised: boo
         notes.append(NOT_INTERLEAVED_NOTE)
     if realised and baseline.validated:
         notes.append(TIME_TO_LOSS_NOTE)
+    if any(total_flops(run) is not None for group in groups for run in group.runs):
+        notes += [FLOPS_NOTE, FLOPS_TO_LOSS_NOTE] if baseline.validated else [FLOPS_NOTE]
     if baseline.policy != "none":
         notes.append(f"The baseline {baseline.label} drops layers itself ({baseline.policy}): gains are over that.")
     return notes
 
 
-def _run_figures(run: RunData, group: str, time_to_baseline_loss: float | None, series: Sequence[Series]) -> RunFigures:
+def _run_figures(
+    run: RunData,
+    group: str,
+    time_to_baseline_loss: float | None,
+    flops_to_baseline_loss: float | None,
+    series: Sequence[Series],
+) -> RunFigures:
     has_tflops = all("model_tflops_per_gpu" in row for row in run.train)
     return RunFigures(
         group=group,
@@ -209,7 +235,9 @@ def _run_figures(run: RunData, group: str, time_to_baseline_loss: float | None, 
         mean_keep_prob=float(steady(run.column("mean_keep_prob")).mean()),
         kept_fraction=float(steady(run.column("kept_fraction")).mean()),
         train_time_s=float(run.column("step_time_s").sum()),
+        training_flops=total_flops(run),
         time_to_baseline_loss=time_to_baseline_loss,
+        flops_to_baseline_loss=flops_to_baseline_loss,
         evaluations=evaluation_figures(run, series),
     )
 
@@ -228,6 +256,7 @@ def _summarise_group(
     loss = estimate(losses) if losses else None
     change = _loss_change(group, baseline, paired)
     compared = change is not None and group is not baseline
+    flops, their_flops = (_mean_if_all([run.training_flops for run in runs]) for runs in (figures, reference))
     paths = [run.path for run in figures]
     return RunSummary(
         label=group.label,
@@ -241,7 +270,10 @@ def _summarise_group(
         valid_loss_change=change.mean if change else None,
         valid_loss_change_stderr=change.stderr if change else None,
         num_paired_seeds=len(paired or ()) if compared else None,
-        time_to_baseline_loss=_mean_if_all(_compared_times(figures, paired)),
+        time_to_baseline_loss=_mean_if_all([run.time_to_baseline_loss for run in _compared(figures, paired)]),
+        training_flops=flops,
+        flops_change=None if flops is None or their_flops is None else flops / their_flops - 1,
+        flops_to_baseline_loss=_mean_if_all([run.flops_to_baseline_loss for run in _compared(figures, paired)]),
         tokens_per_s=_mean([run.tokens_per_s for run in figures]),
         model_tflops_per_gpu=_mean_if_all([run.model_tflops_per_gpu for run in figures]),
         mean_keep_prob=_mean([run.mean_keep_prob for run in figures]),
@@ -282,12 +314,9 @@ def _time_change(
 
 def layers_share(config: Config) -> float | None:
     """phi of docs/method.md section 7; None where the runs' tokenizer, which gives the vocabulary, is not found."""
-    try:
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    except ValueError:
-        return None
+    vocab_size = vocab_size_of(config)
     recompute = config.training.recompute_granularity == "full"
-    return layer_share(config.model, padded_vocab_size(vocab_size, config), recompute=recompute)
+    return None if vocab_size is None else layer_share(config.model, vocab_size, recompute=recompute)
 
 
 def _loss_change(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> Estimate | None:
@@ -301,35 +330,39 @@ def _loss_change(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | No
     return difference(seeds, losses, their_seeds, their_losses, paired)
 
 
-def _times_to_baseline_loss(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[float | None]:
-    """For each run the share of the baseline's time after which it reaches the baseline's final loss; None if never.
+def _shares_to_baseline_loss(
+    group: RunGroup,
+    baseline: RunGroup,
+    paired: Sequence[int] | None,
+    cost: Callable[[RunData], FloatArray | None],
+) -> list[float | None]:
+    """For each run the share of the baseline's cost after which it reaches the baseline's final loss; None if never.
 
+    cost: of a run until each of its validations, as time or FLOPs; None where it is not known.
     The baseline is the run of the same seed where seeds are paired, the mean of its runs where they are not. A run of
     the baseline is measured against itself: below 1 it shows how far the validation loss goes up and down.
     """
-    times: list[float | None] = []
+    shares: list[float | None] = []
     for run in group.runs:
         if group is baseline:
             references = [run] if run.valid else []
         else:
             references = [other for other in baseline.validated if paired is None or run.seed == other.seed in paired]
-        if not references or not run.valid:
-            times.append(None)
+        costs = cost(run) if run.valid else None
+        wholes = [None if found is None else float(found[-1]) for found in map(cost, references)]
+        whole = _mean_if_all(wholes)
+        if costs is None or whole is None:
+            shares.append(None)
             continue
         loss = _mean([_last_valid_loss(other) for other in references])
-        duration = _mean([float(other.valid_column("train_time_s")[-1]) for other in references])
-        reached_s = time_to_loss(run.valid_column("train_time_s"), run.valid_column("valid_loss"), loss)
-        times.append(None if reached_s is None else reached_s / duration)
-    return times
+        reached = time_to_loss(costs, run.valid_column("valid_loss"), loss)
+        shares.append(None if reached is None else reached / whole)
+    return shares
 
 
-def _compared_times(figures: Sequence[RunFigures], paired: Sequence[int] | None) -> list[float | None]:
-    """time_to_baseline_loss of the runs whose validation loss is compared with the baseline's."""
-    return [
-        run.time_to_baseline_loss
-        for run in figures
-        if run.valid_loss is not None and (paired is None or run.training_seed in paired)
-    ]
+def _compared(figures: Sequence[RunFigures], paired: Sequence[int] | None) -> list[RunFigures]:
+    """The runs whose validation loss is compared with the baseline's."""
+    return [run for run in figures if run.valid_loss is not None and (paired is None or run.training_seed in paired)]
 
 
 def _last_valid_loss(run: RunData) -> float:

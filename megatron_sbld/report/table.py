@@ -22,6 +22,7 @@ _Column = tuple[str, Callable[[RunSummary], str]]
 
 _MISSING = "-"
 _STDERR = "s.e."
+_FLOPS = "training\nFLOPs"
 _TFLOPS = "TFLOP/s\nper GPU"
 _OF_TWO_RUNS_TIMES = ("realised\ngain", "real./\nideal", "time to\nbaseline\nloss")
 _UNBOUNDED = 10_000  # columns; more than any table needs
@@ -106,6 +107,11 @@ def _columns(comparison: Comparison, realised: bool) -> list[_Column]:
         ("change", lambda row: _number(row.valid_loss_change, "+.4f")),
         (_STDERR, lambda row: _number(row.valid_loss_change_stderr, ".4f")),
     ]
+    compute: list[_Column] = [
+        (_FLOPS, lambda row: _number(row.training_flops, ".3g")),
+        ("change", lambda row: _number(row.flops_change, "+.1%")),
+        ("FLOPs to\nbaseline\nloss", lambda row: _number(row.flops_to_baseline_loss, ".1%")),
+    ]
     evaluations = _evaluation_columns(comparison, several)
     speed: list[_Column] = [
         ("tokens/s", lambda row: _number(row.tokens_per_s, ",.0f")),
@@ -126,7 +132,9 @@ def _columns(comparison: Comparison, realised: bool) -> list[_Column]:
         speed = [column for column in speed if column[0] != _TFLOPS]
     if not realised:
         speed = [column for column in speed if column[0] not in _OF_TWO_RUNS_TIMES]
-    return [*losses, *evaluations, *speed]
+    if all(row.training_flops is None for row in comparison.rows):
+        compute = compute[:1]  # that they are not known is worth a column
+    return [*losses, *evaluations, *compute, *speed]
 
 
 def _evaluation_columns(comparison: Comparison, several: bool) -> list[_Column]:

@@ -7,6 +7,7 @@ from megatron.core.utils import get_model_config
 from megatron_sbld.config.flops import layer_share
 from megatron_sbld.forecast.drops import forecast, forecast_text
 from megatron_sbld.forecast.stages import stage_forecast, stage_forecast_text
+from megatron_sbld.growth import stages_text
 from megatron_sbld.training.model import (
     loss_weights_text,
 )
@@ -34,6 +35,8 @@ def announce(run: Run) -> None:
         outlook = forecast(run.controller.policy, run.train_iters, phi)
         run.note(forecast_text(outlook))
         balanced = run.controller.stages
+        if run.controller.policy.stages is not None:
+            run.note(stages_text(run.controller.policy.stages))
         stages = stage_forecast(run.config, run.controller.policy, outlook, phi, run.replicas, balanced)
         if stages is not None:
             run.note(stage_forecast_text(stages))

@@ -41,6 +41,7 @@ from megatron_sbld.data.batches import TrainingData
 from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.files.strict_yaml import dump_yaml
+from megatron_sbld.growth import growth_text
 from megatron_sbld.health.liveness import SAVING
 from megatron_sbld.health.run_lock import RunLock
 from megatron_sbld.health.watchdog import POSITION
@@ -153,7 +154,10 @@ class Run:
         update_num_microbatches(self.consumed_samples, consistency_check=False)
         num_microbatches, batch_size = get_num_microbatches(), get_current_global_batch_size()
         began = time.perf_counter()
+        begun = self.controller.growth.begun
         self.controller.begin_iteration(self.iteration + 1, num_microbatches)
+        if entering := self.controller.growth.begun - begun:
+            self.note(growth_text(self.iteration + 1, entering, begun, self.config.drop.stage_init))
         batches = itertools.tee(self.data.train_batches(num_microbatches), len(self.chunks))
         by_microbatch = self.sensitivity is not None and self.sensitivity.needs_microbatch_losses
         result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested, by_microbatch)

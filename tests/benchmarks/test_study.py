@@ -219,6 +219,7 @@ def test_a_damaged_line_of_the_rows_is_named(tmp_path: Path) -> None:
         read_rows(file)
 
 
+@pytest.mark.slow
 def test_the_page_has_tables_plot_and_verdict(tmp_path: Path) -> None:
     rows = []
     for method, factor in (("undropped", 1.0), ("staged-1", 0.6), ("pld", 1.5)):

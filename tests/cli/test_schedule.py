@@ -95,14 +95,14 @@ def test_show_prints_the_forecast_and_every_layer_with_its_list(
 def test_show_takes_options_over_the_file_and_saves_plots_and_figures(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--drop.theta", "0.7", "--drop.allow_layers=[2]", "--out", "out/schedule")
+    options = ("--drop.theta", "0.7", "--drop.allow_layers=[2]", "--drop.keep_layers=[3]", "--out", "out/schedule")
     assert command("show", *options, "--config", "config.yaml") == 0
     out = folder / "out" / "schedule"
     assert sorted(path.name for path in out.iterdir()) == ["schedule.json", "schedule.png"]
     assert png_size(out / "schedule.png") == (1500, 1200)
     content = json.loads((out / "schedule.json").read_text())
     assert content["drop"]["theta"] == 0.7
-    assert content["layers"]["listed"][:3] == ["Block", "Allow", ""]
+    assert content["layers"]["listed"][:4] == ["Block", "Allow", "Keep", ""]
     assert np.array(content["layers"]["keep_probs"]).shape == (8, LAYERS)
     assert content["forecast"]["total"]["last"] == ITERATIONS
     assert 0.5 < content["layers_share"] < 1.0
@@ -153,6 +153,31 @@ def test_show_tells_the_stages_and_a_placement_that_can_be_pasted(
     printed = capsys.readouterr().out
     assert "pipeline_model_parallel_layout" not in printed
     assert [line.split()[2] for line in printed.splitlines() if line.startswith("stage ")] != ["1-4", "5-8", "9-12"]
+
+
+def test_show_tells_when_layers_begin_and_hides_theta_where_it_means_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staged = ["--drop.policy=staged", "--drop.recovery_fraction=0", "--drop.stages=[[0.5,2],[0.75,6],[1.0,12]]"]
+    options = [*staged, "--parallel.pipeline_model_parallel_size=2", "--config", "config.yaml", "--out", "out"]
+    assert command("show", *options) == 0
+    printed = capsys.readouterr().out
+    assert not [line for line in printed.splitlines() if "theta" in line.split()]
+    header = next(line.split() for line in printed.splitlines() if line.startswith("iteration "))
+    assert header == ["iteration", "begins", "1", "200", "300", "400"]
+    lines = layer_lines(printed)
+    assert lines[1] == ["1", *["1.000"] * 4]
+    assert lines[2] == ["301", *["0.000"] * 3, "1.000"]
+    assert lines[3] == ["201", *["0.000"] * 2, "1.000", "1.000"]
+    assert next(line for line in printed.splitlines() if line.startswith("rank 2")).split() == [
+        *["rank", "2", "7-12", "1.00", "3.00", "6.00", "2.75"]
+    ]
+    content = json.loads((folder / "out" / "schedule.json").read_text())
+    assert content["layers"]["begins"][:3] == [1, 301, 201]
+    assert set(content["layers"]["theta"]) == {None}
+    assert content["stages"]["begun"][1] == [[1, 3, 5], [7, 9, 11]]
+    assert [phase["begun_layers"] for phase in content["forecast"]["phases"]] == [2, 6, 12]
+    assert png_size(folder / "out" / "schedule.png") == (1500, 1200)
 
 
 def test_show_has_no_stages_where_there_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

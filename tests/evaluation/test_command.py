@@ -37,6 +37,7 @@ def call(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]
     return exit_.value.code, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_lambada_of_every_checkpoint(
     run_dir: Path, passages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

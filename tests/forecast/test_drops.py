@@ -7,8 +7,9 @@ import pytest
 
 from megatron_sbld.config.flops import ideal_speedup
 from megatron_sbld.forecast.drops import forecast, forecast_text, spread_iterations
-from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy, SBLDPolicy, mean_keep_prob
+from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy, SBLDPolicy, StagedPolicy, mean_keep_prob
 from megatron_sbld.method.schedule import PWEGD, Constant, Exponential, Linear
+from megatron_sbld.method.stages import Stages
 
 PHI = 0.95
 SENSITIVITY = np.linspace(0.0, 1.0, 24)
@@ -110,6 +111,21 @@ def test_the_table_tells_theta_mean_keep_prob_and_gain_apart():
     assert lines[-3].split() == ["recovery", "6", "-", "10", "-", "1.000", "+0.0%"]
     assert lines[-2].split() == ["whole", "run", "1", "-", "10", "0.500", "0.750", "+25.0%"]
     assert lines[-1].startswith("time saved: 20.0% ")
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("policy", ["staged", "layerdrop"])
+def test_stages_are_phases_with_their_layers_and_theta_where_it_has_a_meaning(policy):
+    stages = Stages.resolve([[0.0, 1], [0.5, 2], [1.0, 4]], 4, 10)
+    staged = StagedPolicy(stages, 4, train_iters=10)
+    outlook = forecast(staged if policy == "staged" else LayerDropPolicy(Constant(0.5), 4, stages=stages), 10, 0.8)
+    lines = forecast_text(outlook).splitlines()
+    theta = [] if policy == "staged" else ["theta"]
+    assert lines[0].split() == ["phase", "iterations", "layers", *theta, "mean", "keep_prob", "ideal", "gain"]
+    first, last = (["0.500"], ["1.000"]) if policy == "staged" else (["0.500", "0.250"], ["0.500", "0.500"])
+    assert lines[1].split()[:-1] == ["stage", "2", "1", "-", "5", "2", *first]
+    assert lines[2].split()[:-1] == ["stage", "3", "6", "-", "10", "4", *last]
+    assert (outlook.total.theta_low is None) is (policy == "staged")
     assert max(map(len, lines)) <= 80
 
 

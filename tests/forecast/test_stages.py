@@ -15,7 +15,7 @@ from megatron_sbld.forecast.stages import StageForecast, stage_forecast, stage_f
 from megatron_sbld.layout.placement import iteration_times, read_layout
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.decisions import draw_plan, draw_sample_counts
-from megatron_sbld.method.policy import Policy, SBLDPolicy
+from megatron_sbld.method.policy import Policy, SBLDPolicy, StagedPolicy
 from megatron_sbld.method.schedule import Constant
 from tests.training.trainer_helpers import change
 
@@ -171,6 +171,26 @@ def test_a_sampler_that_evens_other_stages_is_told() -> None:
     same = of(LISTED, drop={"balance_stages": 4})
     assert same is not None
     assert not same.balances_others
+
+
+def test_stages_in_which_layers_begin_are_told_by_rank_and_no_placement_is_proposed() -> None:
+    policy = StagedPolicy(
+        [[0.6, 4], [1.0, LAYERS]], LAYERS, train_iters=ITERATIONS, ranks=[[1], range(2, 4), range(4, 13), range(13, 25)]
+    )
+    layout = {"pipeline_model_parallel_layout": "Et|t*2|t*9|t*12L"}
+    found = of(policy, 0.9, parallel=layout, drop={"policy": "staged"})
+    assert found is not None
+    assert found.begun is not None
+    assert found.begun[0] == [[1], [2], [4], [13]]
+    assert found.begun[1] == found.layers
+    assert found.kept == [[1.0] * 4, [1.0, 2.0, 9.0, 12.0]]
+    assert (found.proposal, found.saved) == (None, 0.0)
+    lines = stage_forecast_text(found).splitlines()
+    assert lines[0].split() == ["kept", "on", "of", "layers", "stage", "1", "stage", "2", "run"]
+    assert lines[4].split() == ["rank", "4", "13-24", "1.00", "12.00", "5.40"]
+    assert lines[5].startswith("The ranks are uneven")
+    assert "`megatron-sbld predict` looks for a better placement" in lines[6]
+    assert max(map(len, lines)) <= 86
 
 
 def test_one_stage_or_no_dropping_has_no_forecast_of_stages() -> None:

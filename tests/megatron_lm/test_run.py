@@ -248,8 +248,27 @@ def test_scalars_go_to_both_writers_and_the_console_at_megatron_lms_intervals(mo
     assert logged["mean_keep_prob"] == pytest.approx(keep_probs.mean())
     assert logged["keep_prob/layer_03"] == keep_probs[2]
     assert 0 < logged["sbld throughput executed"] <= logged["sbld throughput undropped"]
+    assert logged["executed_flops"] == run._scalars.executed_flops(MICROBATCHES) <= logged["model_flops"]
+    assert logged["model_flops"] == MICROBATCHES * (LAYERS * LAYER_FLOPS + LOGITS_FLOPS)
     assert len(console) == 1
     assert "kept_fraction" in console[0]
+
+
+def test_layers_that_begin_are_told_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, *_ = attached("--sbld-policy", "staged", "--sbld-stages", "[[0.01, 1], [1.0, 4]]")
+    run._args.tensorboard_log_interval = run._args.log_interval = 10**6
+    console: list[str] = []
+    package: Any = types.ModuleType("megatron.training")
+    package.print_rank_last = console.append
+    monkeypatch.setitem(sys.modules, "megatron.training", package)
+    begun = []
+    grows_at = ITERATIONS // 100 + 1
+    for iteration in range(grows_at - 1, grows_at + 3):
+        step(run, iteration)
+        run.training_log(lambda: None)
+        begun.append(run._scalars._scalars()["begun_layers"])
+    assert begun == [1, 4, 4, 4]
+    assert console == [f" layer dropping, iteration {grows_at}: 3 layers (2-4) begin, as initialised"]
 
 
 @pytest.mark.parametrize("words", [(), ("--sbld-theta", "0.5"), ("--sbld-sensitivity", "nowhere.json")])

@@ -165,6 +165,20 @@ def test_a_proposed_placement_is_shown_with_its_memory_and_not_where_it_does_not
     assert "NOT PROPOSED: Et*" in text
 
 
+def test_stages_are_told_one_by_one_and_theta_is_not(config, tmp_path, capsys):
+    staged = ("--drop.policy", "staged", "--drop.stages", "[[0.6, 1], [1.0, 8]]", "--out", tmp_path / "out")
+    assert predict("--config", config, "--gpus", 2, "--compare_policies", *staged) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {tuple(words[1:3]) for words in shown if words[:1] == ["staged"]} == {("-", "-")}
+    assert ["1", "-", "600", "2/8", "0.250"] in [words[:5] for words in shown]
+    assert ["601", "-", "1000", "8/8", "1.000"] in [words[:5] for words in shown]
+    (header,) = (words for words in shown if words[:1] == ["memory,"])
+    assert header[-4:] == ["until", "600", "until", "1000"]
+    content = json.loads((tmp_path / "out" / "predict.json").read_text())
+    assert [stage["begun_layers"] for stage in content["predictions"][0]["stages"]] == [2, 8]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predict.json", "timeline.png"]
+
+
 def test_more_stages_than_layers_are_predicted(config, capsys):
     layout = ("--parallel.pipeline_model_parallel_layout", "E|t|t|L", "--parallel.pipeline_model_parallel_size", 4)
     assert predict("--config", config, "--gpus", 4, "--model.num_layers", 2, "--mfu", 0.1, *layout) == 0
@@ -190,6 +204,10 @@ def test_more_stages_than_layers_are_predicted(config, capsys):
         (("--gpus", 2, "--vocab_size", 0), "--vocab_size = 0 is not allowed"),
         (("--gpus", 2, "--data.tokenizer", "nowhere"), "or give --vocab_size"),
         (("--gpus", 2, "--drop.policy", "none", "--target_gain", 0.2), "--target_gain needs drop.policy"),
+        (
+            ("--gpus", 2, "--drop.policy", "staged", "--drop.stages", "[[0.5, 1], [1.0, 8]]", "--target_gain", 0.2),
+            "the gain of staged is set by drop.stages",
+        ),
         (("--gpus", 2, "--target_gain", -1), "target_gain = -1"),
         (("--gpus", 2, "--model.num_layers", 7), "model.num_layers = 7"),
         (("--gpus", 2, "--hardwear", "h100"), "did you mean hardware"),

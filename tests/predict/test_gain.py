@@ -10,8 +10,9 @@ import pytest
 
 from megatron_sbld.config.flops import model_flops_per_token
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.predict.gain import Predictor, calibrate, compared_sections, find_target, mfu_tokens_per_s
+from megatron_sbld.predict.gain import Predictor, calibrate, compared_sections, mfu_tokens_per_s
 from megatron_sbld.predict.iteration import IterationModel
+from megatron_sbld.predict.target import find_target
 from megatron_sbld.sensitivity.file import SensitivityFile
 from tests.predict.predict_helpers import HARDWARE, make_predictor, make_setup
 

@@ -90,7 +90,9 @@ def test_without_evaluations_the_table_and_the_files_are_as_before(tmp_path):
     comparison = compare([evaluated_run(tmp_path / "full", [])], out=str(tmp_path / "out"))
     assert comparison.rows[0].evaluations == []
     header = (tmp_path / "out" / "comparison.md").read_text().splitlines()[0]
-    assert header.startswith("| run | valid. loss | change | tokens/s |")
+    assert header.startswith(
+        "| run | valid. loss | change | training FLOPs | change | FLOPs to baseline loss | tokens/s |"
+    )
     assert header.endswith("| train time |")
     assert not list((tmp_path / "out").glob("evaluations.*"))
     assert not any("valuat" in note for note in comparison.notes)

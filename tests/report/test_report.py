@@ -280,13 +280,14 @@ def test_csv_and_json_hold_the_unrounded_figures(saved):
 def test_markdown_has_a_line_for_every_run_and_the_footnotes(saved):
     _, out, comparison = saved
     text = (out / "comparison.md").read_text()
-    assert "| pld | 2.1000 | +0.1000 | 5,120 | 0.500 | 50.0% |" in text
+    assert "| pld | 2.1000 | +0.1000 | 7.65e+10 | -45.7% | - | 5,120 | 0.500 | 50.0% |" in text
     assert all(f"- {note}" in text for note in comparison.notes)
 
 
 def test_plots_are_png_files_of_the_expected_size(saved):
     _, out, _ = saved
     assert png_size(out / "loss.png") == (1800, 720)
+    assert png_size(out / "loss_compute.png") == (1200, 780)
     assert png_size(out / "keep_prob.png") == (1500, 1110)
     assert png_size(out / "tradeoff.png") == (1800, 780)
     assert min((out / name).stat().st_size for name in ("loss.png", "keep_prob.png", "tradeoff.png")) > 10_000
@@ -297,7 +298,8 @@ def test_the_console_shows_every_figure_even_when_it_is_narrow(saved, capsys, mo
     runs, _, _ = saved
     compare(runs)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("pld"))
-    assert line.split()[:6] == ["pld", "2.1000", "+0.1000", "5,120", "0.500", "50.0%"]
+    assert line.split()[:3] == ["pld", "2.1000", "+0.1000"]
+    assert line.split()[6:9] == ["5,120", "0.500", "50.0%"]
     assert line.split()[-1] == "0m16s"
 
 

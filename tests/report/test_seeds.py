@@ -407,8 +407,12 @@ def saved(tmp_path_factory):
 def test_the_table_shows_seeds_and_errors_where_a_row_has_several(saved):
     _, out, _ = saved
     lines = (out / "comparison.md").read_text().splitlines()
-    assert lines[0].startswith("| run | seeds | valid. loss | s.e. | change | s.e. | tokens/s |")
-    assert lines[3].startswith("| pld | 2 | 2.3000 | 0.1000 | +0.1500 | 0.0500 | 5,120 | 0.500 | 50.0% |")
+    assert lines[0].startswith(
+        "| run | seeds | valid. loss | s.e. | change | s.e. | training FLOPs | change | FLOPs to baseline loss |"
+    )
+    assert lines[3].startswith(
+        "| pld | 2 | 2.3000 | 0.1000 | +0.1500 | 0.0500 | 3.83e+10 | -45.7% | - | 5,120 | 0.500 |"
+    )
     assert lines[4].startswith("| sbld | 1 | 2.0500 | - | -0.0500 | - |")
 
 
@@ -448,7 +452,8 @@ def test_groups_of_uneven_and_unvalidated_runs_are_plotted(tmp_path):
         seed_run(tmp_path / "layerdrop-1", 1, (math.nan,), "layerdrop"),
     ]
     compare(folders, out=str(tmp_path / "out"))
-    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"loss.png", "keep_prob.png", "tradeoff.png"}
+    plots = {"loss.png", "loss_compute.png", "keep_prob.png", "tradeoff.png"}
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == plots
 
 
 def drawn_tradeoff(tmp_path, monkeypatch, num_rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sbld.config.flops import layer_flops_per_token
 from megatron_sbld.config.sections import Config
@@ -64,9 +65,25 @@ def test_resumed_around_the_growth_bit_for_bit(
         assert losses(resumed.logging.run_dir) == whole
 
 
-def test_rows_tell_how_many_layers_have_begun_and_what_ran(tmp_path: Path, corpus: Path) -> None:
-    config = staged_run(tmp_path / "run", corpus, {"stage_layers": [3, 1]})
+def test_rows_and_console_tell_how_many_layers_have_begun_and_what_ran(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drop = {"stage_layers": [3, 1], "stage_init": "copy"}
+    config = staged_run(tmp_path / "run", corpus, drop, logging={"progress": "lines", "tensorboard": True})
     assert run_here(config) == 0
+    printed = capfd.readouterr().err.splitlines()
+    first = printed.index("until iteration 4 1 layer (3) runs")
+    assert printed[first + 1 : first + 3] == [
+        "until iteration 6 2 layers (1, 3) run",
+        "from iteration 7 on all 4 layers run",
+    ]
+    assert [line for line in printed if "begin" in line] == [
+        "iteration 5: 1 layer (1) begins, as a copy of 3",
+        "iteration 7: 2 layers (2, 4) begin, as copies of 1, 3",
+    ]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("begun_layers")] == [1] * 4 + [2] * 2 + [4] * 2
     found = train_rows(tmp_path / "run")
     assert [row["begun_layers"] for row in found] == [1] * 4 + [2] * 2 + [4] * 2
     assert found[0]["kept"] == [0.0, 0.0, 1.0, 0.0]

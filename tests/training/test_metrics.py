@@ -110,6 +110,7 @@ def test_tensorboard_has_the_scalars_and_each_layers_keep_probability(run: tuple
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss", "lr", "grad_norm", "theta", "mean_keep_prob", "valid_loss", "tokens_per_s"} <= tags
+    assert "executed_flops" in tags
     assert {f"keep_prob/layer_{number:02d}" for number in range(1, LAYERS + 1)} <= tags
     found = {event.step: event.value for event in events.Scalars("loss")}
     assert found == pytest.approx({row["iteration"]: row["loss"] for row in train_rows(config.logging.run_dir)})

@@ -193,6 +193,7 @@ def test_a_residual_that_cannot_be_computed_as_asked_is_refused_before_the_run(
     assert run_here(config) == 0, "it is not asked for"
 
 
+@pytest.mark.slow
 def test_the_fused_loss_is_megatrons(config: Config, tmp_path: Path) -> None:
     """Where it is not asked for, a CPU does not take it."""
     config = change(config, training={"precision": "bf16"})
