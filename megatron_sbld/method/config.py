@@ -66,8 +66,8 @@ class DropConfig:
     ones, or a list in the order in which they begin. Every pipeline stage (or each of balance_stages) runs its share,
     at least one layer."""
     stage_init: Annotated[StageInit, Of("stages")] = "random"
-    """What a layer begins as. random: as initialised; zero: its attention's and MLP's output projections are zero, so
-    that it adds nothing at first; copy: the nearest running layer below it, else above."""
+    """What a layer begins as. random: as initialised, or as loaded; zero: its attention's and MLP's output projections
+    are zero, so that it adds nothing at first; copy: the nearest running layer below it, else above."""
     stage_copy_moments: Annotated[bool, Of("stages")] = False
     """With stage_init copy: take over the optimizer's moments of that layer too."""
     a: Annotated[Finite, Of("pwegd")] = 2.0

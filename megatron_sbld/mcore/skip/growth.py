@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from megatron_sbld.mcore.optimizer.state import initialise
 from megatron_sbld.mcore.skip.freeze import freeze_waiting_layers
 from megatron_sbld.mcore.skip.switchable import SwitchableLayer, chunk_list
 from megatron_sbld.method.choices import StageInit
-from megatron_sbld.method.stages import nearest_running
+from megatron_sbld.method.stages import Stages, nearest_running
 
 _OUTPUT_PROJECTIONS = ("linear_proj", "linear_fc2")
 
@@ -77,6 +78,7 @@ def grow_in_stages(
     if init == "zero":
         on_growth = _Zeroer(chunks, layers, optimizer)
     elif init == "copy":
+        _refuse_unlike(controller.policy.stages, layers)
         on_growth = _Copier(chunks, layers, optimizer, copy_moments)
     controller.growth.callbacks[:] = [on_growth]
     controller.growth.begins_as = f"{init} with moments" if copy_moments else init
@@ -166,12 +168,33 @@ class _Copier:
             write_layer(self._layers[target], self._optimizer, values, moments=self._moments)
 
 
+def _refuse_unlike(stages: Stages, layers: Iterable[SwitchableLayer]) -> None:
+    """Refuse copies between layers of other parameters, as where some have experts, before training. Collective."""
+    kinds: dict[int, Any] = {}
+    own = {layer.layer_number: [(name, *param.shape) for name, param in layer.named_parameters()] for layer in layers}
+    for found in _gathered(own).values():
+        kinds |= found
+    for running, following in itertools.pairwise(stages.sets):
+        for layer_number in set(following) - set(running):
+            source = nearest_running(layer_number, running)
+            if kinds.get(layer_number) != kinds.get(source):
+                raise ValueError(
+                    f"stage_init = 'copy' does not work with layer {layer_number}: it would be a copy of layer "
+                    f"{source}, whose parameters are others; use random or zero, or another stage_layers"
+                )
+
+
 def _owners(layers: Collection[int]) -> dict[int, int]:
     """Global rank of each layer of the model among the ranks of this one's pipeline."""
+    return {layer: rank for rank, held in _gathered(list(layers)).items() for layer in held}
+
+
+def _gathered(own: Any) -> dict[int, Any]:
+    """What each rank of this one's pipeline gives, by its global number."""
     if not parallel_state.is_initialized():
-        return dict.fromkeys(layers, 0)
+        return {0: own}
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = dist.get_process_group_ranks(group)
-    found: list[list[int]] = [[]] * len(ranks)
-    dist.all_gather_object(found, list(layers), group=group)
-    return {layer: rank for rank, held in zip(ranks, found, strict=True) for layer in held}
+    found: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(found, own, group=group)
+    return dict(zip(ranks, found, strict=True))

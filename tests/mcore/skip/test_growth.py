@@ -233,6 +233,15 @@ def test_sgd_begins_layers_too_but_has_no_moments_to_copy() -> None:
             Training(staged(4, 1), "copy", copy_moments=True, optimizer=sgd)
 
 
+def test_copies_of_layers_of_another_kind_are_refused_before_training() -> None:
+    experts = {"num_moe_experts": 2, "moe_layer_freq": [0, 1, 1, 1], "add_bias_linear": False}
+    with model_parallel():
+        with pytest.raises(ValueError, match="layer 2: it would be a copy of layer 1, whose parameters are others"):
+            Training(staged(4, 1, rule="first"), "copy", **experts)
+        training = Training(staged(4, 2, rule="first"), "copy", **experts)  # 3 and 4 are copies of 2
+        assert all(training.step(iteration)[0] for iteration in range(1, 7))
+
+
 def test_chunks_that_are_given_one_by_one_are_refused() -> None:
     """The second call would take the place of the first one, whose layers would then move while they wait."""
     with model_parallel():
