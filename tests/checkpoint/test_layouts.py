@@ -220,6 +220,7 @@ def test_stock_megatron_loads_a_checkpoint_by_its_own_calls(tmp_path: Path) -> N
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
 def test_how_adam_is_computed_is_this_machines_choice_not_the_checkpoints(tmp_path: Path, distributed: bool) -> None:
     from megatron_sbld.checkpoint.manager import CheckpointManager, load_checkpoint
@@ -248,6 +249,7 @@ def torch_adam_groups(of: Run, option: str) -> list[Any]:
     return [group[option] for group in torch_adam(of).param_groups]
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_checkpoint_that_stock_megatron_saved_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

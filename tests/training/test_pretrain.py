@@ -231,6 +231,7 @@ def test_a_policy_that_keeps_all_equals_no_policy_and_their_checkpoints_are_one_
     assert trained(sbld_at_one, tmp_path / "sbld") == expected
 
 
+@pytest.mark.slow
 def test_dropping_is_switched_on_and_off_within_a_run(config: Config, tmp_path: Path) -> None:
     full = change(config, drop={**FULL_DEPTH, "sensitivity": None})
     whole = change(in_folder(full, tmp_path / "whole"), training={"train_iters": 12})

@@ -97,7 +97,8 @@ def test_without_updates_the_losses_are_those_of_the_base_list(config: Config, t
     assert losses(tmp_path / "dynamic") == losses(tmp_path / "fixed")
 
 
-@pytest.mark.parametrize("scope", ["iteration", pytest.param("microbatch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["iteration", "microbatch"])
 def test_a_resumed_run_has_the_estimates_and_losses_of_the_uninterrupted_one(
     config: Config, tmp_path: Path, scope: str
 ) -> None:

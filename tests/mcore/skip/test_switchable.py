@@ -99,7 +99,10 @@ def switchable_gpt(policy: Policy, **config: Any) -> tuple[torch.nn.Module, Drop
     return chunk.train(), controller
 
 
-@pytest.mark.parametrize("config", [{}, {"params_dtype": torch.bfloat16, "bf16": True}], ids=["fp32", "bf16"])
+BF16 = {"params_dtype": torch.bfloat16, "bf16": True}
+
+
+@pytest.mark.parametrize("config", [pytest.param({}, id="fp32"), pytest.param(BF16, id="bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NOTHING_DROPPED)
 def test_nothing_dropped_is_the_stock_model_bit_for_bit(name: str, config: dict[str, Any]) -> None:
     stock_steps, stock_gradients, stock_state = train(None, **config)
