@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sbld.config.flops import executed_flops, padded_vocab_size
+from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.method.build import build_policy
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
 
 
@@ -66,11 +70,36 @@ def test_two_calls_never_share_a_folder(quickstart, tmp_path):
 )
 def test_processes_and_precision_follow_the_gpus(quickstart, monkeypatch, gpus, processes, bf16):
     monkeypatch.setattr(quickstart.torch.cuda, "device_count", lambda: gpus)
-    command = quickstart.pretrain(Path("corpus"), Path("run"), [], None)
+    command = quickstart.pretrain(Path("corpus"), Path("run"), [], 320)
     assert command[command.index("--nproc-per-node") + 1] == processes
     assert ("bf16" in command) == bf16
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("iters", [None, 30, 1000])
+def test_every_run_has_the_training_flops_of_the_undropped_one(quickstart, iters):
+    flops = {}
+    for name, options in quickstart.RUNS.items():
+        length = quickstart.iterations_at_equal_compute(options, iters)
+        config = quickstart.parsed(options)
+        policy = build_policy(config.drop, config.model.num_layers, length, base_dir=quickstart.ROOT)
+        kept = [policy.keep_probs(iteration).sum() for iteration in range(1, length + 1)]
+        flops[name] = sum(executed_flops(config.model, quickstart.VOCAB_SIZE, 1, float(layers)) for layers in kept)
+    assert all(found == pytest.approx(flops["undropped"], rel=1 / (iters or 320)) for found in flops.values())
+
+
+def test_the_vocabulary_that_is_counted_is_that_of_bytes(quickstart):
+    assert padded_vocab_size(load_tokenizer("byte").vocab_size, quickstart.parsed([])) == quickstart.VOCAB_SIZE
+
+
+def test_every_run_decays_over_the_same_share(quickstart):
+    for iters in (320, 575):
+        command = quickstart.pretrain(Path("corpus"), Path("run"), [], iters)
+        assert int(command[command.index("--optimizer.lr_wsd_decay_iters") + 1]) == iters // 5
+    assert quickstart.parsed([]).optimizer.lr_wsd_decay_iters == 320 // 5, "as the config by itself"
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("args", [[], ["--measure"]])
 def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypatch, tmp_path, args):
     commands = []
