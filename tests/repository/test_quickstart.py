@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,14 @@ def test_every_run_decays_over_the_same_share(quickstart):
 @pytest.mark.parametrize("args", [[], ["--measure"]])
 def test_the_sensitivity_is_measured_first_on_request_alone(quickstart, monkeypatch, tmp_path, args):
     commands = []
-    monkeypatch.setattr(quickstart, "run_step", lambda title, command: commands.append(command))
+
+    def run_step(title, command):
+        commands.append(command)
+        if "sensitivity" in command:
+            (tmp_path / "out" / "sensitivity").mkdir()
+            shutil.copy(quickstart.ROOT / quickstart.SENSITIVITY, tmp_path / "out" / "sensitivity" / "sensitivity.json")
+
+    monkeypatch.setattr(quickstart, "run_step", run_step)
     text = tmp_path / "text.txt"
     text.write_text("text")
     out = tmp_path / "out"
