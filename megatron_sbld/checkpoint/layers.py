@@ -40,7 +40,7 @@ class LayerMap:
         if len(layers) != len(begun):
             raise ValueError(
                 f"drop.stages begin with {len(layers)} layers, {sorted(layers)}, but the checkpoint has {len(begun)}: "
-                "the first stage must have as many"
+                "the first stage must have as many (each pipeline rank runs at least one layer of it)"
             )
         return cls(dict(zip(sorted(layers), sorted(begun), strict=True)), num_saved)
 
