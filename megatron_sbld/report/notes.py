@@ -71,8 +71,11 @@ def group_notes(
     return notes
 
 
-def evaluation_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
-    """Footnotes on a row's evaluations: where they are of different iterations, or some runs have none."""
+def evaluation_notes(group: RunGroup, baseline: RunGroup, flops_change: float | None = None) -> list[str]:
+    """Footnotes on a row's evaluations: where they are of different iterations, or some runs have none.
+
+    Different iterations compare where they are the last ones of runs of equal FLOPs.
+    """
     ours, theirs = evaluated_iterations(group), evaluated_iterations(baseline)
     if not ours:
         return []
@@ -85,7 +88,9 @@ def evaluation_notes(group: RunGroup, baseline: RunGroup) -> list[str]:
             f"{group.label}: its runs were last evaluated at iterations {_and(sorted(ours))}: their means do not "
             "compare."
         )
-    if theirs and ours != theirs:
+    ends = [{run.last_iteration for run in runs.runs} for runs in (group, baseline)]
+    at_equal_compute = [ours, theirs] == ends and flops_change is not None and abs(flops_change) <= _EQUAL_FLOPS
+    if theirs and ours != theirs and not at_equal_compute:
         notes.append(
             f"{group.label} was last evaluated at iteration {_and(sorted(ours))}, {baseline.label} at "
             f"{_and(sorted(theirs))}: their evaluations do not compare."

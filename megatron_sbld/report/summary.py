@@ -151,7 +151,9 @@ def summarise(groups: Sequence[RunGroup], baseline: RunGroup, realised: bool = T
             for run, time, compute in zip(group.runs, times, flops, strict=True)
         ]
         row = _summarise_group(group, baseline, figures, reference, paired, series)
-        notes += group_notes(group, baseline, paired, row.flops_change) + evaluation_notes(group, baseline)
+        notes += group_notes(group, baseline, paired, row.flops_change) + evaluation_notes(
+            group, baseline, row.flops_change
+        )
         compared = [run.time_to_baseline_loss for run in _compared(figures, paired)]
         reached = [time for time in compared if time is not None]
         if 0 < len(reached) < len(compared):
