@@ -71,7 +71,8 @@ def asked_for(request: pytest.FixtureRequest) -> Callable[..., frozenset[str]]:
         functions = {test.__name__ for test in tests}
         mine = [item for item in request.session.items if getattr(item, "module", None) is request.module]
         asked = [item for item in mine if item.originalname in functions]
-        return frozenset(item.callspec.params.get("name", item.name) for item in asked)
+        given = [(item, getattr(item, "callspec", None)) for item in asked]
+        return frozenset(item.name if case is None else case.params.get("name", item.name) for item, case in given)
 
     return find
 

@@ -93,7 +93,7 @@ def test_data_that_cannot_be_asked_are_refused_before_training(folder: Path, cor
     cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         f"data.lambada_path = '{broken}'": ({"lambada_path": str(broken)}, {}),
         "data.perplexity_path = 'nowhere'": ({"perplexity_path": "nowhere"}, {}),
-        "training.task_interval = 5: needs data.lambada_path": ({}, {"task_interval": 5}),
+        "training.task_interval = 5 does not work with data.lambada_path = None": ({}, {"task_interval": 5}),
         "training.task_interval": ({"lambada_path": str(passages)}, {"task_interval": -1}),
     }
     for message, (data, training) in cases.items():
