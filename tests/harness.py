@@ -171,6 +171,7 @@ def model_parallel(
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
@@ -187,6 +188,8 @@ def model_parallel(
     finally:
         parallel_state.destroy_model_parallel()
         _destroy_subgroups()
+        # Of the class: kept from a test with another loss scale, it has a shape that the next test's does not fit.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def _destroy_subgroups() -> None:
