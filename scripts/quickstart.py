@@ -131,13 +131,13 @@ def iterations_at_equal_compute(options: list[str], iters: int | None) -> int:
     total = undropped.training.train_iters
     if options == RUNS["undropped"]:
         return total
-    whole = executed_flops(undropped.model, VOCAB_SIZE, 1, undropped.model.num_layers)
-    length = total
-    for _ in range(20):  # what is dropped may depend on the length
-        drop = parsed(options).drop
-        policy = build_policy(drop, undropped.model.num_layers, length, base_dir=ROOT)
-        kept = mean_keep_prob(policy, range(1, length + 1)) * undropped.model.num_layers
-        length = round(total * whole / executed_flops(undropped.model, VOCAB_SIZE, 1, kept))
+    model, drop = undropped.model, parsed(options).drop
+    whole = executed_flops(model, VOCAB_SIZE, 1, model.num_layers)
+    length, before = total, 0
+    while abs(length - before) > 1:  # what is dropped may depend on the length; it may go on between neighbours
+        policy = build_policy(drop, model.num_layers, length, base_dir=ROOT)
+        kept = mean_keep_prob(policy, range(1, length + 1)) * model.num_layers
+        length, before = round(total * whole / executed_flops(model, VOCAB_SIZE, 1, kept)), length
     return length
 
 
