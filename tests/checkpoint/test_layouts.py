@@ -37,7 +37,6 @@ QUICK = (
     "distributed, bf16, fully_reshardable, both overlaps",
     "distributed, fp16 before its first step",
     "interleaved",
-    "in the background",
 )
 
 

@@ -133,11 +133,10 @@ QUICK = (
     "both overlaps, microbatch",
     "TP 2 with sequence parallelism",
     "PP 2 interleaved, full recomputation, microbatch",
-    "DP 2, overlapped reduction, extreme",
     "DP 2, both overlaps, extreme",
 )
 QUICK_EVALUATED = ("DP 2, both overlaps, bucket of a parameter",)
-QUICK_KEPT_ALL = ("PP 2 interleaved, full recomputation, microbatch", "DP 2, both overlaps")
+QUICK_KEPT_ALL = ("DP 2, both overlaps",)
 FOUR_PROCESSES = {
     "TP 2 x PP 2": Case(tp=2, pp=2),
     "TP 2 x PP 2, microbatch": Case(tp=2, pp=2, scope="microbatch"),
