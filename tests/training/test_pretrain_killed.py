@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_on_the_way_is_no_mistake_in_the_config(folder: Path
     sections: dict[str, Any] = {
         "training": {"train_iters": 100},
         "data": {"train_data_path": [f"{corpus}_train"], "data_cache_path": str(folder / "cache")},
-        "logging": {"tensorboard": False, "progress": "off"},
+        "logging": {"tensorboard": False, "progress": "none"},
     }
     assert run_here(tiny_run(folder / "room", corpus, **sections)) == 0, "data caches are made"
     needed = (folder / "room" / "metrics.jsonl").stat().st_size
