@@ -178,7 +178,8 @@ class DropController:
             replica = self.replica if self.replicas == "distinct" else 0
             sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
         self.growth.end_iteration(self._ran)
-        self.growth.let_begin(self.policy.begun_layers(iteration))
+        if self.policy.stages is not None:
+            self.growth.let_begin(self.policy.begun_layers(iteration))
         # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
         self.begun += 1
         self.iteration = iteration

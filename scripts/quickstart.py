@@ -133,11 +133,11 @@ def iterations_at_equal_compute(options: list[str], iters: int | None) -> int:
         return total
     model, drop = undropped.model, parsed(options).drop
     whole = executed_flops(model, VOCAB_SIZE, 1, model.num_layers)
-    length, before = total, 0
-    while abs(length - before) > 1:  # what is dropped may depend on the length; it may go on between neighbours
+    length = total
+    for _ in range(5):  # what is dropped may depend on the length, but hardly
         policy = build_policy(drop, model.num_layers, length, base_dir=ROOT)
         kept = mean_keep_prob(policy, range(1, length + 1)) * model.num_layers
-        length, before = round(total * whole / executed_flops(model, VOCAB_SIZE, 1, kept)), length
+        length = round(total * whole / executed_flops(model, VOCAB_SIZE, 1, kept))
     return length
 
 

@@ -16,28 +16,19 @@ from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.in_force import (
     SCHEDULED_POLICIES,
     changed_fields,
-    dropped_update,
+    drop_settings,
     named_as_fields,
     stages_by_sensitivity,
     updates_sensitivity,
 )
-from megatron_sbld.method.policy import (
-    FullDepthPolicy,
-    Policy,
-    SBLDPolicy,
-    StagedPolicy,
-)
-from megatron_sbld.method.schedule import (
-    Constant,
-)
+from megatron_sbld.method.policy import FullDepthPolicy, Policy, SBLDPolicy, StagedPolicy
 from megatron_sbld.method.stages import Stages
 from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.sensitivity.file import SensitivityFile
 from megatron_sbld.sensitivity.lists import choose_lists
 
-LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
-
-
+_LIST_FIELDS = {"block_layers", "block_fraction", "allow_layers", "allow_fraction"}
+# Settings that change what leaving a layer out costs, so that gaps measured with another one may rank differently.
 _MEASURED_FIELDS = ("decision_scope", "granularity", "residual_scale", "dropped_update")
 
 
@@ -58,7 +49,7 @@ def build_policy(
     validate_drop(config, num_layers, train_iters)
     if config.policy == "none":
         return FullDepthPolicy(num_layers)
-    schedule = build_schedule(config, train_iters) if config.policy != "staged" else Constant(1.0)
+    schedule = build_schedule(config, train_iters)
     common: dict[str, Any] = {
         "residual_scale": config.residual_scale,
         "recovery_fraction": config.recovery_fraction,
@@ -144,10 +135,8 @@ def _load_sensitivity(config: DropConfig, num_layers: int, base_dir: str | os.Pa
 
 
 def _warn_of_other_settings(config: DropConfig, measured: SensitivityFile) -> None:
-    ours = {name: getattr(config, name) for name in _MEASURED_FIELDS}
-    # None stands for the policy's own.
-    ours["residual_scale"] = ours["residual_scale"] or SBLDPolicy.default_residual_scale
-    ours["dropped_update"] = dropped_update(config)
+    in_force = drop_settings(config)
+    ours = {name: in_force[name] for name in _MEASURED_FIELDS}
     for name, value in measured.measured_otherwise(ours).items():
         warnings.warn(
             f"{config.sensitivity} was measured with {name} {value}, but drop.{name} is {ours[name]}: its gaps may "
@@ -164,7 +153,7 @@ def _choose_layers(config: DropConfig, measured: SensitivityFile) -> tuple[set[i
         0.0 if config.block_layers is not None else config.block_fraction,
         0.0 if config.allow_layers is not None else config.allow_fraction,
     )
-    lists_are_default = not changed_fields(config) & LIST_FIELDS
+    lists_are_default = not changed_fields(config) & _LIST_FIELDS
     if lists_are_default and by_rule != (measured.block, measured.allow):
         warnings.warn(
             f"the lists in {config.sensitivity} (block {list(measured.block)}, allow {list(measured.allow)}) are not "

@@ -18,8 +18,6 @@ from megatron_sbld.method.schedule import (
 )
 
 _DEFAULT_PEAK_FRACTION = 0.1
-
-
 _PLD_DECAYS = 100.0
 
 
@@ -28,6 +26,8 @@ def build_schedule(config: DropConfig, train_iters: int) -> Schedule:
 
     Raises ValueError naming the field.
     """
+    if config.policy == "staged":  # the gate alone
+        return Constant(1.0)
     name = schedule_name(config)
     duration = train_iters if config.duration is None else config.duration
     with named_as_fields():

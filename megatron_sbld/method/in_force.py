@@ -18,15 +18,13 @@ from megatron_sbld.method.policy import (
     StochasticDepthPolicy,
 )
 
-_POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
+POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "sbld": "pwegd",
     "pld": "exponential",
     "layerdrop": "constant",
     "stochastic_depth": "constant",
 }
 """What schedule: null stands for."""
-
-
 SCHEDULED_POLICIES: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
     "pld": PLDPolicy,
     "layerdrop": LayerDropPolicy,
@@ -79,7 +77,7 @@ def uses_theta(config: DropConfig) -> bool:
 
 
 def schedule_name(config: DropConfig) -> ScheduleName:
-    return config.schedule or _POLICY_SCHEDULES.get(config.policy, "constant")
+    return config.schedule or POLICY_SCHEDULES.get(config.policy, "constant")
 
 
 def changed_fields(config: DropConfig) -> set[str]:

@@ -21,7 +21,7 @@ from megatron_sbld.method.choices import ScheduleName
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, fields_of
 from megatron_sbld.method.in_force import (
-    _POLICY_SCHEDULES,
+    POLICY_SCHEDULES,
     changed_fields,
     drop_settings,
     named_as_fields,
@@ -31,13 +31,8 @@ from megatron_sbld.method.in_force import (
     unused_fields,
     updates_sensitivity,
 )
-from megatron_sbld.method.policy import (
-    FullDepthPolicy,
-    SBLDPolicy,
-)
-from megatron_sbld.method.schedule import (
-    Constant,
-)
+from megatron_sbld.method.policy import FullDepthPolicy, SBLDPolicy
+from megatron_sbld.method.schedule import Constant
 from megatron_sbld.method.stages import Stages
 from megatron_sbld.sensitivity.lists import layers_of_fraction
 
@@ -64,7 +59,7 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
         return
     refuse_combinations(drop_settings(config), "drop.{}".format)
     changed = changed_fields(config)
-    _check_stages(config, num_layers, num_stages)
+    _check_balanced(config, num_layers, num_stages)
     _check_schedule_fields(config, changed)
     for first, second in _EXCLUSIVE_FIELDS:
         if {first, second} <= changed:
@@ -72,8 +67,7 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
                 f"drop.{first} = {getattr(config, first)} and drop.{second} = {getattr(config, second)} exclude each "
                 "other: set one of them"
             )
-    if config.policy != "staged":
-        build_schedule(config, train_iters)
+    build_schedule(config, train_iters)
     _check_growth(config, num_layers, train_iters)
     with named_as_fields():
         check_layers("keep_layers", config.keep_layers or (), num_layers)
@@ -110,16 +104,12 @@ def _check_growth(config: DropConfig, num_layers: int, train_iters: int) -> None
         FullDepthPolicy(num_layers, recovery_fraction=config.recovery_fraction, train_iters=train_iters, stages=stages)
 
 
-def _check_stages(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
-    if config.balance_stages is not None and num_layers % config.balance_stages:
-        raise ValueError(
-            f"drop.balance_stages = {config.balance_stages} is not allowed: it must divide the {num_layers} layers"
-        )
-    if config.sampler == "balanced":
-        name = "pipeline stages" if config.balance_stages is None else "drop.balance_stages"
-        stages = num_stages if config.balance_stages is None else config.balance_stages
-        if stages is not None and num_layers % stages:
-            raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
+def _check_balanced(config: DropConfig, num_layers: int, num_stages: int | None) -> None:
+    name, stages = "drop.balance_stages", config.balance_stages
+    if stages is None and config.sampler == "balanced":
+        name, stages = "pipeline stages", num_stages
+    if stages is not None and num_layers % stages:
+        raise ValueError(f"{name} = {stages} is not allowed: it must divide the {num_layers} layers")
 
 
 def _check_schedule_fields(config: DropConfig, changed: set[str]) -> None:
@@ -127,7 +117,7 @@ def _check_schedule_fields(config: DropConfig, changed: set[str]) -> None:
     name = schedule_name(config)
     useful = fields_of(name)
     if config.schedule is None:
-        useful = useful.union(*(fields_of(own) for own in _POLICY_SCHEDULES.values()))
+        useful = useful.union(*(fields_of(own) for own in POLICY_SCHEDULES.values()))
     for field in sorted(changed & schedule_fields() - useful):
         owners = " or ".join(owner for owner in get_args(ScheduleName) if field in fields_of(owner))
         raise ValueError(

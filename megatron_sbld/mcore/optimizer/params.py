@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -63,11 +63,9 @@ def read_layer(layer: torch.nn.Module, optimizer: MegatronOptimizer, *, moments:
     Collective over the replicas that share the optimizer's state; parameters must have been gathered.
     """
     values = []
-    for param in layer.parameters():
+    for param, shares in _shares_of(layer, optimizer, moments):
         values.append(param.detach().reshape(-1).clone())
-        for part in optimizer_parts(optimizer):
-            if param in set(held_params(part)):
-                values += [_whole(part, param, tensor) for tensor in _held(part, param, moments)]
+        values += [_whole(part, param, share) for part, share in shares]
     return values + [buffer.detach().reshape(-1).clone() for buffer in layer.buffers()]
 
 
@@ -77,25 +75,33 @@ def write_layer(
 ) -> None:
     """Give a layer what `read_layer` read of another one of its shapes."""
     remaining = iter(values)
-    for param in layer.parameters():
+    for param, shares in _shares_of(layer, optimizer, moments):
         param.copy_(next(remaining).view(param.shape))
-        for part in optimizer_parts(optimizer):
-            if param in set(held_params(part)):
-                for tensor in _held(part, param, moments):
-                    value = next(remaining)
-                    if tensor is not None:
-                        tensor.copy_(value[_range(part, param)].view(tensor.shape))
+        for part, share in shares:
+            value = next(remaining)
+            if share is not None:
+                share.copy_(value[_range(part, param)].view(share.shape))
     for buffer in layer.buffers():
         buffer.copy_(next(remaining).view(buffer.shape))
 
 
-def _held(part: MegatronOptimizer, param: torch.Tensor, moments: bool) -> list[torch.Tensor | None]:
-    """This rank's share of the optimizer's copy, and of the moments; None where it has none."""
-    inner = held_tensors(part).get(param)
+def _shares_of(
+    layer: torch.nn.Module, optimizer: MegatronOptimizer, moments: bool
+) -> Iterator[tuple[torch.nn.Parameter, list[tuple[MegatronOptimizer, torch.Tensor | None]]]]:
+    """Each parameter with this rank's share of the optimizer's copy, and of the moments; None where it has none."""
+    parts = [(part, set(held_params(part)), held_tensors(part)) for part in optimizer_parts(optimizer)]
     names = _MOMENTS if moments else ()
-    if inner is None:
-        return [None] * (1 + len(names))
-    return [inner.detach(), *(part.optimizer.state[inner][name] for name in names)]
+    for param in layer.parameters():
+        shares: list[tuple[MegatronOptimizer, torch.Tensor | None]] = []
+        for part, stepped, held in parts:
+            if param not in stepped:
+                continue
+            inner = held.get(param)
+            if inner is None:
+                shares += [(part, None)] * (1 + len(names))
+            else:
+                shares += [(part, inner.detach()), *((part, part.optimizer.state[inner][name]) for name in names)]
+        yield param, shares
 
 
 def _whole(part: MegatronOptimizer, param: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.schedule import Constant
-from tests.mcore.helpers import GLOBAL_MICROBATCHES, forward_backward, global_name
+from tests.mcore.helpers import GLOBAL_MICROBATCHES, forward_backward, global_name, mean_loss
 
 State = dict[str, torch.Tensor]
 
@@ -51,6 +51,27 @@ def step(
         controller.begin_iteration(iteration, num_microbatches)
     forward_backward(models, iteration, num_microbatches)
     return optimizer.step()
+
+
+def iterate(
+    models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, controller: Any, iteration: int
+) -> tuple[float, float]:
+    """One iteration in training mode: its mean loss, and the gradients' norm."""
+    num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
+    for model in models:
+        model.train()
+        model.zero_grad_buffer()
+    optimizer.zero_grad()
+    controller.begin_iteration(iteration, num_microbatches)
+    loss = mean_loss(forward_backward(models, iteration, num_microbatches))
+    return loss, float(optimizer.step()[1])
+
+
+def finish_gathers(models: Sequence[DistributedDataParallel]) -> None:
+    """Wait for the parameters that are still under way."""
+    for model in models:
+        if model.use_forward_hook:
+            model.disable_forward_pre_hook()
 
 
 def states(models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, State]:

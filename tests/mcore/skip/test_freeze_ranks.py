@@ -13,22 +13,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import freeze_dropped_layers, make_switchable
 from tests.harness import model_parallel, single_process
 from tests.mcore.helpers import (
-    GLOBAL_MICROBATCHES,
     build_optimizer,
-    forward_backward,
-    mean_loss,
     tiny_config,
     tiny_gpt,
     wrap_ddp,
 )
-from tests.mcore.skip.freeze_helpers import Patterns, State, assert_frozen, layer_of, states, steps
+from tests.mcore.skip.freeze_helpers import (
+    Patterns,
+    State,
+    assert_frozen,
+    finish_gathers,
+    iterate,
+    layer_of,
+    states,
+    steps,
+)
 from tests.training.trainer_helpers import (
     BOTH_OVERLAPS,
     HALF,
@@ -91,25 +96,18 @@ def run_case(case: Case) -> tuple[list[float], list[float]]:
         optimizer = build_optimizer(models, weight_decay=0.1, lr=1e-2)
         if case.freeze:
             freeze_dropped_layers(models, optimizer)
-        num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
         found: tuple[list[float], list[float]] = ([], [])
         first, before = states(models, optimizer), states(models, optimizer)
         for iteration in range(1, ITERATIONS + 1):
-            for model in models:
-                model.train()
-                model.zero_grad_buffer()
-            optimizer.zero_grad()
-            controller.begin_iteration(iteration, num_microbatches)
-            found[0].append(mean_loss(forward_backward(models, iteration, num_microbatches)))
-            found[1].append(float(optimizer.step()[1]))
+            loss, grad_norm = iterate(models, optimizer, controller, iteration)
+            found[0].append(loss)
+            found[1].append(grad_norm)
             after = states(models, optimizer)
             if case.freeze:
                 check_step(before, after, controller, gathers_later=case.ddp.get("overlap_param_gather", False))
                 assert steps(after) == {iteration}
             before = after
-        for model in models:
-            if model.use_forward_hook:
-                model.disable_forward_pre_hook()  # finishes the gathers
+        finish_gathers(models)
         if case.freeze:
             last = states(models, optimizer)
             assert_frozen(only(first, {4}), only(last, {4}), {4})

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from megatron.core import parallel_state
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import grow_in_stages, make_switchable
@@ -14,14 +13,12 @@ from megatron_sbld.method.policy import LayerDropPolicy, Policy, StagedPolicy
 from megatron_sbld.method.schedule import Constant
 from tests.harness import model_parallel, run_distributed, single_process
 from tests.mcore.helpers import (
-    GLOBAL_MICROBATCHES,
     build_optimizer,
-    forward_backward,
-    mean_loss,
     tiny_config,
     tiny_gpt,
     wrap_ddp,
 )
+from tests.mcore.skip.freeze_helpers import finish_gathers, iterate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LAYERS, ITERATIONS = 4, 8
@@ -71,19 +68,12 @@ def run_case(case: Case, policy_name: str, init: Any, ranks: list[list[int]]) ->
         make_switchable(models, controller)
         optimizer = build_optimizer(models, weight_decay=0.1, lr=1e-2)
         grow_in_stages(models, optimizer, controller, init, copy_moments=init == "copy")
-        num_microbatches = GLOBAL_MICROBATCHES // parallel_state.get_data_parallel_world_size()
         found: tuple[list[float], list[float]] = ([], [])
         for iteration in range(1, ITERATIONS + 1):
-            for model in models:
-                model.train()
-                model.zero_grad_buffer()
-            optimizer.zero_grad()
-            controller.begin_iteration(iteration, num_microbatches)
-            found[0].append(mean_loss(forward_backward(models, iteration, num_microbatches)))
-            found[1].append(float(optimizer.step()[1]))
-        for model in models:
-            if model.use_forward_hook:
-                model.disable_forward_pre_hook()  # finishes the gathers
+            loss, grad_norm = iterate(models, optimizer, controller, iteration)
+            found[0].append(loss)
+            found[1].append(grad_norm)
+        finish_gathers(models)
         return found
 
 
