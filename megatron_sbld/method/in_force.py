@@ -6,17 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from megatron_sbld.method import policy
 from megatron_sbld.method.choices import DroppedUpdate, PolicyName, ResidualScale, ScheduleName
 from megatron_sbld.method.config import DropConfig, default_of, drop_field_names, fields_of
 from megatron_sbld.method.decisions import replicas_run_alike
-from megatron_sbld.method.policy import (
-    LayerDropPolicy,
-    PLDPolicy,
-    Policy,
-    SBLDPolicy,
-    StagedPolicy,
-    StochasticDepthPolicy,
-)
 
 POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "sbld": "pwegd",
@@ -25,13 +18,17 @@ POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "stochastic_depth": "constant",
 }
 """What schedule: null stands for."""
-SCHEDULED_POLICIES: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
-    "pld": PLDPolicy,
-    "layerdrop": LayerDropPolicy,
-    "stochastic_depth": StochasticDepthPolicy,
+SCHEDULED_POLICIES: dict[PolicyName, type[policy.PLDPolicy | policy.LayerDropPolicy | policy.StochasticDepthPolicy]] = {
+    "pld": policy.PLDPolicy,
+    "layerdrop": policy.LayerDropPolicy,
+    "stochastic_depth": policy.StochasticDepthPolicy,
 }
 """Those that need a schedule alone."""
-_CLASSES: dict[PolicyName, type[Policy]] = {**SCHEDULED_POLICIES, "sbld": SBLDPolicy, "staged": StagedPolicy}
+_CLASSES: dict[PolicyName, type[policy.Policy]] = {
+    **SCHEDULED_POLICIES,
+    "sbld": policy.SBLDPolicy,
+    "staged": policy.StagedPolicy,
+}
 
 
 def drop_settings(config: DropConfig) -> dict[str, Any]:
