@@ -87,7 +87,7 @@ def unused_fields(config: DropConfig) -> set[str]:
     unused = schedule_fields() - fields_of(schedule_name(config))
     if not updates_sensitivity(config):
         unused |= fields_of("dynamic")
-    unused |= frozenset().union(*(fields_of(policy) for policy in get_args(PolicyName) if policy != config.policy))
+    unused |= frozenset().union(*(fields_of(name) for name in get_args(PolicyName) if name != config.policy))
     if config.stages is None:
         unused |= fields_of("stages")
     if config.policy == "staged":
