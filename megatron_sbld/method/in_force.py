@@ -82,6 +82,11 @@ def changed_fields(config: DropConfig) -> set[str]:
     return {name for name in drop_field_names() if getattr(config, name) != default_of(name)}
 
 
+def stage_warmup_iters(config: DropConfig, train_iters: int) -> int:
+    """Over how many iterations the learning rate rises again once layers have begun; at least one."""
+    return max(1, round(config.stage_warmup * train_iters))
+
+
 def unused_fields(config: DropConfig) -> set[str]:
     """Fields of other policies and schedules than the section's."""
     unused = schedule_fields() - fields_of(schedule_name(config))
