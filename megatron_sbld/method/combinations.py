@@ -54,6 +54,10 @@ def _distinct_layers(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"replicas": "distinct", **settings, "granularity": "layer"}
 
 
+def _keeps_stepping(value: Any) -> bool:
+    return value not in (None, "adam", "sgd")
+
+
 COMBINATIONS = (
     Combination(
         _distinct_layers({"sampler": "bernoulli"}),
@@ -110,6 +114,27 @@ COMBINATIONS = (
         "it reports one loss an iteration",
         "set {decision_scope} iteration",
         program="Megatron-LM",
+    ),
+    Combination(
+        {"policy": other_than("none"), "optimizer": _keeps_stepping},
+        "a dropped layer's gradient is zero, and its momentum would still move it by a whole step",
+        "set {optimizer} adam or sgd",
+    ),
+    Combination(
+        {"policy": other_than("none"), "use_layer_wise_distributed_optimizer": True},
+        "nobody has shown that its ranks step and gather what a drop leaves alone",
+        "switch {use_layer_wise_distributed_optimizer} off",
+    ),
+    *(
+        Combination(
+            {**frozen, "optimizer_cuda_graph": True},
+            "a captured step would freeze the layers that it was captured with",
+            instead,
+        )
+        for frozen, instead in (
+            ({"dropped_update": "freeze"}, "set {dropped_update} apply, or switch {optimizer_cuda_graph} off"),
+            ({"stages": given}, "leave {stages} out, or switch {optimizer_cuda_graph} off"),
+        )
     ),
     Combination(
         {"depth": other_than("uniform"), "policy": other_than("layerdrop")},
