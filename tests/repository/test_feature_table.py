@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "megatron_features.md"
 VERSIONS = ("0.16", "0.17", "0.18", "0.19")
-STATUSES = {"tested", "read", "GPU only", "refused", "–"}
+STATUSES = {"tested", "read", "GPU only", "refused", "-"}
 Row = tuple[str, frozenset[str], str]
 REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::([^`]+)`")
 
@@ -29,7 +29,7 @@ def table() -> list[tuple[str, ...]]:
 
 def rows() -> list[Row]:
     """(switch, its status in the versions, evidence) of every row."""
-    return [(switch, frozenset(statuses) - {"–"}, evidence) for switch, *statuses, evidence in table()]
+    return [(switch, frozenset(statuses) - {"-"}, evidence) for switch, *statuses, evidence in table()]
 
 
 @functools.cache
