@@ -218,7 +218,7 @@ def wrap_in_ddp(
 
 
 def _param_layout(ddp_config: DistributedDataParallelConfig, chunk: torch.nn.Module, disable_bucketing: bool) -> Any:
-    """As megatron/training/training.py lays them out; DDP itself sets bucket_size so, but later."""
+    """As Megatron-LM lays them out before it wraps a chunk; DDP itself sets bucket_size so, but later."""
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     bucket_size = None
     first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
