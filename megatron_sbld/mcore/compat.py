@@ -26,6 +26,10 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_sbld.files.pickled_paths import read_paths_of_python_3_13
+
+read_paths_of_python_3_13()
+
 
 class Support(NamedTuple):
     """What of this package works with a version of megatron-core, and how that is known."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
+import pickle
 import shutil
 import sys
 import types
@@ -68,6 +70,24 @@ def test_weights_are_loaded_from_either_layout(saved: Saved, tmp_path: Path, lay
         found = other.weights()
     assert found.keys() == saved.weights.keys()
     assert all(torch.equal(found[name], weight) for name, weight in saved.weights.items())
+
+
+def test_the_table_of_contents_names_no_class_of_one_python_alone(saved: Saved) -> None:
+    assert b"pathlib" not in (saved.path / ".metadata").read_bytes()
+
+
+def test_a_checkpoint_that_another_program_wrote_on_python_3_13_is_read(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved.copy(tmp_path, "common.pt")
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.storage_meta.checkpoint_id = path
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pathlib._local", pathlib)
+        patch.setattr(type(path), "__module__", "pathlib._local")
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert b"pathlib._local" in (path / ".metadata").read_bytes()
+    assert saved_depth(path) == 4
 
 
 def test_a_checkpoint_without_what_ranks_share_is_refused_by_name(saved: Saved, tmp_path: Path) -> None:
