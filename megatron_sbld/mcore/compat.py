@@ -26,6 +26,10 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_sbld.files.pickled_paths import read_paths_of_python_3_13
+
+read_paths_of_python_3_13()
+
 
 class Support(NamedTuple):
     """What of this package works with a version of megatron-core, and how that is known."""
@@ -218,7 +222,7 @@ def wrap_in_ddp(
 
 
 def _param_layout(ddp_config: DistributedDataParallelConfig, chunk: torch.nn.Module, disable_bucketing: bool) -> Any:
-    """As megatron/training/training.py lays them out; DDP itself sets bucket_size so, but later."""
+    """As Megatron-LM lays them out before it wraps a chunk; DDP itself sets bucket_size so, but later."""
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     bucket_size = None
     first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
