@@ -68,7 +68,6 @@ def one_process() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(request: pytest.FixtureRequest, name: str) -> None:
     needs(*NEEDS[name])
