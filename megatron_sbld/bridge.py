@@ -95,8 +95,12 @@ class LayerDropping:
         drops = self._in_force()
         self.attach(context.optimizer, context.scheduler)
         step = context.state.train_state.step
-        if step > 0 and drops.drops and not drops.has_loaded:
-            self._goes_on_without_state(step)
+        if not drops.check_resumed(step) and dist.get_rank() == 0:
+            logger.warning(
+                "the run goes on after iteration %s without the drop state of its checkpoint: checkpoint.load_optim is "
+                "off, or checkpoint.custom_manager_class = %r is not %r",
+                *(step, self._cfg.checkpoint.custom_manager_class, _MANAGER),
+            )
 
     def on_train_step_start(self, context: Any) -> None:
         """Decide for the iteration, on every rank."""
@@ -148,17 +152,6 @@ class LayerDropping:
                 "after the last change of cfg.model, and give `pretrain` the same cfg"
             )
         return self._drops
-
-    def _goes_on_without_state(self, step: int) -> None:
-        cause = (
-            f"the run goes on after iteration {step} without a drop state: its checkpoint has none, or checkpoint."
-            f"load_optim is off, or checkpoint.custom_manager_class is {self._cfg.checkpoint.custom_manager_class} now"
-        )
-        assert self._drops is not None, "asked for by _in_force"
-        if self._drops.drop.stages is not None:
-            raise ValueError(f"{cause}; drop.stages need it, to know which layers have begun: leave drop.stages out")
-        if dist.get_rank() == 0:
-            logger.warning("%s", cause)
 
 
 class CheckpointManager:

@@ -49,8 +49,7 @@ class AttachedDrops:
             num_samples=micro_batch_size if drop.granularity == "sample" else None,
             replicas="shared" if drop.policy == "none" else drop.replicas,
         )
-        self.has_loaded = False
-        """Whether a state was taken over."""
+        self._has_loaded = False  # the scheduler's state, of a run with layer dropping or without
         self._observer = LossObserver(drop, self.controller) if updates_sensitivity(drop) else None
         self._layers: list[int] = []
         self._chunks: list[torch.nn.Module] = []
@@ -90,6 +89,21 @@ class AttachedDrops:
             self._load_state_dict(state.get(CHECKPOINT_KEY))
 
         scheduler.load_state_dict = load
+
+    def check_resumed(self, iteration: int) -> bool:
+        """Whether a run that goes on after `iteration` (0: it begins) knows its state; call it before the next one.
+
+        Raises:
+            ValueError: it does not, and has stages: nobody knows which layers have begun.
+        """
+        lost = iteration > 0 and self.drops and not self._has_loaded
+        if lost and self.drop.stages is not None:
+            raise ValueError(
+                f"drop.stages = {self.drop.stages} is not allowed: the run goes on after iteration {iteration}, and "
+                "which layers have begun is in the parameter scheduler's state, which was not loaded; load it, or "
+                "leave drop.stages out"
+            )
+        return not lost
 
     def begin(self, iteration: int, num_microbatches: int) -> str:
         """Decide for an iteration, before its step, on every rank. Returns a line if layers begin in it, or ''."""
@@ -132,12 +146,15 @@ class AttachedDrops:
         return {"drop": self.controller.state_dict(), "sensitivity": sensitivity}
 
     def _load_state_dict(self, state: dict[str, Any] | None) -> None:
-        if state is None:  # a checkpoint of a run without layer dropping
-            return
-        self.has_loaded = True
-        differences = self.controller.load_state_dict(state["drop"])
-        if self._observer is not None and state["sensitivity"] is not None:
-            differences += self._observer.load_state_dict(state["sensitivity"])
+        self._has_loaded = True
+        controller = self.controller
+        if state is None:  # a checkpoint of a run without layer dropping, in which every layer has begun
+            controller.policy, line = controller.growth.load_state_dict(None, controller.policy, next_iteration=1)
+            differences = [line] * bool(line)
+        else:
+            differences = controller.load_state_dict(state["drop"])
+            if self._observer is not None and state["sensitivity"] is not None:
+                differences += self._observer.load_state_dict(state["sensitivity"])
         if dist.get_rank() == 0:
             for difference in differences:
                 logger.warning("%s", difference)

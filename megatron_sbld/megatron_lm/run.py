@@ -58,6 +58,9 @@ class LayerDropping:
     def train_step(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """An iteration: decisions on every rank, the stock step, and what its loss says of the layers."""
         began = time.perf_counter()
+        if not self.controller.begun:
+            with named_as_arguments():
+                self._drops.check_resumed(getattr(self._args, "iteration", 0))  # that of the checkpoint
         growth = self._drops.begin(self._args.curr_iteration + 1, get_num_microbatches())
         if growth:
             self._scalars.note_growth(growth)

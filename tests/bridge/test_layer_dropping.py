@@ -80,7 +80,8 @@ class DefaultCheckpointManager:
         for chunk, state in zip(ctx.model, saved["model"], strict=True):
             chunk.load_state_dict(state)
         ctx.optimizer.load_state_dict(saved["optimizer"])
-        ctx.opt_param_scheduler.load_state_dict(saved["opt_param_scheduler"])
+        if "opt_param_scheduler" in saved:
+            ctx.opt_param_scheduler.load_state_dict(saved["opt_param_scheduler"])
         ctx.state.train_state.step = saved["step"]
         return saved["step"], 0
 
@@ -283,16 +284,37 @@ def test_a_stock_scheduler_passes_over_the_drop_state() -> None:
     assert stock.state_dict() == {name: value for name, value in state.items() if name != CHECKPOINT_KEY}
 
 
-def test_a_checkpoint_without_a_drop_state_is_told_and_refused_for_stages(caplog: pytest.LogCaptureFixture) -> None:
+def saved_after_one_step(**drop: Any) -> dict[str, Any]:
+    """The files of a run of one iteration."""
     files: dict[str, Any] = {}
-    run = started(files, policy="none")
+    run = started(files, **drop)
     run.step()
     run.save()
+    return files
+
+
+def test_every_layer_has_begun_in_a_checkpoint_of_a_run_without_layer_dropping(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    files = saved_after_one_step(policy="none")
     assert CHECKPOINT_KEY not in files["saved"]["opt_param_scheduler"]
+    started(files, load=True, **HALF).step()
+    with caplog.at_level(logging.WARNING):
+        run = started(files, load=True, **STAGED)
+    assert "drop stages: no effect, every layer had begun when saved" in caplog.text
+    before = states(run.model, run.optimizer)
+    run.callback.on_train_step_start(run._context())
+    after = states(run.model, run.optimizer)
+    assert all(torch.equal(after[name]["weight"], state["weight"]) for name, state in before.items()), "not copied over"
+
+
+def test_a_state_that_was_not_loaded_is_told_and_refused_for_stages(caplog: pytest.LogCaptureFixture) -> None:
+    files = saved_after_one_step(**HALF)
+    del files["saved"]["opt_param_scheduler"]  # load_optim: false
     with caplog.at_level(logging.WARNING):
         started(files, load=True, **HALF).step()
-    assert "goes on after iteration 1 without a drop state" in caplog.text
-    with pytest.raises(ValueError, match=r"without a drop state.*drop\.stages need it"):
+    assert "goes on after iteration 1 without the drop state of its checkpoint" in caplog.text
+    with pytest.raises(ValueError, match=r"drop\.stages = .* which was not loaded; load it, or leave drop\.stages out"):
         started(files, load=True, **STAGED)
 
 
