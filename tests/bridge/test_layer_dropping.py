@@ -238,7 +238,7 @@ def test_the_optimizer_leaves_dropped_layers_alone_with_freeze_only(update: str)
     assert all(unchanged) if update == "freeze" else not any(unchanged)
 
 
-STAGED = {"policy": "staged", "stages": [[0.5, 2], [1.0, LAYERS]], "stage_init": "copy"}
+STAGED = {"policy": "staged", "stages": [[0.5, 2], [1.0, LAYERS]], "stage_init": "copy", "stage_warmup": 0.25}
 SETTINGS: dict[str, dict[str, Any]] = {
     "freeze": {**HALF, "dropped_update": "freeze", "decision_scope": "microbatch"},
     "balanced": {**HALF, "sampler": "balanced"},
