@@ -155,11 +155,12 @@ def _required(torch: Any) -> Iterator[Finding]:
         row: dict[str, Any] = {"section": "packages", "name": package}
         version, mend = _version(package), f"pip install '{requirement}'"
         support = _core_support(version) if package == "megatron-core" and torch is not None else None
-        if support is not None:
+        allows = version is None or _allows(allowed, version)
+        if support is not None and (allows or support.status == "missing"):
             yield support
         elif version is None:
             yield Finding(**row, value="not installed", status="missing", mend=mend)
-        elif not _allows(allowed, version):
+        elif not allows:
             yield Finding(**row, value=f"{version}, but needed is {requirement}", status="broken", mend=mend)
         elif package not in modules:
             continue
