@@ -16,7 +16,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_sbld.controller import CHECKPOINT_KEY, DropController
 from megatron_sbld.growth import growth_text
 from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
-from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
+from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments, policy_layers
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.megatron_lm.scalars import Scalars
@@ -43,7 +43,7 @@ class LayerDropping:
         self._drop = drop_config(args)
         check_arguments(args, train_iters, self._drop)
         with named_as_arguments():
-            policy = build_policy(self._drop, args.num_layers, train_iters)
+            policy = build_policy(self._drop, policy_layers(args, self._drop), train_iters)
         drop = self._drop
         self.controller = DropController(
             policy,
@@ -56,7 +56,7 @@ class LayerDropping:
             replicas="shared" if drop.policy == "none" else drop.replicas,
         )
         self._observer = LossObserver(drop, self.controller) if updates_sensitivity(drop) else None
-        self._scalars = Scalars(args, self.controller, training)
+        self._scalars = Scalars(args, self.controller, training, drop.unit)
         self._layers: list[int] = []
         self._chunks: list[torch.nn.Module] = []
 
@@ -70,7 +70,7 @@ class LayerDropping:
         if self._drop.residual == "fused":
             fuse_residual(chunks)
         if self.drops:
-            self._layers += make_switchable(chunks, self.controller)
+            self._layers += make_switchable(chunks, self.controller, unit=self._drop.unit)
         self._chunks += chunks
 
     def get_optimizer_param_scheduler(
@@ -100,7 +100,7 @@ class LayerDropping:
     def _attend_to_stages(self, optimizer: Any) -> None:
         with named_as_arguments():
             ranks = self._layers_of_pipeline_ranks()
-            policy = build_policy(self._drop, self._args.num_layers, self._train_iters, ranks=ranks)
+            policy = build_policy(self._drop, self.controller.num_layers, self._train_iters, ranks=ranks)
             assert policy.stages is not None, "asked for with stages alone"
             self.controller.set_stages(policy.stages)
             grow_in_stages(

@@ -40,6 +40,7 @@ from tests.mcore.helpers import (
     tiny_gpt,
     wrap_ddp,
 )
+from tests.mcore.hybrid import tiny_hybrid
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 BLOCK_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
@@ -85,7 +86,9 @@ class Case:
     scope: str = "iteration"
     granularity: str = "layer"
     replicas: str = "shared"
-    layers: int = 8
+    layers: int = 8  # of the policy
+    pattern: str = ""  # of a hybrid model; a GPT has none
+    unit: str = "layer"
     model: dict[str, Any] = field(default_factory=dict)  # TransformerConfig: MoE, MTP, precision, ...
     build: dict[str, Any] = field(default_factory=dict)  # tiny_gpt: tied, position_embedding_type
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -111,8 +114,11 @@ class Case:
     def reference(self) -> Case:
         """The same model and the same drops without parallelism and without any switch."""
         plain = Case()
+        gpt = plain if self.unit == "block" else replace(plain, pattern=self.pattern.replace("|", ""))
         return replace(
             self,
+            pattern=gpt.pattern,
+            unit=gpt.unit,
             **{
                 name: getattr(plain, name)
                 for name in ("tp", "pp", "cp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
@@ -147,7 +153,8 @@ def run_case(case: Case) -> Result:
     get_moe_layer_wise_logging_tracker().clear()
     param_and_grad_buffer.dist_reduce_scatter_func = _stock_reduce_scatter
     with model_parallel(tp=case.tp, pp=case.pp, cp=case.cp, vpp=case.vpp, ep=case.ep, etp=case.etp):
-        config = tiny_config(**{"num_layers": case.layers, **case.model, **case.config})
+        num_layers = len(case.pattern.replace("|", "")) or case.layers
+        config = tiny_config(**{"num_layers": num_layers, **case.model, **case.config})
         controller = DropController(
             POLICIES[case.policy](case.layers),
             seed=7,
@@ -157,12 +164,12 @@ def run_case(case: Case) -> Result:
             replicas=case.replicas,
             replica=parallel_state.get_data_parallel_rank(),
         )
-        chunks = tiny_gpt(config, **case.build)
+        chunks = tiny_hybrid(config, case.pattern, **case.build) if case.pattern else tiny_gpt(config, **case.build)
         if case.switchable and case.switch_before_wrapping:
-            make_switchable(chunks, controller)
+            make_switchable(chunks, controller, unit=case.unit)
         models = wrap_ddp(chunks, **case.ddp)
         if case.switchable and not case.switch_before_wrapping:
-            make_switchable(models, controller)
+            make_switchable(models, controller, unit=case.unit)
         if case.residual == "fused":
             fuse_residual(models)
         optimizer = build_optimizer(models, **case.optimizer, **case.optimizer_switches)
@@ -236,7 +243,11 @@ def gradient_projections(models: list[DistributedDataParallel]) -> dict[str, flo
         gather_gradient_shards(model)
         chunk = getattr(model.module, "module", model.module)  # Float16Module between the two
         for name, param in chunk.named_parameters():
-            if name == "output_layer.weight" and chunk.mtp_process and chunk.share_embeddings_and_output_weights:
+            if (
+                name == "output_layer.weight"
+                and getattr(chunk, "mtp_process", False)
+                and chunk.share_embeddings_and_output_weights
+            ):
                 continue  # Megatron allocates it, and uses the embedding's weight
             name = global_name(chunk, name)
             shape, own_slice, group = full_and_own_slice(name, param)
