@@ -201,7 +201,7 @@ def _apex(usable: bool) -> Finding:
     if not usable:
         value = "installed; whether it is NVIDIA's shows once torch and megatron-core import"
         return Finding(section="packages", name="Apex", value=value, status="absent")
-    from megatron_sbld.mcore.versions import nvidia_apex_available
+    from megatron_sbld.mcore.compat import nvidia_apex_available
 
     if nvidia_apex_available():
         return Finding(section="packages", name="Apex", value=f"NVIDIA's {_version('apex') or ''}".rstrip())

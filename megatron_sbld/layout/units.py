@@ -60,7 +60,7 @@ def check_kinds(kinds: Iterable[str]) -> None:
 
 
 def check_whole(numbers: Sequence[int], held: Sequence[int]) -> None:
-    """Raise ValueError for a block of which a part of the model holds some layers and another part the others.
+    """Raise ValueError for a block that is split between two parts of the model.
 
     numbers: the unit of each layer of the model.  held: that of each layer of the part.
     """
@@ -68,8 +68,8 @@ def check_whole(numbers: Sequence[int], held: Sequence[int]) -> None:
         layers = [index + 1 for index, other in enumerate(numbers) if other == number]
         if list(held).count(number) != len(layers):
             raise ValueError(
-                f"unit = 'block' does not work with block {number} (layers {layers[0]} and {layers[-1]}) on two pipeline "
-                "stages: set '|' of the pattern behind blocks, or use unit 'layer'"
+                f"unit = 'block' does not work with block {number} (layers {layers[0]} and {layers[-1]}) on two "
+                "pipeline stages: let every '|' of the pattern stand behind a block, or use unit 'layer'"
             )
 
 

@@ -22,10 +22,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_sbld.layout.units import unit_numbers
-from megatron_sbld.mcore.hybrid_names import hybrid_model_class
 from megatron_sbld.mcore.local.hybrid_specs import hybrid_stack_spec
 from megatron_sbld.mcore.local.norm import norm_class
 from tests.mcore.helpers import SEQUENCE, VOCAB, fill_parameters
+
+try:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel as _MODEL
+
+    _NAMES = ("hybrid_stack_spec", "hybrid_layer_pattern")
+except ModuleNotFoundError:  # megatron-core 0.16
+    from megatron.core.models.mamba import MambaModel as _MODEL
+
+    _NAMES = ("mamba_stack_spec", "hybrid_override_pattern")
 
 
 def tiny_hybrid(
@@ -42,10 +50,9 @@ def tiny_hybrid(
     chunks = []
     num_chunks = config.virtual_pipeline_model_parallel_size
     for vp_stage in [None] if num_chunks is None else range(num_chunks):
-        model, names = hybrid_model_class()
-        chunk = model(
+        chunk = _MODEL(
             config=config,
-            **{names.spec: tiny_spec(config), names.pattern: pattern},
+            **dict(zip(_NAMES, (tiny_spec(config), pattern), strict=True)),
             **({} if vp_stage is None else {"vp_stage": vp_stage}),
             vocab_size=VOCAB,
             max_sequence_length=SEQUENCE,

@@ -1,7 +1,8 @@
 """How a layer's two branches come back to the residual stream: what stands for Megatron's bias-dropout-add functions.
 
-A TransformerLayer asks its self_attn_bda and mlp_bda for a function at each call, a MambaLayer its mamba_bda. Megatron's own is left in place
-unless branches are scaled, or `drop.residual: fused` asks for the fused add; evaluation always has Megatron's own.
+A TransformerLayer asks its self_attn_bda and mlp_bda for a function at each call, a MambaLayer its mamba_bda.
+Megatron's own is left in place unless branches are scaled, or `drop.residual: fused` asks for the fused add; evaluation
+always has Megatron's own.
 """
 
 from __future__ import annotations

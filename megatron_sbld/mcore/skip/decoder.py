@@ -10,7 +10,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.layout.units import check_kinds, check_whole, num_units, unit_numbers
-from megatron_sbld.mcore.hybrid_names import hybrid_pattern
+from megatron_sbld.mcore.compat import hybrid_pattern
 from megatron_sbld.method.choices import Unit
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.layout.units import units_with_experts
+from megatron_sbld.mcore.compat import record_moe_loss, sequence_loss_counts_all_tokens
 from megatron_sbld.method.choices import Unit
 
 
@@ -91,14 +91,14 @@ def announce_moe_losses(layers: Iterable[torch.nn.Module]) -> None:
         num_layers = config.num_layers + (config.mtp_num_layers or 0)
         zero = torch.zeros((), device=torch.cuda.current_device())
         if config.moe_z_loss_coeff is not None:
-            save_to_aux_losses_tracker("z_loss", zero, router.layer_number, num_layers)
+            record_moe_loss("z_loss", zero, router.layer_number, num_layers)
         for kind, name, group, has_dp in (
             ("aux_loss", "load_balancing_loss", router.tp_cp_group, False),
             ("seq_aux_loss", "seq_load_balancing_loss", router.tp_cp_group, False),
             ("global_aux_loss", "global_load_balancing_loss", router.tp_dp_cp_group, True),
         ):
             if router.get_aux_loss_coeff(kind) > 0:
-                save_to_aux_losses_tracker(
+                record_moe_loss(
                     name, zero, router.layer_number, num_layers, reduce_group=group, reduce_group_has_dp=has_dp
                 )
 
@@ -129,18 +129,20 @@ def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerC
     """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
 
     With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
-    of sequences (seq_aux_loss) by the tokens of one sequence.
+    of sequences (seq_aux_loss) in some versions by the tokens of one sequence.
     """
     by_tokens = config.calculate_per_token_loss
+    sequences_by_tokens = by_tokens and sequence_loss_counts_all_tokens()
     scaled = copy.copy(config)
     kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(kinds, list) and isinstance(coefficients, list):
         scaled.moe_aux_loss_coeff = [
-            coefficient * (1.0 if by_tokens and kind != "seq_aux_loss" else share)
+            coefficient * (1.0 if (sequences_by_tokens if kind == "seq_aux_loss" else by_tokens) else share)
             for kind, coefficient in zip(kinds, coefficients, strict=True)
         ]
     elif isinstance(coefficients, float | int):
-        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_tokens and kinds != "seq_aux_loss" else share)
+        by_kind = sequences_by_tokens if kinds == "seq_aux_loss" else by_tokens
+        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_kind else share)
     if config.moe_z_loss_coeff is not None and not by_tokens:
         scaled.moe_z_loss_coeff = config.moe_z_loss_coeff * share
     return scaled

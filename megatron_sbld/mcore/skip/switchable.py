@@ -23,6 +23,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_sbld.checks import check_choice
 from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.compat import check_megatron_core
 from megatron_sbld.mcore.skip.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.skip.decoder import DecoderUnits, check_kind, chunk_list, decoder_layers, decoder_units
@@ -31,7 +32,6 @@ from megatron_sbld.mcore.skip.moe import announce_moe_losses, weigh_router_losse
 from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, in_backward_pass, running_checkpoint
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
-from megatron_sbld.mcore.versions import check_megatron_core
 from megatron_sbld.method.choices import Unit
 from megatron_sbld.method.combinations import refuse_combinations
 
@@ -220,9 +220,9 @@ def make_switchable(
     Raises:
         ValueError: no decoder layers, a layer that is of no known kind or has cross-attention, another number of
             units than the policy's, a block on two pipeline stages, a switch of the model's config or a wrapper under
-            which a drop would be wrong or ignored, or compiled layers with fused branches that the controller scales; at the next begin_iteration
-            distinct replicas of the same number. A wrapper that comes later is
-            refused when it is put around the model, at the next begin_iteration, or before the first skip.
+            which a drop would be wrong or ignored, or compiled layers with fused branches that the controller scales;
+            at the next begin_iteration distinct replicas of the same number. A wrapper that comes later is refused
+            when it is put around the model, at the next begin_iteration, or before the first skip.
     """
     check_megatron_core()
     if not isinstance(controller, DropController):

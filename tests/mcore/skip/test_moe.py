@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
@@ -21,7 +20,7 @@ from megatron_sbld.mcore.skip.moe import moe_layers, moe_loss_scale
 from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.method.schedule import Constant
 from tests.harness import model_parallel, run_distributed, single_process
-from tests.mcore.helpers import forward_backward, tiny_config, tiny_gpt, wrap_ddp
+from tests.mcore.helpers import forget_moe_losses, forward_backward, moe_loss_sums, tiny_config, tiny_gpt, wrap_ddp
 from tests.mcore.skip.runs import (
     BOTH_OVERLAPS,
     FULL_RECOMPUTE,
@@ -122,7 +121,7 @@ def _two_processes() -> dict[str, Any]:
 
 def _distinct_replicas() -> dict[str, float]:
     """The logged loss of replicas that ran different layers, and the same from the routers' own sums and counts."""
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_moe_losses()
     with model_parallel():
         config = tiny_config(**EVERY_OTHER)
         models = wrap_ddp(tiny_gpt(config))
@@ -141,7 +140,7 @@ def _distinct_replicas() -> dict[str, float]:
                 module.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
         controller.begin_iteration(1, 4)
         forward_backward(models, 1, 4)
-        values = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"]
+        values = moe_loss_sums()["load_balancing_loss"]
         sums = torch.tensor([float(values.sum()), float(runs[0])])
         dist.all_reduce(sums)
         found = logged_moe_losses(config, controller)["load_balancing_loss"]
