@@ -206,7 +206,7 @@ def _run_iteration(
     plan = controller.plan if controller.sample_plan is None else controller.sample_plan
     result.decisions.append(plan.tolist())
     if case.model.get("num_moe_experts"):
-        result.moe_losses.append(logged_moe_losses(models[0].config, controller))
+        result.moe_losses.append(logged_moe_losses(models[0].config, controller, case.pattern, case.unit))
     result.loss_scales.append(float(optimizer.get_loss_scale()))
     if iteration == case.iterations:
         result.gradients = gradient_projections(models)
@@ -275,17 +275,19 @@ def gather_gradient_shards(model: DistributedDataParallel) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def logged_moe_losses(config: TransformerConfig, controller: DropController) -> dict[str, float]:
+def logged_moe_losses(
+    config: TransformerConfig, controller: DropController, pattern: str = "", unit: Any = "layer"
+) -> dict[str, float]:
     """What Megatron logs of the iteration's auxiliary losses; it starts the next sums.
 
     But for the z-loss, which Megatron does not average over replicas.
     """
     total: dict[str, torch.Tensor] = {}
     track_moe_metrics(
-        moe_loss_scale(controller, config),
+        moe_loss_scale(controller, config, pattern or None, unit),
         controller.iteration,
         total_loss_dict=total,
-        num_layers=config.num_layers,
+        num_layers=pattern.count("E") if pattern else config.num_layers,  # as Megatron-LM does
         moe_layer_freq=config.moe_layer_freq,
         mtp_num_layers=config.mtp_num_layers,
     )
