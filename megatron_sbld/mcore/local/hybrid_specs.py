@@ -39,10 +39,19 @@ def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
     """For HybridModel's `hybrid_stack_spec` (MambaModel's `mamba_stack_spec` before 0.18), with layers `*` and `-`."""
     layer, _ = local_layer(config.normalization)
     parts = layer.submodules
+    saved_as = parts.sharded_state_dict_keys_map  # norms as Transformer Engine's layers have them
     attention = TransformerLayerSubmodules(
-        input_layernorm=parts.input_layernorm, self_attention=parts.self_attention, self_attn_bda=parts.self_attn_bda
+        input_layernorm=parts.input_layernorm,
+        self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+        sharded_state_dict_keys_map={"input_layernorm.": saved_as["input_layernorm."]},
     )
-    mlp = TransformerLayerSubmodules(pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda)
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm,
+        mlp=parts.mlp,
+        mlp_bda=parts.mlp_bda,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": saved_as["pre_mlp_layernorm."]},
+    )
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=MambaStackSubmodules(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.layout.units import num_units
 from megatron_sbld.mcore import freeze_dropped_layers, grow_in_stages, make_switchable
 from megatron_sbld.mcore.compat import core_version
 from megatron_sbld.mcore.skip.probes import layer_left_out
@@ -44,7 +45,7 @@ EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.1,
     "add_bias_linear": False,
 }
-EVERY_KIND = "M*-EGE*-"
+EVERY_KIND = "M*-EGE*-" if core_version() >= (0, 19) else "M*-EME*-"  # older ones have no gated delta net
 
 
 def blocks(pattern: str = "*-*-*-*-", **given: Any) -> Case:
@@ -82,7 +83,7 @@ TWO_PROCESSES = {
     "layers, DP 2, both overlaps, extreme, bucket of a parameter": layers(
         ddp={**BOTH_OVERLAPS, "bucket_size": 1}, policy="extreme"
     ),
-    "every kind, PP 2, extreme": layers("M*-E|GE*-", pp=2, policy="extreme", model=EXPERTS),
+    "every kind, PP 2, extreme": layers(f"{EVERY_KIND[:4]}|{EVERY_KIND[4:]}", pp=2, policy="extreme", model=EXPERTS),
     "every kind, DP 2, both overlaps, PLD": layers(
         EVERY_KIND, ddp=BOTH_OVERLAPS, policy="pld", model=EXPERTS, iterations=4
     ),
@@ -150,7 +151,7 @@ def test_nothing_dropped_is_stock_bit_for_bit(alone: None, unit: Any) -> None:
             chunks = tiny_hybrid(tiny_config(**config), EVERY_KIND)
             keys = list(chunks[0].state_dict())
             if switchable:
-                controller = DropController(FullDepthPolicy(8 if unit == "layer" else 5))
+                controller = DropController(FullDepthPolicy(8 if unit == "layer" else num_units(EVERY_KIND, unit)))
                 make_switchable(chunks, controller, unit=unit)
             models = wrap_ddp(chunks)
             losses = train(models, before_iteration=controller.begin_iteration if switchable else None)
@@ -164,7 +165,7 @@ def test_nothing_dropped_is_stock_bit_for_bit(alone: None, unit: Any) -> None:
     [
         ("*-*-*-*-", "10011111", "*-*-*-"),
         ("*-*-*-*-", "01010101", "----"),
-        (EVERY_KIND, "01111110", "*-EGE*"),
+        (EVERY_KIND, "01111110", EVERY_KIND[1:7]),
         (EVERY_KIND, "11100111", "M*-E*-"),
     ],
 )
