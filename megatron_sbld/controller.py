@@ -179,7 +179,7 @@ class DropController:
             sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
         self.growth.end_iteration(self._ran)
         if self.policy.stages is not None:
-            self.growth.let_begin(self.policy.begun_layers(iteration))
+            self.growth.let_begin(self.policy.begun_layers(iteration), iteration)
         # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
         self.begun += 1
         self.iteration = iteration
@@ -322,8 +322,8 @@ class DropController:
         )
         if state["num_layers"] != self.num_layers:
             raise ValueError(
-                f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}: it must "
-                "have as many; a HybridModel counts as the GPT that it was with unit 'block'"
+                f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}: it "
+                "must have as many; a HybridModel counts as the GPT that it was with unit 'block'"
             )
         if self.sampler == "balanced" and state["sampler"] == "balanced":
             self.stages = state["stages"]

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sbld.checkpoint.files import Layout, remove
 from megatron_sbld.checkpoint.layers import LayerMap, place_layers
+from megatron_sbld.checkpoint.shards import ShardWriter
 from megatron_sbld.mcore.compat import COMMON_FILE, load_sharded
 from megatron_sbld.mcore.local.layer_specs import uneven_layout
 from megatron_sbld.mcore.optimizer.state import bucket_sizes
@@ -177,14 +178,8 @@ def write_common(folder: Path, snapshot: Snapshot) -> None:
 
 def write_shards(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup) -> None:
     """Write every rank's shards, and the table of where each is. Collective; a failure is raised on all ranks."""
-    writer = dcp.FileSystemWriter(
-        folder,
-        sync_files=True,
-        thread_count=1,  # torch loses the error of any further thread, and saves a table without its tensors
-        per_thread_copy_ahead=0,  # would open a CUDA context on device 0 from a background thread
-    )
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    dcp.save(snapshot.shards, storage_writer=writer, planner=planner, process_group=group)
+    dcp.save(snapshot.shards, storage_writer=ShardWriter(folder), planner=planner, process_group=group)
 
 
 def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...], partly: bool = False) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Continues prompts with a trained model at full depth, on megatron-core's inference wrapper and key-value cache.
 
-Of megatron-core 0.16.1's inference only the wrapper around the model is used: it runs on CPU and GPU, with tensor and
+Of megatron-core's inference only the wrapper around the model is used: it runs on CPU and GPU, with tensor and
 pipeline parallelism. The loop over tokens and the choice of each are here, because of its two engines
 - the dynamic one does not run on a CPU: it needs CUDA events, NVTX and flash-attn ("flash attn verion v2.7.3 and above
   is required for dynamic batching");

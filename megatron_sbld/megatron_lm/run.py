@@ -15,13 +15,19 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_sbld.controller import CHECKPOINT_KEY, DropController
 from megatron_sbld.growth import growth_text
-from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
+from megatron_sbld.mcore import (
+    freeze_dropped_layers,
+    fuse_residual,
+    grow_in_stages,
+    make_switchable,
+    warm_up_after_growth,
+)
 from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments, policy_layers
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.megatron_lm.scalars import Scalars
 from megatron_sbld.method.build import build_policy
-from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +92,7 @@ class LayerDropping:
         if dropped_update(self._drop) == "freeze":
             freeze_dropped_layers(self._chunks, optimizer)
         if self._drop.stages is not None:
-            self._attend_to_stages(optimizer)
+            self._attend_to_stages(optimizer, scheduler)
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
         scheduler.state_dict = lambda: {**state_dict(), CHECKPOINT_KEY: self._state_dict()}
 
@@ -97,7 +103,7 @@ class LayerDropping:
         scheduler.load_state_dict = load
         return scheduler
 
-    def _attend_to_stages(self, optimizer: Any) -> None:
+    def _attend_to_stages(self, optimizer: Any, scheduler: Any) -> None:
         with named_as_arguments():
             ranks = self._layers_of_pipeline_ranks()
             policy = build_policy(self._drop, self.controller.num_layers, self._train_iters, ranks=ranks)
@@ -110,6 +116,8 @@ class LayerDropping:
                 self._drop.stage_init,
                 copy_moments=self._drop.stage_copy_moments,
             )
+            if self._drop.stage_warmup:
+                warm_up_after_growth(scheduler, self.controller, stage_warmup_iters(self._drop, self._train_iters))
 
     def train_step(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """An iteration: decisions on every rank, the stock step, and what its loss says of the layers."""

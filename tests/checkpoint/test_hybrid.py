@@ -121,5 +121,5 @@ def test_it_continues_on_another_layout_with_the_distributed_optimizer(tmp_path:
 def test_with_unit_layer_the_decisions_do_not_fit_and_that_is_said(tmp_path: Path) -> None:
     saved = DropController(LayerDropPolicy(Linear(start=0.8, end=0.3, duration=END), LAYERS)).state_dict()
     by_layers = DropController(LayerDropPolicy(Linear(start=0.8, end=0.3, duration=END), 2 * LAYERS))
-    with pytest.raises(ValueError, match="of a model with 4 layers, this one has 8: .* unit 'block'"):
+    with pytest.raises(ValueError, match=r"of a model with 4 layers, this one has 8: .* unit 'block'"):
         by_layers.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""A tiny HybridModel, or MambaModel of megatron-core 0.16, whose weights are those of helpers.py's GPT.
+"""A tiny HybridModel, or MambaModel of megatron-core before 0.18, whose weights are those of helpers.py's GPT.
 
     chunks = tiny_hybrid(tiny_config(num_layers=8), "*-*-*-*-")      # tiny_gpt(tiny_config(num_layers=4)) in 8 layers
 
@@ -8,6 +8,7 @@ Its parameters have the names of the GPT's layers that they are a part of (`glob
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,12 +29,14 @@ from tests.mcore.helpers import SEQUENCE, VOCAB, fill_parameters
 
 try:
     from megatron.core.models.hybrid.hybrid_model import HybridModel as _MODEL
-
-    _NAMES = ("hybrid_stack_spec", "hybrid_layer_pattern")
-except ModuleNotFoundError:  # megatron-core 0.16
+except ModuleNotFoundError:  # megatron-core before 0.18
     from megatron.core.models.mamba import MambaModel as _MODEL
 
-    _NAMES = ("mamba_stack_spec", "hybrid_override_pattern")
+_TAKEN = inspect.signature(_MODEL.__init__).parameters
+_SPEC, _PATTERN = (
+    next(name for name in names if name in _TAKEN)
+    for names in (("hybrid_stack_spec", "mamba_stack_spec"), ("hybrid_layer_pattern", "hybrid_override_pattern"))
+)
 
 
 def tiny_hybrid(
@@ -42,17 +45,19 @@ def tiny_hybrid(
     tied: bool = True,
     position_embedding_type: str = "learned_absolute",
     blocks: Sequence[int] | None = None,
+    spec: ModuleSpec | None = None,
 ) -> list[Any]:
     """The model chunks of this rank, with parameters that depend on their names in a GPT alone.
 
     blocks: the GPT's layer (1-based) that each layer of the pattern is a part of; None counts blocks.
+    spec: of the stack; None takes tiny_spec.
     """
     chunks = []
     num_chunks = config.virtual_pipeline_model_parallel_size
     for vp_stage in [None] if num_chunks is None else range(num_chunks):
         chunk = _MODEL(
             config=config,
-            **dict(zip(_NAMES, (tiny_spec(config), pattern), strict=True)),
+            **{_SPEC: spec or tiny_spec(config), _PATTERN: pattern},
             **({} if vp_stage is None else {"vp_stage": vp_stage}),
             vocab_size=VOCAB,
             max_sequence_length=SEQUENCE,

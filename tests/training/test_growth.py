@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_sbld.config.flops import layer_flops_per_token
 from megatron_sbld.config.sections import Config
+from tests.checkpoint.common_in_shards import move_common_into_shards
 from tests.training.trainer_helpers import (
     change,
     decisions,
@@ -48,7 +49,7 @@ def staged_run(folder: Path, corpus: Path, drop: dict[str, Any] | None = None, *
     [
         ("random", {}, {}),
         ("zero", {}, {"policy": "layerdrop", "theta": 0.6}),
-        ("copy", {}, {"stage_copy_moments": True}),
+        ("copy", {}, {"stage_copy_moments": True, "stage_warmup": 0.25}),
         ("copy", {"precision": "fp16", "initial_loss_scale": 2.0**40}, {}),
     ],
     ids=["random", "zero, inside LayerDrop", "copy with moments", "copy, fp16 that searches its loss scale"],
@@ -63,6 +64,18 @@ def test_resumed_around_the_growth_bit_for_bit(
         resumed = in_folder(config, tmp_path / f"stopped_after_{iterations}")
         assert [run_here(part) for part in stop_and_resume(resumed, iterations)] == [75, 0]
         assert losses(resumed.logging.run_dir) == whole
+
+
+def test_the_learning_rate_rises_again_after_each_growth(tmp_path: Path, corpus: Path) -> None:
+    rates = {}
+    for warmup in (0.0, 0.375):
+        config = staged_run(tmp_path / str(warmup), corpus, {"stage_warmup": warmup})
+        assert run_here(config) == 0
+        rates[warmup] = [row["lr"] for row in train_rows(tmp_path / str(warmup))]
+    factors = [rate / usual for rate, usual in zip(rates[0.375], rates[0.0], strict=True)]
+    assert factors == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1 / 3, 2 / 3, 1])  # a row has the next iteration's
+    assert losses(tmp_path / "0.375")[:5] == losses(tmp_path / "0.0")[:5]
+    assert losses(tmp_path / "0.375")[5:] != losses(tmp_path / "0.0")[5:]
 
 
 def test_rows_and_console_tell_how_many_layers_have_begun_and_what_ran(
@@ -153,12 +166,14 @@ def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:
     assert "begin with 3 layers, [1, 2, 4], but the checkpoint has 2" in str(run_here(other))
 
 
-@pytest.mark.parametrize("saved_by", ["this trainer", "Megatron-LM"])
+@pytest.mark.parametrize("saved_by", ["this trainer", "Megatron-LM", "Megatron-LM of core 0.19"])
 def test_the_layers_of_a_growing_checkpoint_that_had_begun_are_its_model(
     growing: Path, corpus: Path, tmp_path: Path, saved_by: str
 ) -> None:
     """Weights of layers that never trained are taken over by no run, whatever its depth is."""
     found = str(growing) if saved_by == "this trainer" else patched_checkpoint(growing, tmp_path)
+    if saved_by == "Megatron-LM of core 0.19":
+        move_common_into_shards(Path(found))
     weights = {"load": found, "load_optimizer": False}
     still = {"lr": 1e-12, "min_lr": 0.0, "lr_warmup_iters": 0}
     shallow = tiny_run(tmp_path / "2", corpus, model={"num_layers": 2}, checkpoint=weights, optimizer=still)
@@ -175,15 +190,14 @@ def test_the_layers_of_a_growing_checkpoint_that_had_begun_are_its_model(
 def patched_checkpoint(run_dir: Path, folder: Path) -> str:
     """The run's newest checkpoint as a patched Megatron-LM would have left it: the drop state in another place."""
     import torch
-    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
     from megatron_sbld.checkpoint.files import MANIFEST, find_checkpoint, read_train_state
 
     source = find_checkpoint(run_dir).path
     stock = Path(shutil.copytree(source, folder / source.name))
-    common = torch.load(stock / COMMON_STATE_FNAME, weights_only=False)
+    common = torch.load(stock / "common.pt", weights_only=False)
     common["opt_param_scheduler"]["sbld"] = {"drop": read_train_state(source)["drop"], "sensitivity": None}
-    torch.save(common, stock / COMMON_STATE_FNAME)
+    torch.save(common, stock / "common.pt")
     (stock / MANIFEST).unlink()
     return str(stock)
 

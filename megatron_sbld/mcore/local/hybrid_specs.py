@@ -36,7 +36,7 @@ class LocalHybridStack(MambaStack):
 
 
 def hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
-    """For HybridModel's `hybrid_stack_spec` (MambaModel's `mamba_stack_spec` before 0.18), with layers `*` and `-`."""
+    """For HybridModel's `hybrid_stack_spec` (`mamba_stack_spec` of MambaModel before 0.18), with layers `*` and `-`."""
     layer, _ = local_layer(config.normalization)
     parts = layer.submodules
     saved_as = parts.sharded_state_dict_keys_map  # norms as Transformer Engine's layers have them

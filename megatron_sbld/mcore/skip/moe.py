@@ -5,6 +5,7 @@ all MoE layers and microbatches (transformer/moe/moe_utils.py, `track_moe_metric
 sum, so that mean is too small by the share of dropped layers. Here it is divided by what ran:
 
     track_moe_metrics(loss_scale=moe_loss_scale(controller, config), ...)     # instead of 1 / num_microbatches
+    get_moe_metrics_tracker().report(loss_scale=..., ...)                     # from megatron-core 0.18 on, likewise
 
 The gradients need no correction: a kept layer's router gets those of its own auxiliary loss, as at full depth, and a
 dropped one gets none, so a layer sees its auxiliary loss as often as its part of the language-model loss. With

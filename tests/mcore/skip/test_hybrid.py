@@ -45,7 +45,7 @@ EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.1,
     "add_bias_linear": False,
 }
-EVERY_KIND = "M*-EGE*-" if core_version() >= (0, 19) else "M*-EME*-"  # older ones have no gated delta net
+EVERY_KIND = "M*-EGE*-" if core_version() >= (0, 17) else "M*-EME*-"  # older ones have no gated delta net
 
 
 def blocks(pattern: str = "*-*-*-*-", **given: Any) -> Case:
@@ -95,7 +95,7 @@ QUICK = (
     "blocks, DP 2, both overlaps, extreme",
     "layers, TP 2, microbatch",
 )
-if core_version() < (0, 19):  # stages are given without '|', which cannot be uneven or interleaved
+if core_version() < (0, 17):  # stages are given without '|', which cannot be uneven or interleaved
     TWO_PROCESSES = {
         name: replace(case, pattern=case.pattern.replace("|", ""))
         for name, case in TWO_PROCESSES.items()
