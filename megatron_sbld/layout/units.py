@@ -69,7 +69,7 @@ def check_whole(numbers: Sequence[int], held: Sequence[int]) -> None:
         if list(held).count(number) != len(layers):
             raise ValueError(
                 f"unit = 'block' does not work with block {number} (layers {layers[0]} and {layers[-1]}) on two "
-                "pipeline stages: let every '|' of the pattern stand behind a block, or use unit 'layer'"
+                "pipeline stages: let every separator of the pattern stand behind a block, or use unit 'layer'"
             )
 
 

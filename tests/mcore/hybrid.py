@@ -75,7 +75,7 @@ def tiny_hybrid(
 
 def tiny_spec(config: TransformerConfig) -> ModuleSpec:
     """This package's spec, with experts where the config has them, and stand-ins for the mixers that need a GPU."""
-    spec = hybrid_stack_spec(config)
+    spec = copy.deepcopy(hybrid_stack_spec)
     layers = spec.submodules
     norm = norm_class(config.normalization)
     layers.mamba_layer = ModuleSpec(

@@ -95,7 +95,7 @@ def scheduler(optimizer: Any) -> OptimizerParamScheduler:
 
 
 def attached(*sbld: str, pattern: str | None = None) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
-    """A run whose model, a GPT or with a pattern a HybridModel, optimizer and scheduler are built, as Megatron-LM does."""
+    """A run whose model (with a pattern a HybridModel), optimizer and scheduler are built, in Megatron-LM's order."""
     num_layers = LAYERS if pattern is None else len(pattern)
     args = megatron_args(*sbld, hybrid_layer_pattern=pattern, num_layers=num_layers)
     run = LayerDropping(args, ITERATIONS, training_module())

@@ -91,9 +91,8 @@ TWO_PROCESSES = {
 QUICK = (
     "blocks",
     "blocks, extreme",
-    "blocks, PP 2, extreme",
     "blocks, DP 2, both overlaps, extreme",
-    "layers, TP 2, microbatch",
+    "layers, PP 2, extreme",
 )
 if core_version() < (0, 17):  # stages are given without '|', which cannot be uneven or interleaved
     TWO_PROCESSES = {
