@@ -183,10 +183,11 @@ def _core_support(version: str | None) -> Finding | None:
     """
     if _module("megatron.core.package_info") is None or _module("megatron_sbld.mcore.compat") is None:
         return None
-    from megatron.core.package_info import __version__ as imported
+    from megatron.core.package_info import __version__ as found_version
 
     from megatron_sbld.mcore.compat import INSTALL, SUPPORT, core_version
 
+    imported = found_version.partition("+")[0]  # 0.19 adds the commit of a repository around its folder
     if core_version() not in SUPPORT or version not in (None, imported):
         return None
     support = SUPPORT[core_version()]
