@@ -19,7 +19,7 @@ def main() -> None:
         script /= "pretrain_gpt.py"
     if len(sys.argv) < 2 or not script.is_file():
         sys.exit(
-            "usage: pretrain_gpt_sbld.py MEGATRON_LM_CHECKOUT ARGUMENTS, or the path of a script in it; the checkout must "
+            "usage: pretrain_gpt_sbld.py MEGATRON_LM_CHECKOUT ARGUMENTS, or the path of a script in it; it must "
             "hold pretrain_gpt.py"
         )
     sys.path.insert(0, str(script.parent.resolve()))
