@@ -35,7 +35,7 @@ test-slow: setup
 # On the newest megatron-core, with a Python that it runs on: what touches megatron-core. At most 12 minutes on 2 cores.
 NEWEST_CORE := megatron-core==0.19.2
 NEWEST_VENV ?= .venv-newest
-NEWEST := tests/mcore tests/checkpoint tests/training tests/megatron_lm tests/layout/test_placement_megatron.py \
+NEWEST := tests/mcore tests/checkpoint tests/training tests/megatron_lm tests/bridge tests/layout/test_placement_megatron.py \
   tests/evaluation/test_generate.py tests/evaluation/test_scoring.py tests/hf/test_export_model.py \
   tests/config/test_validate.py tests/test_agreement.py tests/test_doctor.py
 

@@ -95,19 +95,21 @@ def drop_config(args: Namespace) -> DropConfig:
     return with_recipe(config, policy_layers(args, config), getattr(args, _EXPLICIT, []))
 
 
-def hybrid_pattern(args: Namespace) -> str | None:
-    """The pattern of a HybridModel's layers, or of a MambaModel's of core 0.16."""
+def hybrid_pattern(args: Any) -> str | None:
+    """The pattern of a HybridModel's layers, or of a MambaModel's of core 0.16.
+
+    args: Megatron-LM's arguments, or another program's description of its model with these names.
+    """
     pattern: str | None = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     return pattern
 
 
-def policy_layers(args: Namespace, config: DropConfig) -> int:
-    """The L of the policy: the model's layers, or with `unit` block a HybridModel's blocks."""
+def policy_layers(args: Any, config: DropConfig) -> int:
+    """The L of the policy: the model's layers, or with `unit` block a HybridModel's blocks; args as hybrid_pattern's."""
     pattern = hybrid_pattern(args)
     if pattern is None:
         return int(args.num_layers)
-    with named_as_arguments():
-        return num_units(pattern, config.unit)
+    return num_units(pattern, config.unit)
 
 
 def ignored_arguments(config: DropConfig) -> tuple[str, ...]:
