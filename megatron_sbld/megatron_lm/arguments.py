@@ -105,7 +105,7 @@ def hybrid_pattern(args: Any) -> str | None:
 
 
 def policy_layers(args: Any, config: DropConfig) -> int:
-    """The L of the policy: the model's layers, or with `unit` block a HybridModel's blocks; args as hybrid_pattern's."""
+    """The L of the policy: the model's layers, or with `unit` block a HybridModel's blocks."""
     pattern = hybrid_pattern(args)
     if pattern is None:
         return int(args.num_layers)
