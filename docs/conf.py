@@ -40,8 +40,12 @@ autodoc2_render_plugin = "myst"
 autodoc2_docstring_parser_regexes = [(r".*", "docstrings")]
 autodoc2_skip_module_regexes = [r".*\.cli\..*"]
 autodoc2_hidden_objects = ["private", "dunder", "inherited"]
+autodoc2_class_docstring = "merge"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_show_sourcelink = False
-html_theme_options = {"secondary_sidebar_items": ["page-toc"], "navigation_with_keys": False}
+html_sidebars = {"**": ["globaltoc.html"]}
+html_theme_options = {"navbar_center": [], "secondary_sidebar_items": ["page-toc"], "navigation_with_keys": False}

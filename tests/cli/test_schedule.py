@@ -369,7 +369,7 @@ def test_a_run_that_was_resumed_with_other_settings_is_noted(
     (tmp_path / "full" / "changes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command("fit", full, pld, "--peak-theta", "0.8") == 0
     printed = capsys.readouterr().out
-    noted = "full was resumed with other settings, and is compared by its last: drop.policy was pld up to iteration 100"
+    noted = "full was resumed with other settings; the last ones are used: drop.policy was pld up to iteration 100"
     assert noted in printed
     assert "parallel" not in printed, "another layout has the same losses"
 

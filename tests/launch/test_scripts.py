@@ -378,7 +378,7 @@ def test_a_run_of_the_script_is_asked_to_stop_and_says_so_in_its_log(tmp_path: P
     script.send_signal(signal.SIGUSR1)
     assert script.wait(120) == 75
     (log,) = (tmp_path / "logs").glob("pretrain-*.log")
-    assert "stopped as asked after iteration" in log.read_text()
+    assert "stopped on request after iteration" in log.read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("iter_*"))
 
 

@@ -397,7 +397,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"drop_prob": 1.5}, "--drop_prob = 1.5"),
     ({"layers": "0-2"}, "--layers 0-2: entry = 0"),
     ({"layers": "1,2-9"}, r"--layers 1,2-9: entry = 9 .* \[1, 4\]"),
-    ({"layers": "3-1"}, "'3-1' runs backwards"),
+    ({"layers": "3-1"}, "'3-1' must ascend"),
     ({"layers": "1,1"}, "only once"),
     ({"layers": "one"}, "'one' is no number and no range"),
     ({"layers": "3/2"}, r"--layers 3/2: part = 3 .* \[1, 2\]"),
