@@ -18,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from megatron_sbld import __version__
@@ -92,7 +92,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 def examine() -> Iterator[Finding]:
     """All findings, from the interpreter down to the libraries."""
-    yield Finding(section="packages", name="Python", value=f"{platform.python_version()} ({sys.executable})")
+    yield _python()
     yield Finding(section="packages", name="megatron-sbld", value=__version__)
     torch = _module("torch")
     core = _module("megatron.core") if torch is not None else None
@@ -106,6 +106,14 @@ def examine() -> Iterator[Finding]:
     yield from _choices(torch, core)
     built = any(finding.name == "cuda library" and finding.status == "ok" for finding in findings)
     yield _nvcc(needed=not built)
+
+
+def _python() -> Finding:
+    found = Finding(section="packages", name="Python", value=f"{platform.python_version()} ({sys.executable})")
+    if sys.version_info[:3] != (3, 12, 1):
+        return found
+    value = f"{found.value}; its garbage collector ended tests of checkpoints with a segmentation fault"
+    return replace(found, value=value, status="missing", mend="use another one: 3.13 and 3.11 are tested")
 
 
 def _module(name: str) -> Any:
@@ -146,20 +154,46 @@ def _required(torch: Any) -> Iterator[Finding]:
     for package, (requirement, allowed) in requirements.items():
         row: dict[str, Any] = {"section": "packages", "name": package}
         version, mend = _version(package), f"pip install '{requirement}'"
-        if version is None:
+        support = _core_support(version) if package == "megatron-core" and torch is not None else None
+        allows = version is None or _allows(allowed, version)
+        if support is not None and (allows or support.status == "missing"):
+            yield support
+        elif version is None:
             yield Finding(**row, value="not installed", status="missing", mend=mend)
-        elif not _allows(allowed, version):
+        elif not allows:
             yield Finding(**row, value=f"{version}, but needed is {requirement}", status="broken", mend=mend)
         elif package not in modules:
             continue
         elif error := _import_error(modules[package]):
             mend = f"pip install --force-reinstall --no-deps '{package}=={version}'"
+            if re.search(r"\btriton\b", error):
+                mend = "pip install triton: megatron-core 0.19 imports it undeclared; torch brings it if built for CUDA"
             yield Finding(**row, value=f"{version} cannot be imported: {error}", status="broken", mend=mend)
         elif package == "torch":
             build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
             yield Finding(**row, value=f"{torch.__version__}, {build}")
         else:
             yield Finding(**row, value=version)
+
+
+def _core_support(version: str | None) -> Finding | None:
+    """What works with the megatron-core that is imported, and how that is known; None if it was not tested.
+
+    `version` is pip's, None of a Megatron-LM checkout; one that is not what is imported is not described.
+    """
+    if _module("megatron.core.package_info") is None or _module("megatron_sbld.mcore.compat") is None:
+        return None
+    from megatron.core.package_info import __version__ as found_version
+
+    from megatron_sbld.mcore.compat import INSTALL, SUPPORT, core_version
+
+    imported = found_version.partition("+")[0]  # 0.19 adds the commit of a repository around its folder
+    if core_version() not in SUPPORT or version not in (None, imported):
+        return None
+    support = SUPPORT[core_version()]
+    value = f"{imported}{'' if version else ' of a checkout'}; {support.why}"
+    found = Finding(section="packages", name="megatron-core", value=value)
+    return found if support.trainer else replace(found, status="missing", mend=f"for the commands: {INSTALL}")
 
 
 def _requirements() -> dict[str, tuple[str, str]]:
@@ -201,7 +235,7 @@ def _apex(usable: bool) -> Finding:
     if not usable:
         value = "installed; whether it is NVIDIA's shows once torch and megatron-core import"
         return Finding(section="packages", name="Apex", value=value, status="absent")
-    from megatron_sbld.mcore.versions import nvidia_apex_available
+    from megatron_sbld.mcore.compat import nvidia_apex_available
 
     if nvidia_apex_available():
         return Finding(section="packages", name="Apex", value=f"NVIDIA's {_version('apex') or ''}".rstrip())

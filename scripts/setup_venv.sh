@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up the virtual environment that the Makefile's targets use: VENV (folder), PYTHON (3.10+), TORCH (what pip installs),
-# EXTRAS (of pyproject.toml, as dev).
+# CORE (what pip installs as megatron-core, as megatron-core==0.19.2), EXTRAS (of pyproject.toml, as dev), COPY (not empty: install
+# a copy, so that the libraries that another environment built in this folder stay as they are).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH:=torch==2.13.0}" "${EXTRAS:=}"
+: "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH:=torch==2.13.0}" "${CORE:=}" "${EXTRAS:=}" "${COPY:=}"
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
   echo "error: $PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is needed (set PYTHON=...)" >&2
@@ -29,7 +30,16 @@ if [ "${MEGATRON_SBLD_CUDA:-auto}" = force ]; then
   [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || "$VENV/bin/python" -m pip install --quiet --group nvcc
   "$VENV/bin/python" -m pip install --quiet --group disassembler
 fi
-"$VENV/bin/python" -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
+package=".${EXTRAS:+[$EXTRAS]}"
+if [ -n "$COPY" ]; then
+  "$VENV/bin/python" -m pip install --quiet "$package" ${CORE:+"$CORE"}
+else
+  "$VENV/bin/python" -m pip install --quiet --editable "$package" ${CORE:+"$CORE"}
+fi
+# megatron-core 0.19 imports triton and does not declare it; torch brings it where it is built for CUDA.
+if "$VENV/bin/python" -c 'import megatron.core' 2>&1 | grep -q "No module named 'triton'"; then
+  "$VENV/bin/python" -m pip install --quiet triton
+fi
 "$VENV/bin/python" 2>/dev/null - <<'EOF'
 import megatron.core, torch
 from megatron_sbld.residual.native import NAMES, library_path

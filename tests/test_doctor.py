@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import package_info
 
 from megatron_sbld import doctor
 from megatron_sbld.cli import main as cli
@@ -49,7 +50,7 @@ def test_the_command_shows_versions_and_what_will_be_used(capsys: pytest.Capture
     assert ended.value.code == 0
     lines = {line[2:21].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
     assert torch.__version__ in lines["torch"]
-    assert "0.16." in lines["megatron-core"]
+    assert f"{package_info.__version__.partition('+')[0]}; supported: " in lines["megatron-core"]
     assert "auto takes" in lines["transformer_impl"]
     assert "can be used" in lines["torch_compile"]
     assert {"Python", "megatron-sbld", "numpy", "NCCL", "cuda library", "cpu library", "residual add"} <= lines.keys()
@@ -103,6 +104,30 @@ def test_megatron_core_that_does_not_import_leaves_the_rest_of_the_report(tmp_pa
     assert "RuntimeError: no such operator" in findings["megatron-core"]["value"]
     assert findings["torch"]["status"] == "ok"
     assert findings["residual add"]["status"] == "ok"
+
+
+def test_a_checkout_newer_than_any_release_has_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_info, "__version__", "0.20.0rc0")
+    found = doctor._core_support(None)
+    assert found is not None
+    assert found.value.startswith("0.20.0rc0 of a checkout; layers in a patched Megatron-LM checkout only")
+    assert "pip install 'megatron-core>=0.16.1,<0.20'" in found.mend
+    monkeypatch.setattr(package_info, "__version__", "0.21.0")
+    assert doctor._core_support("0.21.0") is None
+
+
+def test_triton_that_is_missing_for_megatron_core_is_named(tmp_path: Path) -> None:
+    write_package(tmp_path, "megatron", "")
+    write_package(tmp_path, "megatron/core", "import triton\n")
+    write_package(tmp_path, "triton", "raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n")
+    _, findings, _ = examine(tmp_path)
+    assert findings["megatron-core"]["mend"].startswith("pip install triton")
+
+
+def test_a_python_whose_garbage_collector_crashes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._python().status == "ok"
+    monkeypatch.setattr(sys, "version_info", (3, 12, 1, "final", 0))
+    assert "segmentation fault" in doctor._python().value
 
 
 @WITHOUT_GPU

@@ -179,7 +179,7 @@ def verify_weights(path: Path) -> None:
     if (path / MANIFEST).exists():
         verify(path)
         return
-    missing = [name for name in ("metadata.json", ".metadata", "common.pt") if not (path / name).is_file()]
+    missing = [name for name in ("metadata.json", ".metadata") if not (path / name).is_file()]
     if missing:
         raise ValueError(
             f"checkpoint {path}: not a checkpoint in Megatron's torch_dist format (no {', '.join(missing)})"

@@ -27,6 +27,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import CHECKPOINT_KEY
 from megatron_sbld.data.blend import RunData
 from megatron_sbld.data.tokenizer import Tokenizer
+from megatron_sbld.mcore.compat import common_state
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -182,6 +183,6 @@ def saved_depth(path: Path) -> int | None:
 def patched_drop_state(path: Path) -> Mapping[str, Any] | None:
     """The drop state in a checkpoint of a patched Megatron-LM; None in any other."""
     with failures_name(path):
-        scheduler = dist_checkpointing.load_common_state_dict(str(path)).get("opt_param_scheduler") or {}
+        scheduler = common_state(path).get("opt_param_scheduler") or {}
     found: Mapping[str, Any] | None = (scheduler.get(CHECKPOINT_KEY) or {}).get("drop")
     return found

@@ -27,14 +27,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config, unwrap_model
@@ -42,6 +40,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sbld.checkpoint.files import Layout, remove
 from megatron_sbld.checkpoint.layers import LayerMap, place_layers
+from megatron_sbld.checkpoint.shards import ShardWriter
+from megatron_sbld.mcore.compat import COMMON_FILE, load_sharded
 from megatron_sbld.mcore.local.layer_specs import uneven_layout
 from megatron_sbld.mcore.optimizer.state import bucket_sizes
 
@@ -172,20 +172,14 @@ def write_common(folder: Path, snapshot: Snapshot) -> None:
     """Write what ranks share into a new folder. For one rank, before the others write."""
     remove(folder)
     folder.mkdir(parents=True)
-    (folder / COMMON_STATE_FNAME).write_bytes(snapshot.common)
+    (folder / COMMON_FILE).write_bytes(snapshot.common)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 def write_shards(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup) -> None:
     """Write every rank's shards, and the table of where each is. Collective; a failure is raised on all ranks."""
-    writer = dcp.FileSystemWriter(
-        folder,
-        sync_files=True,
-        thread_count=1,  # torch loses the error of any further thread, and saves a table without its tensors
-        per_thread_copy_ahead=0,  # would open a CUDA context on device 0 from a background thread
-    )
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    dcp.save(snapshot.shards, storage_writer=writer, planner=planner, process_group=group)
+    dcp.save(snapshot.shards, storage_writer=ShardWriter(folder), planner=planner, process_group=group)
 
 
 def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...], partly: bool = False) -> dict[str, Any]:
@@ -202,9 +196,7 @@ def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...], partly:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls torch by names that torch deprecates
-        loaded, unused, absent = dist_checkpointing.load(
-            state, str(path), strict=StrictHandling.RETURN_ALL, validate_access_integrity=not partly
-        )
+        loaded, unused, absent = load_sharded(path, state, validate_access_integrity=not partly)
     absent_on_ranks: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(absent_on_ranks, absent)
     problems = {

@@ -1,6 +1,6 @@
 """Continues prompts with a trained model at full depth, on megatron-core's inference wrapper and key-value cache.
 
-Of megatron-core 0.16.1's inference only the wrapper around the model is used: it runs on CPU and GPU, with tensor and
+Of megatron-core's inference only the wrapper around the model is used: it runs on CPU and GPU, with tensor and
 pipeline parallelism. The loop over tokens and the choice of each are here, because of its two engines
 - the dynamic one does not run on a CPU: it needs CUDA events, NVTX and flash-attn ("flash attn verion v2.7.3 and above
   is required for dynamic batching");
@@ -20,16 +20,14 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
-from megatron.core.utils import get_model_config
 
 from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.data.tokenizer import Tokenizer
 from megatron_sbld.evaluation.model import TrainedModel, evaluation_config, load_chunks
 from megatron_sbld.evaluation.options import Sampling
 from megatron_sbld.health.watchdog import POSITION
+from megatron_sbld.mcore.compat import inference_wrapper
 from megatron_sbld.ranks import this_device
 from megatron_sbld.training.processes import distributed_run, world_size_from_environment
 
@@ -177,17 +175,7 @@ def _continue(
 
 def _wrapper(model: torch.nn.Module, vocab_rows: int, max_requests: int, max_length: int) -> GPTInferenceWrapper:
     """megatron-core's wrapper, with an empty cache for `max_requests` sequences of `max_length` tokens."""
-    config = get_model_config(model)
-    wrapper_config = InferenceWrapperConfig(
-        hidden_size=config.hidden_size,
-        params_dtype=config.params_dtype,
-        inference_batch_times_seqlen_threshold=-1,  # never in several microbatches
-        padded_vocab_size=vocab_rows,
-        inference_max_requests=max_requests,
-        inference_max_seq_length=max_length,
-    )
-    context = StaticInferenceContext.from_config(wrapper_config)
-    wrapper = GPTInferenceWrapper(model, wrapper_config, context)
+    wrapper = inference_wrapper(model, vocab_rows, max_requests, max_length)
     wrapper.prep_model_for_inference()
     return wrapper
 

@@ -21,11 +21,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sbld.config.sections import ParallelConfig
 from megatron_sbld.evaluation.requests import Request, Score
 from megatron_sbld.health.watchdog import POSITION
+from megatron_sbld.mcore.compat import batch_on_this_cp_rank
 from megatron_sbld.ranks import this_device
 
 _LENGTH_UNIT = 16
@@ -149,7 +149,7 @@ def _run(
 
     def batches() -> Iterator[Batch]:
         for indices in microbatches:
-            yield get_batch_on_this_cp_rank(_batch(requests, indices, call))
+            yield batch_on_this_cp_rank(_batch(requests, indices, call))
             if indices:
                 on_microbatch()
 

@@ -38,6 +38,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_sbld.checkpoint.shards import ShardWriter
+from megatron_sbld.files.pickled_paths import read_paths_of_python_3_13
+
 LAYERS = "decoder.layers."
 _NOT_OF_THE_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state_machine")
 
@@ -61,6 +64,7 @@ class StoredWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._reader = dcp.FileSystemReader(path)
+        read_paths_of_python_3_13()
         try:
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -189,10 +193,9 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], advance: Callable[[], No
 
     advance: called after each piece.
     """
-    writer = dcp.FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on saving without a process group
-        dcp.save({}, storage_writer=writer, planner=_Pieces(pieces, advance), no_dist=True)
+        dcp.save({}, storage_writer=ShardWriter(folder), planner=_Pieces(pieces, advance), no_dist=True)
 
 
 class _Pieces(SavePlanner):

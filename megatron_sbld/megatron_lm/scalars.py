@@ -79,18 +79,9 @@ class Scalars:
             megatron.print_rank_last(f" layer dropping at iteration {iteration} | {text}")
 
     def _scalars(self) -> dict[str, float]:
-        controller = self._controller
         model_flops, executed_flops = self._last_flops.tolist()
-        scalars = {
-            "theta": controller.theta,
-            "mean_keep_prob": float(controller.keep_probs.mean()),
-            "kept_fraction": controller.kept_fraction,
-            "model_flops": model_flops,
-            "executed_flops": executed_flops,
-        }
-        if controller.policy.stages is not None:
-            scalars["begun_layers"] = len(controller.growth.begun)
-        return scalars
+        flops = {"model_flops": model_flops, "executed_flops": executed_flops}
+        return {**decision_scalars(self._controller), **flops}
 
     def _add(self, scalars: dict[str, float], iteration: int) -> None:
         global_vars = importlib.import_module("megatron.training.global_vars")
@@ -118,6 +109,18 @@ class Scalars:
                 more.moe_layer_freq = [kind, *pattern]  # in front, since multi-token prediction repeats the last one
             costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
         return np.array([costs[kind] for kind in pattern])
+
+
+def decision_scalars(controller: DropController) -> dict[str, float]:
+    """What is in force in the present iteration."""
+    scalars = {
+        "theta": controller.theta,
+        "mean_keep_prob": float(controller.keep_probs.mean()),
+        "kept_fraction": controller.kept_fraction,
+    }
+    if controller.policy.stages is not None:
+        scalars["begun_layers"] = len(controller.growth.begun)
+    return scalars
 
 
 def _moe_pattern(args: Namespace) -> list[int]:

@@ -21,8 +21,8 @@ class Combination:
     why: str
     instead: str
     """{name} stands for what the user calls a setting."""
-    program: str | None = None
-    """Where alone it does not work."""
+    programs: tuple[str, ...] = ()
+    """Where alone it does not work; () is everywhere."""
 
 
 def given(value: Any) -> bool:
@@ -52,6 +52,10 @@ def _is_global_aux_loss(value: Any) -> bool:
 def _distinct_layers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Data-parallel replicas run different layers, and `settings`."""
     return {"replicas": "distinct", **settings, "granularity": "layer"}
+
+
+def _keeps_stepping(value: Any) -> bool:
+    return value not in (None, "adam", "sgd")
 
 
 COMBINATIONS = (
@@ -109,7 +113,28 @@ COMBINATIONS = (
         {"sensitivity_update": "dynamic", "decision_scope": "microbatch"},
         "it reports one loss an iteration",
         "set {decision_scope} iteration",
-        program="Megatron-LM",
+        programs=("Megatron-LM", "Megatron-Bridge"),
+    ),
+    Combination(
+        {"policy": other_than("none"), "optimizer": _keeps_stepping},
+        "a dropped layer's gradient is zero, and its momentum would still move it by a whole step",
+        "set {optimizer} adam or sgd",
+    ),
+    Combination(
+        {"policy": other_than("none"), "use_layer_wise_distributed_optimizer": True},
+        "nobody has shown that its ranks step and gather what a drop leaves alone",
+        "switch {use_layer_wise_distributed_optimizer} off",
+    ),
+    *(
+        Combination(
+            {**frozen, "optimizer_cuda_graph": True},
+            "a captured step would freeze the layers that it was captured with",
+            instead,
+        )
+        for frozen, instead in (
+            ({"dropped_update": "freeze"}, "set {dropped_update} apply, or switch {optimizer_cuda_graph} off"),
+            ({"stages": given}, "leave {stages} out, or switch {optimizer_cuda_graph} off"),
+        )
     ),
     Combination(
         {"depth": other_than("uniform"), "policy": other_than("layerdrop")},
@@ -155,7 +180,11 @@ def find_refusals(
     named: what the user calls a setting.
     program: the training program, where it is another one than the trainer.
     """
-    return [_message(row, settings, named) for row in rows if row.program in (None, program) and _holds(row, settings)]
+    return [
+        _message(row, settings, named, program)
+        for row in rows
+        if (not row.programs or program in row.programs) and _holds(row, settings)
+    ]
 
 
 def refuse_combinations(
@@ -174,9 +203,9 @@ def _holds(row: Combination, settings: Mapping[str, Any]) -> bool:
     )
 
 
-def _message(row: Combination, settings: Mapping[str, Any], named: Callable[[str], str]) -> str:
+def _message(row: Combination, settings: Mapping[str, Any], named: Callable[[str], str], program: str | None) -> str:
     first, *others = (f"{named(name)} = {settings[name]!r}" for name in row.when)
-    place = "" if row.program is None else f" in {row.program}"
+    place = f" in {program}" if row.programs else ""
     instead = row.instead.format_map(_Names(named))
     return f"{first} does not work with {' and '.join(others)}{place}: {row.why}; {instead}"
 

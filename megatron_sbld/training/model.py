@@ -24,6 +24,7 @@ from torch.utils._triton import has_triton
 from megatron_sbld.config.flops import ffn_hidden_size
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config, ModelConfig
+from megatron_sbld.mcore.compat import check_megatron_core, wrap_in_ddp
 from megatron_sbld.mcore.local.compiled import compile_layers, compiler_obstacle
 from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl, gpt_block_spec
 from megatron_sbld.mcore.optimizer.copies import copy_in_groups
@@ -41,6 +42,7 @@ def check_model(config: Config) -> None:
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
+    check_megatron_core(trainer=True)
     impl, reason = choose_transformer_impl(config.model.transformer_impl)
     modules = config.training.recompute_modules or []
     usable = ["core_attn"]
@@ -170,7 +172,7 @@ def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel
     )
     # Only the first chunk's communication is exposed, so the others are not bucketed (as in Megatron-LM).
     return [
-        DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
+        wrap_in_ddp(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
 

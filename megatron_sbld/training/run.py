@@ -20,7 +20,6 @@ from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     get_current_global_batch_size,
     get_num_microbatches,
-    init_num_microbatches_calculator,
     update_num_microbatches,
 )
 from megatron.core.optimizer import MegatronOptimizer
@@ -52,6 +51,7 @@ from megatron_sbld.mcore import (
     make_switchable,
     warm_up_after_growth,
 )
+from megatron_sbld.mcore.compat import init_microbatches
 from megatron_sbld.mcore.rng_state import reseed
 from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
 from megatron_sbld.method.policy import Policy
@@ -342,13 +342,12 @@ def build_controller(config: Config, policy: Policy) -> DropController:
 def microbatch_calculator(config: Config) -> Iterator[None]:
     """Megatron's global calculator of microbatches and of the ramp of the batch size."""
     training = config.training
-    init_num_microbatches_calculator(
+    init_microbatches(
         rank=dist.get_rank(),
         rampup_batch_size=training.rampup_batch_size,
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         data_parallel_size=data_parallel_size(config, dist.get_world_size()),
-        decrease_batch_size_if_needed=False,
     )
     try:
         yield

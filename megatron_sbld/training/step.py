@@ -16,11 +16,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sbld.config.sections import Config
 from megatron_sbld.data.batches import Batch
 from megatron_sbld.health.watchdog import POSITION
+from megatron_sbld.mcore.compat import batch_on_this_cp_rank
 from megatron_sbld.ranks import this_device
 
 
@@ -41,7 +41,7 @@ def _forward_step(batches: Iterator[Batch], model: GPTModel) -> tuple[torch.Tens
     POSITION.microbatches += 1
     device = this_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    batch = get_batch_on_this_cp_rank(batch)
+    batch = batch_on_this_cp_rank(batch)
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -449,6 +449,8 @@ def test_data_parallelism_takes_what_the_others_leave() -> None:
 def test_iterations_of_a_number_of_samples_are_counted_like_megatron(data: st.DataObject) -> None:
     from megatron.core import num_microbatches_calculator as megatron
 
+    from megatron_sbld.mcore.compat import init_microbatches
+
     start, increment = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))
     batch = start + increment * data.draw(st.integers(1, 6))
     ramp = data.draw(st.none() | st.tuples(st.just(start), st.just(increment), st.integers(1, 300)).map(list))
@@ -456,7 +458,7 @@ def test_iterations_of_a_number_of_samples_are_counted_like_megatron(data: st.Da
     training = {"train_iters": None, "train_samples": samples, "global_batch_size": batch, "rampup_batch_size": ramp}
     config = change(VALID, training=training)
 
-    megatron.init_num_microbatches_calculator(0, ramp, batch, 1, 1, False)
+    init_microbatches(rank=0, rampup_batch_size=ramp, global_batch_size=batch, micro_batch_size=1, data_parallel_size=1)
     try:
         assert train_iterations(config) == megatron_iterations(megatron, samples, batch, ramp)
     finally:

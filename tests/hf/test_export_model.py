@@ -21,6 +21,7 @@ from megatron_sbld.hf.export_model import export_hf, written_at_once
 from megatron_sbld.hf.format import Heads
 from megatron_sbld.hf.stored_weights import LAYERS, Piece, StoredWeights, write_pieces
 from tests.checkpoint.checkpoint_runs import run
+from tests.checkpoint.common_in_shards import move_common_into_shards
 from tests.harness import run_distributed, single_process
 from tests.hf import hf_peer
 from tests.hf.hf_helpers import (
@@ -245,6 +246,14 @@ def describe(folder: Path, tokenizer: str, **changes: Any) -> None:
     """The config.yaml of the tiny GPT-2."""
     model = {**dataclasses.asdict(model_config(tokenizer, {}).model), **changes}
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"tokenizer": tokenizer}}))
+
+
+def test_a_checkpoint_in_the_layout_of_core_0_19_is_exported(gpt2: Path, tokenizer: str, tmp_path: Path) -> None:
+    move_common_into_shards(Path(shutil.copytree(checkpoint_path(gpt2, 3), tmp_path / "other")))
+    describe(tmp_path, tokenizer)
+    export_hf(str(gpt2), str(tmp_path / "expected"))
+    export_hf(str(tmp_path / "other"), str(tmp_path / "out"), config=str(tmp_path / "config.yaml"))
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "expected"))
 
 
 @pytest.mark.slow

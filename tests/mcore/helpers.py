@@ -31,10 +31,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_sbld.mcore.compat import batch_on_this_cp_rank
 from megatron_sbld.mcore.local.layer_specs import gpt_block_spec
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.schedule import Constant
@@ -59,6 +60,19 @@ class Listed(Policy):
 
     def _keep_probs(self, theta: float) -> np.ndarray:
         return self._listed
+
+
+def moe_loss_sums() -> dict[str, torch.Tensor]:
+    """Megatron's own sums [layers] of each auxiliary loss since they were last logged."""
+    return {name: entry["values"] for name, entry in moe_utils.get_moe_layer_wise_logging_tracker().items()}
+
+
+def forget_moe_losses() -> None:
+    """Drop these sums: they are the process's, and another model may have other layers."""
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # from megatron-core 0.18 on
+        moe_utils.get_moe_metrics_tracker().metrics.clear()
+    else:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
 def tiny_config(**overrides: Any) -> TransformerConfig:
@@ -308,7 +322,7 @@ def batches(iteration: int) -> Iterator[dict[str, torch.Tensor]]:
             "position_ids": torch.arange(SEQUENCE).expand(MICRO_BATCH, -1).contiguous(),
         }
         on_device = {name: value.to(torch.cuda.current_device()) for name, value in batch.items()}
-        yield get_batch_on_this_cp_rank(on_device)
+        yield batch_on_this_cp_rank(on_device)
 
 
 def _forward_step(data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

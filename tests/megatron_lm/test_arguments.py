@@ -119,6 +119,24 @@ def test_nothing_is_looked_at_without_a_policy() -> None:
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 = True does not work"),
         ({"qk_clip": True}, "--qk-clip = True does not work"),
         ({"fp8": "hybrid"}, "--fp8-recipe = 'delayed' does not work"),
+        ({"gtp_weight_remat_size": 2}, "--gtp-weight-remat-size = 2 does not work"),
+        ({"moe_paged_stash": True}, "--moe-paged-stash = True does not work"),
+        (
+            {"optimizer": "muon"},
+            "--sbld-policy = 'layerdrop' does not work with --optimizer = 'muon': .*; set --optimizer adam or sgd",
+        ),
+        (
+            {"optimizer": "muon", "sbld_dropped_update": "freeze"},
+            "--sbld-policy = 'layerdrop' does not work with --optimizer = 'muon'",
+        ),
+        (
+            {"use_layer_wise_distributed_optimizer": True},
+            "--sbld-policy = 'layerdrop' does not work with --use-layer-wise-distributed-optimizer = True",
+        ),
+        (
+            {"optimizer_cuda_graph": True, "sbld_dropped_update": "freeze"},
+            "--sbld-dropped-update = 'freeze' does not work with --optimizer-cuda-graph = True",
+        ),
         ({"inprocess_restart": True}, "--inprocess-restart = True does not work"),
         ({"perform_rl_step": True}, "--perform-rl-step = True does not work"),
     ],

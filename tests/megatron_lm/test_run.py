@@ -143,6 +143,17 @@ def test_a_checkpoint_without_layer_dropping_is_taken_and_a_changed_seed_is_told
     assert "drop seed: 1234 when saved, 7 now" in caplog.text
 
 
+def test_stages_whose_state_was_not_loaded_are_refused_before_a_layer_begins_anew() -> None:
+    stages = ("--sbld-policy", "staged", "--sbld-stages", "[[0.5, 2], [1.0, 4]]", "--sbld-stage-init", "copy")
+    run, hooked, _ = attached(*stages)
+    run._args.iteration = 70  # --no-load-optim
+    with pytest.raises(ValueError, match=r"--sbld-stages = .* after iteration 70, .* which was not loaded"):
+        step(run, 71)
+    hooked.load_state_dict(scheduler(hooked.optimizer).state_dict())  # of a run without layer dropping
+    step(run, 71)
+    assert run.controller.growth.begun == frozenset(range(1, LAYERS + 1))
+
+
 def dynamic_sensitivity(folder: Path) -> tuple[str, ...]:
     """Arguments of a run that keeps its sensitivity up to date."""
     path = str(folder / "sensitivity.json")

@@ -18,6 +18,7 @@ DISTINCT = {"replicas": "distinct", "granularity": "layer"}
 MEGATRON = {
     *("overlap_grad_reduce", "micro_batch_size", "num_moe_experts", "expert_model_parallel_size", "tp_comm_overlap"),
     *("moe_router_load_balancing_type", "recompute_granularity", "fp8", "fp4", "torch_compile"),
+    *("optimizer", "use_layer_wise_distributed_optimizer", "optimizer_cuda_graph"),
 }
 """Settings beside those of the drop section."""
 
@@ -42,8 +43,9 @@ def test_settings_are_named_as_the_user_knows_them() -> None:
 def test_what_does_not_work_in_one_program_is_refused_there_alone() -> None:
     settings = {"sensitivity_update": "dynamic", "decision_scope": "microbatch"}
     assert find_refusals(settings) == []
-    (line,) = find_refusals(settings, program="Megatron-LM")
-    assert "decision_scope = 'microbatch' in Megatron-LM: it reports one loss" in line
+    for program in ("Megatron-LM", "Megatron-Bridge"):
+        (line,) = find_refusals(settings, program=program)
+        assert f"decision_scope = 'microbatch' in {program}: it reports one loss" in line
 
 
 def test_rows_name_settings_that_there_are() -> None:

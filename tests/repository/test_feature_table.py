@@ -11,18 +11,25 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compatibility_evidence.md"
-STATUSES = {"tested", "GPU only", "refused"}
+VERSIONS = ("0.16", "0.17", "0.18", "0.19")
+STATUSES = {"tested", "untested", "GPU only", "refused", "-"}
+Row = tuple[str, frozenset[str], str]
 REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::([^`]+)`")
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(switch, status, evidence) of every row of the page's tables."""
+def table() -> list[tuple[str, ...]]:
+    """The cells of every row of the page's tables."""
     cells = [
         tuple(cell.strip() for cell in line.strip("|").split("|"))
         for line in TABLE.read_text().splitlines()
         if line.startswith("|")
     ]
     return [row for row in cells if row[0] != "Switch" and not row[0].startswith("---")]
+
+
+def rows() -> list[Row]:
+    """(switch, its status in the versions, evidence) of every row."""
+    return [(switch, frozenset(statuses) - {"-"}, evidence) for switch, *statuses, evidence in table()]
 
 
 @functools.cache
@@ -40,35 +47,56 @@ def names_in(path: Path) -> frozenset[str]:
 def refusal_reasons() -> dict[str, str]:
     """REASONS of refusals.py, read without importing Megatron."""
     module = ast.parse((ROOT / "megatron_sbld" / "mcore" / "skip" / "refusals.py").read_text())
+    texts: dict[str, str] = {}
     for statement in module.body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "REASONS":
-            return ast.literal_eval(statement.value)
+        if not isinstance(statement, ast.Assign):
+            continue
+        name = ast.unparse(statement.targets[0])
+        if name == "REASONS":
+            assert isinstance(statement.value, ast.Dict)
+            items = zip(statement.value.keys, statement.value.values, strict=True)
+            return {
+                ast.literal_eval(key): texts.get(ast.unparse(value)) or ast.literal_eval(value) for key, value in items
+            }
+        if isinstance(statement.value, ast.Constant):
+            texts[name] = statement.value.value
     raise AssertionError("refusals.py has no REASONS")
 
 
 def test_the_page_has_no_other_status() -> None:
-    assert len(rows()) > 50
-    assert all(len(row) == 3 for row in rows())
-    assert {status for _, status, _ in rows()} <= STATUSES
+    assert len(table()) > 50
+    assert all(len(row) == len(VERSIONS) + 2 for row in table())
+    assert {status for _, *statuses, _ in table() for status in statuses} <= STATUSES
 
 
-@pytest.mark.parametrize(("switch", "status", "evidence"), rows(), ids=[switch[:60] for switch, _, _ in rows()])
-def test_each_row_has_its_evidence(switch: str, status: str, evidence: str) -> None:
+def test_each_table_has_a_column_for_each_version() -> None:
+    heads = [line for line in TABLE.read_text().splitlines() if line.startswith("| Switch")]
+    assert heads == [f"| Switch | {' | '.join(VERSIONS)} | Shown by, or why |"] * len(heads)
+
+
+def test_no_switch_is_refused_in_one_version_and_run_in_another() -> None:
+    """The refusals look at values, not at versions; what is untested in one version is tested in another."""
+    kinds = [{"refused"}, {"GPU only"}, {"tested"}, {"tested", "untested"}]
+    assert [switch for switch, statuses, _ in rows() if statuses not in kinds] == []
+
+
+@pytest.mark.parametrize(("switch", "statuses", "evidence"), rows(), ids=[switch[:60] for switch, _, _ in rows()])
+def test_each_row_has_its_evidence(switch: str, statuses: frozenset[str], evidence: str) -> None:
     references = REFERENCE.findall(evidence)
     assert evidence.count("`tests/") == len(references), "a reference is FILE::NAME"
     for path, name in references:
         assert (ROOT / path).is_file(), path
         assert name in names_in(ROOT / path), f"{path} has no test or case {name!r}"
-    if status == "tested":
+    if "tested" in statuses:
         assert references
-    elif status == "GPU only":
+    elif "GPU only" in statuses:
         assert len(evidence) > 20
     else:
         assert references or evidence in refusal_reasons().values()
 
 
 def test_every_switch_that_the_code_refuses_is_listed_with_its_reason() -> None:
-    refused = {switch: evidence for switch, status, evidence in rows() if status == "refused"}
+    refused = {switch: evidence for switch, statuses, evidence in rows() if "refused" in statuses}
     for name, reason in refusal_reasons().items():
         assert [text for switch, text in refused.items() if f"`{name}`" in switch] == [reason], name
 
@@ -85,7 +113,7 @@ def test_messages_of_other_refusals_are_those_of_the_code() -> None:
             "config/combinations.py",
         )
     )
-    for switch, status, evidence in rows():
-        if status == "refused" and evidence not in refusal_reasons().values() and "FSDP alone" not in evidence:
+    for switch, statuses, evidence in rows():
+        if "refused" in statuses and evidence not in refusal_reasons().values() and "FSDP alone" not in evidence:
             message = evidence.split(" `tests/")[0].rstrip(".")
             assert message in sources, switch

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_sbld.config.flops import layer_flops_per_token
 from megatron_sbld.config.sections import Config
+from tests.checkpoint.common_in_shards import move_common_into_shards
 from tests.training.trainer_helpers import (
     change,
     decisions,
@@ -165,12 +166,14 @@ def test_a_shallower_model_grows_on(tmp_path: Path, corpus: Path) -> None:
     assert "begin with 3 layers, [1, 2, 4], but the checkpoint has 2" in str(run_here(other))
 
 
-@pytest.mark.parametrize("saved_by", ["this trainer", "Megatron-LM"])
+@pytest.mark.parametrize("saved_by", ["this trainer", "Megatron-LM", "Megatron-LM of core 0.19"])
 def test_the_layers_of_a_growing_checkpoint_that_had_begun_are_its_model(
     growing: Path, corpus: Path, tmp_path: Path, saved_by: str
 ) -> None:
     """Weights of layers that never trained are taken over by no run, whatever its depth is."""
     found = str(growing) if saved_by == "this trainer" else patched_checkpoint(growing, tmp_path)
+    if saved_by == "Megatron-LM of core 0.19":
+        move_common_into_shards(Path(found))
     weights = {"load": found, "load_optimizer": False}
     still = {"lr": 1e-12, "min_lr": 0.0, "lr_warmup_iters": 0}
     shallow = tiny_run(tmp_path / "2", corpus, model={"num_layers": 2}, checkpoint=weights, optimizer=still)
@@ -187,15 +190,14 @@ def test_the_layers_of_a_growing_checkpoint_that_had_begun_are_its_model(
 def patched_checkpoint(run_dir: Path, folder: Path) -> str:
     """The run's newest checkpoint as a patched Megatron-LM would have left it: the drop state in another place."""
     import torch
-    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
     from megatron_sbld.checkpoint.files import MANIFEST, find_checkpoint, read_train_state
 
     source = find_checkpoint(run_dir).path
     stock = Path(shutil.copytree(source, folder / source.name))
-    common = torch.load(stock / COMMON_STATE_FNAME, weights_only=False)
+    common = torch.load(stock / "common.pt", weights_only=False)
     common["opt_param_scheduler"]["sbld"] = {"drop": read_train_state(source)["drop"], "sensitivity": None}
-    torch.save(common, stock / COMMON_STATE_FNAME)
+    torch.save(common, stock / "common.pt")
     (stock / MANIFEST).unlink()
     return str(stock)
 

@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sbld.checks import check_choice
 from megatron_sbld.layout.placement import Placement
+from megatron_sbld.mcore.compat import nvidia_apex_available, submodules_of, transformer_engine_available
 from megatron_sbld.mcore.local.attention import SDPACoreAttention
 from megatron_sbld.mcore.local.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_sbld.mcore.local.norm import norm_class
-from megatron_sbld.mcore.versions import nvidia_apex_available, transformer_engine_available
 from megatron_sbld.words import TransformerImpl
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _local_layer(normalization: str) -> tuple[ModuleSpec, type[torch.nn.Module]]
     layer = get_gpt_layer_local_spec(normalization=normalization)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention, mlp = submodules_of(layer.submodules.self_attention), submodules_of(layer.submodules.mlp)
     attention.core_attention = SDPACoreAttention
     attention.linear_qkv = mlp.linear_fc1 = ColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = RowParallelLinear

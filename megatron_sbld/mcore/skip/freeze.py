@@ -219,6 +219,11 @@ def _check_optimizer(part: MegatronOptimizer, setting: str) -> None:
                 f"{setting} does not work with {name} = True: its step reads gradients elsewhere, so "
                 f"that taking one away would freeze nothing; {advice}"
             )
+    if getattr(part.config, "optimizer_cuda_graph", False):
+        raise ValueError(
+            f"{setting} does not work with optimizer_cuda_graph = True: a captured step would freeze the layers that "
+            f"it was captured with; {advice}"
+        )
     if type(part.optimizer) not in _INNER:
         raise ValueError(
             f"{setting} does not work with {type(part.optimizer).__name__}: allowed are torch's Adam, "

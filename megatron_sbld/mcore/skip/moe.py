@@ -5,6 +5,7 @@ all MoE layers and microbatches (transformer/moe/moe_utils.py, `track_moe_metric
 sum, so that mean is too small by the share of dropped layers. Here it is divided by what ran:
 
     track_moe_metrics(loss_scale=moe_loss_scale(controller, config), ...)     # instead of 1 / num_microbatches
+    get_moe_metrics_tracker().report(loss_scale=..., ...)                     # from megatron-core 0.18 on, likewise
 
 The gradients need no correction: a kept layer's router gets those of its own auxiliary loss, as at full depth, and a
 dropped one gets none, so a layer sees its auxiliary loss as often as its part of the language-model loss. With
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.compat import record_moe_loss, sequence_loss_counts_all_tokens
 
 
 def moe_layers(config: TransformerConfig) -> list[int]:
@@ -77,14 +78,14 @@ def announce_moe_losses(layers: Iterable[torch.nn.Module]) -> None:
         num_layers = config.num_layers + (config.mtp_num_layers or 0)
         zero = torch.zeros((), device=torch.cuda.current_device())
         if config.moe_z_loss_coeff is not None:
-            save_to_aux_losses_tracker("z_loss", zero, router.layer_number, num_layers)
+            record_moe_loss("z_loss", zero, router.layer_number, num_layers)
         for kind, name, group, has_dp in (
             ("aux_loss", "load_balancing_loss", router.tp_cp_group, False),
             ("seq_aux_loss", "seq_load_balancing_loss", router.tp_cp_group, False),
             ("global_aux_loss", "global_load_balancing_loss", router.tp_dp_cp_group, True),
         ):
             if router.get_aux_loss_coeff(kind) > 0:
-                save_to_aux_losses_tracker(
+                record_moe_loss(
                     name, zero, router.layer_number, num_layers, reduce_group=group, reduce_group_has_dp=has_dp
                 )
 
@@ -115,18 +116,20 @@ def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerC
     """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
 
     With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
-    of sequences (seq_aux_loss) by the tokens of one sequence.
+    of sequences (seq_aux_loss) in some versions by the tokens of one sequence.
     """
     by_tokens = config.calculate_per_token_loss
+    sequences_by_tokens = by_tokens and sequence_loss_counts_all_tokens()
     scaled = copy.copy(config)
     kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(kinds, list) and isinstance(coefficients, list):
         scaled.moe_aux_loss_coeff = [
-            coefficient * (1.0 if by_tokens and kind != "seq_aux_loss" else share)
+            coefficient * (1.0 if (sequences_by_tokens if kind == "seq_aux_loss" else by_tokens) else share)
             for kind, coefficient in zip(kinds, coefficients, strict=True)
         ]
     elif isinstance(coefficients, float | int):
-        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_tokens and kinds != "seq_aux_loss" else share)
+        by_kind = sequences_by_tokens if kinds == "seq_aux_loss" else by_tokens
+        scaled.moe_aux_loss_coeff = coefficients * (1.0 if by_kind else share)
     if config.moe_z_loss_coeff is not None and not by_tokens:
         scaled.moe_z_loss_coeff = config.moe_z_loss_coeff * share
     return scaled

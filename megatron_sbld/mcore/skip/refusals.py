@@ -15,6 +15,10 @@ from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 from megatron_sbld.controller import DropController
 
+_STREAMS = "a layer mixes several residual streams, and nobody has shown what a skip must hand on"
+_KITCHEN = "nobody has shown that its recipes keep nothing of a layer from pass to pass"
+_WEIGHT_CHAIN = "each weight fetches the next one that ran before it, and a skip breaks the chain"
+
 REASONS = {
     "cuda_graph_impl": "a captured graph would repeat the decision it was captured with",
     "overlap_moe_expert_parallel_comm": "it bypasses the layer's forward, so that drops would be ignored",
@@ -28,8 +32,29 @@ REASONS = {
     "experimental_attention_variant": "nobody has shown it right, and its losses are logged over all layers",
     "hybrid_context_parallel": "its schedule gives ranks different numbers of microbatches",
     "num_microbatches_with_partial_activation_checkpoints": "nobody has shown that decisions survive it",
+    "use_kitchen": _KITCHEN,
+    "use_kitchen_attention": _KITCHEN,
+    "enable_mhc_connections": _STREAMS,
+    "enable_hyper_connections": _STREAMS,
+    "tensor_parallel_num_weight_shards": _WEIGHT_CHAIN,
+    "expert_tensor_parallel_num_weight_shards": _WEIGHT_CHAIN,
+    "gtp_weight_remat_size": _WEIGHT_CHAIN,
+    "expert_gtp_weight_remat_size": _WEIGHT_CHAIN,
+    "moe_router_load_balancing_type": "with quantile_balancing, a router that no microbatch ran forgets its bias",
+    "moe_paged_stash": "it repeats the order of layers of the first iteration, and a skipped one breaks it",
+    "overlap_dispatch_backward_with_experts_wgrad": (
+        "gradients are then reported by other hooks than the ones a skip stands in for"
+    ),
 }
-"""Why each switch of TransformerConfig is refused when it is on."""
+"""Why each switch of TransformerConfig is refused when it is on, of all versions of megatron-core."""
+
+_MORE_THAN: dict[str, str | None] = {
+    "tensor_parallel_num_weight_shards": "tensor_model_parallel_size",
+    "expert_tensor_parallel_num_weight_shards": "expert_tensor_parallel_size",
+    "gtp_weight_remat_size": None,
+    "expert_gtp_weight_remat_size": None,
+}
+"""Numbers that are on above another field's value, or above 1."""
 
 _SHARDED = "it gathers and frees a layer's parameters around a forward pass that a skip leaves out"
 _REDUCER = "it counts the gradients of every layer, and a skipped one has none"
@@ -70,6 +95,11 @@ def is_on(config: TransformerConfig, name: str) -> bool:
         return value not in (None, "none")
     if name == "fp8_recipe":
         return bool(config.fp8) and value == "delayed"
+    if name == "moe_router_load_balancing_type":
+        return value is not None and "quantile_balancing" in value  # one name, or a list of them
+    if name in _MORE_THAN:
+        least = getattr(config, _MORE_THAN[name] or "", None) or 1
+        return value is not None and value > least
     return bool(value)
 
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.compat import check_megatron_core
 from megatron_sbld.mcore.skip.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, make_skippable
 from megatron_sbld.mcore.skip.layer_buckets import LayerBuckets, note_wrappers, refuse_wrappers_around
@@ -29,7 +30,6 @@ from megatron_sbld.mcore.skip.moe import announce_moe_losses, weigh_router_losse
 from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, in_backward_pass, running_checkpoint
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
-from megatron_sbld.mcore.versions import check_megatron_core
 from megatron_sbld.method.combinations import refuse_combinations
 
 

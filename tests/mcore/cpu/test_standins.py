@@ -15,8 +15,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_sbld.mcore.compat import batch_on_this_cp_rank
 from megatron_sbld.mcore.local.attention import SDPACoreAttention
 from tests.harness import model_parallel, run_distributed, single_process
 from tests.mcore.helpers import Step, tiny_config, tiny_gpt, train
@@ -120,10 +120,10 @@ def _context_parallel_attention() -> dict[str, Any]:
 
         def local(tensor: torch.Tensor) -> torch.Tensor:
             by_batch = {"tensor": tensor.transpose(0, 1).contiguous()}
-            return get_batch_on_this_cp_rank(by_batch, group)["tensor"].transpose(0, 1)
+            return batch_on_this_cp_rank(by_batch, group)["tensor"].transpose(0, 1)
 
         masked = torch.ones(16, 16).tril().logical_not()[None, None]
-        local_mask = get_batch_on_this_cp_rank({"attention_mask": masked}, group)["attention_mask"]
+        local_mask = batch_on_this_cp_rank({"attention_mask": masked}, group)["attention_mask"]
         parts = [local(x).requires_grad_() for x in whole]
         actual = _output_and_gradients(with_cp, parts, local(direction), None)
         actual_masked = _output_and_gradients(with_cp, parts, local(direction), local_mask)

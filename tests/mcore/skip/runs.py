@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
+from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import fuse_residual, make_switchable
@@ -32,6 +32,7 @@ from tests.mcore.helpers import (
     GLOBAL_MICROBATCHES,
     MICRO_BATCH,
     build_optimizer,
+    forget_moe_losses,
     forward_backward,
     full_and_own_slice,
     global_name,
@@ -144,7 +145,7 @@ class Result:
 
 def run_case(case: Case) -> Result:
     # What another case's model left in the process.
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_moe_losses()
     param_and_grad_buffer.dist_reduce_scatter_func = _stock_reduce_scatter
     with model_parallel(tp=case.tp, pp=case.pp, cp=case.cp, vpp=case.vpp, ep=case.ep, etp=case.etp):
         config = tiny_config(**{"num_layers": case.layers, **case.model, **case.config})

@@ -237,8 +237,8 @@ def test_a_model_that_is_not_switchable_and_an_optimizer_of_another_model_are_re
                 freeze_dropped_layers(training.models, Training(PATTERNS, freeze=False, ddp=ddp).optimizer)
 
 
-@pytest.mark.parametrize("name", ["optimizer_cpu_offload", "use_precision_aware_optimizer"])
-def test_switches_that_keep_gradients_elsewhere_are_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize("name", ["optimizer_cpu_offload", "use_precision_aware_optimizer", "optimizer_cuda_graph"])
+def test_switches_under_which_nothing_would_be_frozen_are_refused_by_name(name: str) -> None:
     with model_parallel():
         training = Training(PATTERNS, freeze=False)
         setattr(training.optimizer.config, name, True)
@@ -274,6 +274,22 @@ def test_kinds_of_optimizers_that_are_not_known_to_leave_out_a_parameter_are_ref
         part.optimizer = torch.optim.RMSprop(part.optimizer.param_groups)
         with pytest.raises(ValueError, match="does not work with RMSprop: allowed are torch's Adam"):
             freeze_dropped_layers(training.models, training.optimizer)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_orthogonalised_momentum_moves_a_dropped_layer_by_a_whole_step() -> None:
+    """Why Muon is refused by name: its step has one size, whatever is left of the momentum."""
+    torch.manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(16, 16))
+    muon = torch.optim.Muon([weight], lr=0.1, weight_decay=0.0)
+    weight.grad = torch.randn(16, 16)
+    moved = []
+    for _ in range(20):
+        before = weight.detach().clone()
+        muon.step()
+        moved.append(float((weight - before).detach().norm()))
+        weight.grad = torch.zeros(16, 16)  # as of a dropped layer
+    assert min(moved) > 0.8 * moved[0]
 
 
 def test_the_hooks_cost_little_beside_a_step() -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import _unset_checkpointing
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.method.policy import Policy
 from tests.harness import model_parallel, single_process
-from tests.mcore.helpers import MICRO_BATCH, SEQUENCE, VOCAB, Listed, tiny_config, tiny_gpt
+from tests.mcore.helpers import MICRO_BATCH, SEQUENCE, VOCAB, Listed, forget_moe_losses, tiny_config, tiny_gpt
 from tests.mcore.skip.runs import BLOCK_RECOMPUTE, FULL_RECOMPUTE
 
 LAYERS, MICROBATCHES = 4, 4
@@ -45,7 +44,7 @@ RECOMPUTED = ["full recomputation", "samples", "scaled branches", "dropout"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process() -> Iterator[None]:
-    get_moe_layer_wise_logging_tracker().clear()  # Megatron's, of the process: another model may have other layers
+    forget_moe_losses()
     with single_process(), model_parallel():
         yield
     _unset_checkpointing()  # an error in a recomputed layer leaves Megatron's flag set, for all tests to come

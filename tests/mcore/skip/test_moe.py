@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.compat import core_version
 from megatron_sbld.mcore.skip.moe import moe_layers, moe_loss_scale
 from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.method.schedule import Constant
 from tests.harness import model_parallel, run_distributed, single_process
-from tests.mcore.helpers import forward_backward, tiny_config, tiny_gpt, wrap_ddp
+from tests.mcore.helpers import forget_moe_losses, forward_backward, moe_loss_sums, tiny_config, tiny_gpt, wrap_ddp
 from tests.mcore.skip.runs import (
     BOTH_OVERLAPS,
     FULL_RECOMPUTE,
@@ -122,7 +122,7 @@ def _two_processes() -> dict[str, Any]:
 
 def _distinct_replicas() -> dict[str, float]:
     """The logged loss of replicas that ran different layers, and the same from the routers' own sums and counts."""
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_moe_losses()
     with model_parallel():
         config = tiny_config(**EVERY_OTHER)
         models = wrap_ddp(tiny_gpt(config))
@@ -141,7 +141,7 @@ def _distinct_replicas() -> dict[str, float]:
                 module.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
         controller.begin_iteration(1, 4)
         forward_backward(models, 1, 4)
-        values = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"]
+        values = moe_loss_sums()["load_balancing_loss"]
         sums = torch.tensor([float(values.sum()), float(runs[0])])
         dist.all_reduce(sums)
         found = logged_moe_losses(config, controller)["load_balancing_loss"]
@@ -181,14 +181,16 @@ def test_four_processes_equal_one(four_processes: list[dict[str, Result]], name:
 
 
 @pytest.mark.slow
-def test_whole_experts_on_tensor_parallel_ranks_are_wrong_in_megatron_itself(
+def test_whole_experts_on_tensor_parallel_ranks_were_wrong_in_megatron_itself(
     two_processes: list[dict[str, Any]],
 ) -> None:
-    """TP 2 with expert_tensor_parallel_size 1 and EP 1, nothing dropped: documented as Megatron's own fault."""
+    """TP 2 with expert_tensor_parallel_size 1 and EP 1, nothing dropped: documented as Megatron's own fault in 0.16."""
     expected = reference_result(WRONG_IN_MEGATRON)
     found = two_processes[0]["wrong in Megatron"]
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-5)
-    assert not np.allclose(found.losses[1:], expected.losses[1:], rtol=1e-4)
+    if core_version() in ((0, 17), (0, 18)):
+        pytest.skip("nobody has looked in which version between 0.16 and 0.19 it was mended")
+    assert np.allclose(found.losses[1:], expected.losses[1:], rtol=1e-4) == (core_version() >= (0, 19))
 
 
 def test_the_logged_loss_is_the_mean_over_the_layers_that_ran() -> None:

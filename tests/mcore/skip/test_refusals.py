@@ -37,6 +37,17 @@ ON: dict[str, list[Any]] = {
     "experimental_attention_variant": ["gated_delta_net", "dsa"],
     "hybrid_context_parallel": [True],
     "num_microbatches_with_partial_activation_checkpoints": [1],
+    "use_kitchen": [True],
+    "use_kitchen_attention": [True],
+    "enable_mhc_connections": [True],
+    "enable_hyper_connections": [True],
+    "tensor_parallel_num_weight_shards": [2],
+    "expert_tensor_parallel_num_weight_shards": [4],
+    "gtp_weight_remat_size": [2],
+    "expert_gtp_weight_remat_size": [2],
+    "moe_router_load_balancing_type": ["quantile_balancing", ["quantile_balancing"]],
+    "moe_paged_stash": [True],
+    "overlap_dispatch_backward_with_experts_wgrad": [True],
 }
 
 
@@ -71,6 +82,15 @@ def test_a_switch_that_would_make_a_drop_wrong_is_refused_by_name(switch: str, v
 def test_fp8_delayed_scaling_is_refused_only_when_fp8_is_on() -> None:
     (chunk,) = tiny_gpt(tiny_config())
     assert chunk.config.fp8_recipe == "delayed"  # Megatron's default
+    make_switchable(chunk, half())
+
+
+def test_weights_are_sharded_only_beyond_tensor_parallelism() -> None:
+    (chunk,) = tiny_gpt(tiny_config())
+    chunk.config.tensor_model_parallel_size = 2
+    chunk.config.tensor_parallel_num_weight_shards = 2  # what megatron-core makes of None
+    chunk.config.expert_tensor_parallel_num_weight_shards = 1
+    chunk.config.gtp_weight_remat_size = 1
     make_switchable(chunk, half())
 
 

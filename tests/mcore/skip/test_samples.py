@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
@@ -23,6 +23,8 @@ from tests.mcore.helpers import (
     VOCAB,
     Listed,
     build_optimizer,
+    forget_moe_losses,
+    moe_loss_sums,
     tiny_config,
     tiny_gpt,
     train_step,
@@ -278,16 +280,32 @@ def test_the_output_can_be_freed_without_harm_to_the_input() -> None:
     assert torch.equal(hidden.grad[:, left_out], torch.ones(SEQUENCE, len(left_out), WIDTH))
 
 
+def weight_of_sequences_per_token() -> float:
+    """What stock Megatron multiplies seq_aux_loss by, with calculate_per_token_loss: 1, or before 0.19 1 / samples."""
+    norms = []
+    for per_token in (False, True):
+        config = {**MOE, "moe_z_loss_coeff": None, "calculate_per_token_loss": per_token}
+        (stock,) = tiny_gpt(tiny_config(num_layers=LAYERS, **config))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0]))
+        (losses(stock.train(), tokens()).sum() * 0).backward()  # leaves the gradients of the auxiliary losses
+        gradient = next(grad for name, grad in gradients(stock).items() if name.endswith("router.weight"))
+        norms.append(float(gradient.norm()) / (SAMPLES * SEQUENCE if per_token else 1))
+    weight = norms[1] / norms[0]
+    assert weight == pytest.approx(1.0) or weight == pytest.approx(1 / SAMPLES)
+    return weight
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_routers_losses_count_by_the_share_of_samples_that_it_sees(per_token: bool) -> None:
     """The mean over samples of each one's auxiliary losses, as at full depth, in the gradients; nothing in the log."""
     config = {**MOE, "calculate_per_token_loss": per_token}
     tokens_of_a_microbatch = SAMPLES * SEQUENCE
     policy = Listed(0.5, 0.3, 0.8, 0.6)
+    stock_weight = weight_of_sequences_per_token()
     chunk, controller = switchable(policy, **config)
     for iteration in (1, 2):
         controller.begin_iteration(iteration, 1)
-        get_moe_layer_wise_logging_tracker().clear()
+        forget_moe_losses()
         # As Megatron's schedules and finalize_model_grads do, on one rank: per token, gradients are divided at the end.
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0]))
         found = losses(chunk, tokens())
@@ -295,15 +313,14 @@ def test_a_routers_losses_count_by_the_share_of_samples_that_it_sees(per_token: 
         mine = gradients(chunk)
         if per_token:
             mine = {name: gradient / tokens_of_a_microbatch for name, gradient in mine.items()}
-        logged = get_moe_layer_wise_logging_tracker()["seq_load_balancing_loss"]["values"].clone()
+        logged = moe_loss_sums()["seq_load_balancing_loss"].clone()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 / SAMPLES]))  # a microbatch of each sample
-        get_moe_layer_wise_logging_tracker().clear()
-        # Per token, Megatron multiplies the loss of sequences by the tokens of one of them, not of all.
-        by_sequence = {"moe_aux_loss_coeff": MOE["moe_aux_loss_coeff"] / (SAMPLES if per_token else 1)}
+        forget_moe_losses()
+        by_sequence = {"moe_aux_loss_coeff": MOE["moe_aux_loss_coeff"] * (stock_weight if per_token else 1)}
         expected, theirs = sample_by_sample(controller.sample_plan[0], None, None, False, **{**MOE, **by_sequence})
         torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-6)
         assert_close(mine, theirs)
-        summed = get_moe_layer_wise_logging_tracker()["seq_load_balancing_loss"]["values"]
+        summed = moe_loss_sums()["seq_load_balancing_loss"]
         counts = torch.from_numpy(controller.sample_plan[0].sum(axis=1)).clamp(min=1)
         torch.testing.assert_close(logged, summed / counts, rtol=1e-4, atol=1e-6)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0]))
