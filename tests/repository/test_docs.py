@@ -134,3 +134,25 @@ def test_a_figure_that_differs_is_found() -> None:
     source = "| pld | 3,573 | +0.0416 | 76.1% |"
     assert missing_figures("PLD: 3,573 tokens/s, +0.042, 76 %", source) == []
     assert missing_figures("PLD: 3,574 tokens/s, +0.052, 76.3 %", source) == [3574, 0.052, 76.3]
+
+
+# Docstrings on the API pages
+
+
+@pytest.mark.parametrize(
+    ("docstring", "found"),
+    [
+        (
+            "Does it.\n\nArgs:\n    a: one,\n        still.\n    b: two.",
+            "Does it.\n\n:param a: one, still.\n:param b: two.\n",
+        ),
+        ("Does it.\n\na, b: one.\nc: two.", "Does it.\n\n:param a, b: one.\n:param c: two.\n"),
+        ("Does it.\n\nRaises:\n    ValueError: why.", "Does it.\n\n:raises ValueError: why.\n"),
+        ("Does it.\n\nReturns:\n    What, and\n    why.", "Does it.\n\n:return: What, and why.\n"),
+        ("Does it.\n\n>>> f(1)\n2", "Does it.\n\n```python\n>>> f(1)\n2\n```\n"),
+        ("One: two. Three\nfour: five.", "One: two. Three\nfour: five.\n"),
+    ],
+)
+def test_docstrings_become_field_lists(docstring: str, found: str) -> None:
+    pytest.importorskip("myst_parser", reason="needs the extra docs")
+    assert module(ROOT / "docs" / "docstrings.py").to_myst(docstring) == found
