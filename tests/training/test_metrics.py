@@ -127,6 +127,7 @@ def test_progress_lines_tell_loss_speed_kept_layers_and_time_left(run: tuple[Con
     assert lines[-1].endswith("left 0:00:00")
     assert "iteration 4: validation loss" in printed
     assert "complete: 8 iterations" in printed
+    assert f"`megatron-sbld compare {config.logging.run_dir}` shows them" in printed
 
 
 def test_the_forecast_is_printed_before_the_first_iteration(run: tuple[Config, str]) -> None:
