@@ -41,8 +41,8 @@ class Support(NamedTuple):
 
 SUPPORT = {
     (0, 16): Support(True, "supported: all tests run on 0.16.1"),
-    (0, 17): Support(True, "supported: the tests of layers and trainer passed on 0.17.1"),
-    (0, 18): Support(True, "supported: the tests of layers and trainer passed on 0.18.2"),
+    (0, 17): Support(True, "supported: tests of layers and trainer were run once on 0.17.1"),
+    (0, 18): Support(True, "supported: tests of layers and trainer were run once on 0.18.2"),
     (0, 19): Support(True, "supported: `make test-newest` runs on 0.19.2"),
     (0, 20): Support(False, "layers in a patched Megatron-LM checkout only: no release that the trainer was tested on"),
 }
