@@ -92,6 +92,16 @@ def test_every_public_name_is_on_the_api_page() -> None:
     assert documented == set(megatron_sbld.__all__) - {"__version__"}
 
 
+def test_the_messages_that_are_explained_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.split("## Messages")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_sbld").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    assert len(quoted) > 5
+    assert [message for message in quoted if message not in joined] == []
+
+
 # Figures
 
 
