@@ -44,8 +44,10 @@ def _fit(args: list[str]) -> int:
 
 
 _PARTS = [
-    Command("show", "show the keep probabilities of a config, over the run and by layer; nothing is trained", _show),
-    Command("fit", "fit PWEGD to the loss gap between a run that drops layers and its baseline", _fit),
+    Command(
+        "show", "print and plot a config's keep probabilities, over the run and by layer; nothing is trained", _show
+    ),
+    Command("fit", "find PWEGD's parameters from the loss gap between a run that drops layers and its baseline", _fit),
 ]
 COMMAND = Command(
     "schedule",

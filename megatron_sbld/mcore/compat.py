@@ -240,6 +240,12 @@ def _param_layout(ddp_config: DistributedDataParallelConfig, chunk: torch.nn.Mod
     )
 
 
+def hybrid_pattern(model: torch.nn.Module) -> str | None:
+    """The pattern that a HybridModel, or before 0.18 a MambaModel, was built with; None where it was from ratios."""
+    found = getattr(model, "hybrid_layer_pattern", None)
+    return found or getattr(model, "hybrid_override_pattern", None)
+
+
 _METRICS = getattr(moe_utils, "get_moe_metrics_tracker", None)
 """From 0.18 on Megatron's sums of MoE's auxiliary losses are an object's, which this returns."""
 

@@ -234,8 +234,8 @@ def test_show_refuses_what_pretrain_would(
 
 def test_help_says_how_to_use_each(capsys: pytest.CaptureFixture[str]) -> None:
     for args, expected in (
-        (["--help"], "show   the keep probabilities"),
-        ([], "fit    PWEGD's parameters"),
+        (["--help"], "show   print and plot a config's keep probabilities"),
+        ([], "fit    find PWEGD's parameters"),
         (["show", "--help"], "--drop.recovery_fraction"),
         (["fit", "--help"], "--peak-theta"),
     ):

@@ -399,7 +399,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layers": "1,2-9"}, r"--layers 1,2-9: entry = 9 .* \[1, 4\]"),
     ({"layers": "3-1"}, "'3-1' must ascend"),
     ({"layers": "1,1"}, "only once"),
-    ({"layers": "one"}, "'one' is no number and no range"),
+    ({"layers": "one"}, "'one' is not a number or a range"),
     ({"layers": "3/2"}, r"--layers 3/2: part = 3 .* \[1, 2\]"),
     ({"layers": "1/5"}, r"--layers 1/5: parts = 5 .* \[1, 4\]"),
     ({"layers": "1/two"}, "--layers 1/two is not allowed: a part is written as 2/8"),
