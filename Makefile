@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url URL" for another build.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test test-slow test-newest test-gpu lint clean
+.PHONY: setup quickstart test test-slow test-newest test-gpu lint docs clean
 
 setup: $(VENV)/.ready-dev
 
@@ -55,6 +55,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The generated pages anew, then all pages as HTML. A warning, such as a link to nothing, is an error.
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/docs
+	@echo "open build/docs/docs/index.html"
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(if $(PROFILE),--measure)

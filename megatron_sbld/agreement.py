@@ -86,11 +86,11 @@ def _raise_on_disagreement(records: np.ndarray) -> None:
         if not np.isclose(means[rank], means[0], rtol=1e-9):
             differing.append(f"mean keep probability {means[rank]:.6f} instead of {means[0]:.6f}")
         elif not differing and not np.array_equal(digests[rank], digests[0]):
-            differing.append("other decisions from the same mean keep probability (sampler, scope, stages or lists)")
+            differing.append("different decisions at the same mean keep probability (sampler, scope, stages or lists)")
         if differing:
             findings.append(f"rank {rank}: " + ", ".join(differing))
     if findings:
         raise DropDisagreementError(
-            "these ranks would drop other layers than rank 0, because they were given another configuration:\n  "
+            "these ranks would drop different layers than rank 0, because their configuration differs:\n  "
             + "\n  ".join(findings)
         )

@@ -1,4 +1,4 @@
-"""`megatron-sbld doctor`: what is installed here, what will be used, what is missing and which command mends it.
+"""`megatron-sbld doctor`: what is installed here, what will be used, what is missing and how to fix it.
 
 Works without torch, megatron-core and the command line's own libraries: `python -m megatron_sbld.doctor` is the same.
 """
@@ -58,11 +58,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Print the report; the exit status is 0, or EXIT_BROKEN."""
     parser = argparse.ArgumentParser(
         prog="megatron-sbld doctor",
-        description="Say which versions, GPUs and compiled libraries are here, what will be used, what is missing and "
-        "what mends it. Exit status: 0, or 1 if something that is installed cannot be used: a package that does not "
+        description="Show which versions, GPUs and compiled libraries are here, what will be used, what is missing and "
+        "how to fix it. Exit status: 0, or 1 if something that is installed cannot be used: a package that does not "
         "import or has a version that does not work, a torch that cannot reach the GPU, a residual library that does "
-        "not load or does not fit driver or GPU, a MEGATRON_SBLD_RESIDUAL that cannot be followed. What is not "
-        "installed is no failure.",
+        "not load or does not fit driver or GPU, a value of MEGATRON_SBLD_RESIDUAL that cannot be used. "
+        "Something that is not installed is not a failure.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON: findings, each with its status")
@@ -161,7 +161,7 @@ def _required(torch: Any) -> Iterator[Finding]:
         elif version is None:
             yield Finding(**row, value="not installed", status="missing", mend=mend)
         elif not allows:
-            yield Finding(**row, value=f"{version}, but needed is {requirement}", status="broken", mend=mend)
+            yield Finding(**row, value=f"{version}, but {requirement} is needed", status="broken", mend=mend)
         elif package not in modules:
             continue
         elif error := _import_error(modules[package]):

@@ -84,7 +84,7 @@ def main(args: Sequence[str]) -> int:
         try:
             Path(os.environ[STATUS_FILE]).write_text(f"{status}\n")
         except OSError as error:
-            print(f"the exit status {status} cannot be left for the job: {error}", file=sys.stderr, flush=True)
+            print(f"the exit status {status} cannot be written for the job: {error}", file=sys.stderr, flush=True)
     return status
 
 

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it; README.md documents the variables. Needs bash 4.4.
+# Sourced by the scripts beside it; docs/cluster.md documents the variables. Needs bash 4.4.
 # shellcheck shell=bash
 
 : "${SBLD_PYTHON:=python3}"                  # of the environment, or inside of the container

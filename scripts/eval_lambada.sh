@@ -4,7 +4,7 @@
 #   scripts/eval_lambada.sh CHECKPOINT PASSAGES [options of `megatron-sbld evaluate lambada`]
 #
 # CHECKPOINT is a run folder, or one of its checkpoints; PASSAGES is plain text, a passage a line, or JSON lines.
-# --every_checkpoint scores all that the run has kept. Variables: scripts/README.md.
+# --every_checkpoint scores all that the run has kept. Variables: docs/cluster.md.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=scripts/common.sh

@@ -3,7 +3,7 @@
 #
 #   scripts/measure_sensitivity.sh CONFIG OUT [options of `megatron-sbld sensitivity measure`] [--section.field VALUE ...]
 #
-# The same command again goes on with the first run that is missing. Variables: scripts/README.md.
+# The same command again goes on with the first run that is missing. Variables: docs/cluster.md.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=scripts/common.sh

@@ -4,7 +4,7 @@
 #   scripts/pretrain.sh CONFIG [--section.field VALUE ...]
 #
 # The same command again continues from the newest checkpoint. SIGTERM or SIGUSR1 saves and ends with status 75; other
-# statuses: 0 complete, 76 a process was lost (start again), 2 a mistake in the config. Variables: scripts/README.md.
+# statuses: 0 complete, 76 a process was lost (start again), 2 a mistake in the config. Variables: docs/cluster.md.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=scripts/common.sh

@@ -80,7 +80,7 @@ def test_what_is_installed_but_broken_is_named_and_fails(tmp_path: Path) -> None
     broken = {name: finding["value"] for name, finding in findings.items() if finding["status"] == "broken"}
     assert broken.keys() == {"flash-attn", "megatron-core", "residual add"}
     assert "undefined symbol: _ZN3c10" in broken["flash-attn"]
-    assert broken["megatron-core"].startswith("0.15.3, but needed is megatron-core")
+    assert broken["megatron-core"].startswith("0.15.3, but megatron-core")
     assert "MEGATRON_SBLD_RESIDUAL='no-such'" in broken["residual add"]
     assert all(findings[name]["mend"] for name in broken)
     assert "is not NVIDIA's" in findings["Apex"]["value"]

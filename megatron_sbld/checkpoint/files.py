@@ -124,7 +124,7 @@ def publish(directory: Path, iteration: int, layout: Layout, train_state: dict[s
     try:
         sync(directory)
     except OSError as error:
-        logger.warning("checkpoint %s is complete, but may be lost with a loss of power: %s", final, error)
+        logger.warning("checkpoint %s is complete, but a power failure may lose it: %s", final, error)
     try:
         _write_tracker(directory, iteration)
     except OSError as error:

@@ -89,12 +89,12 @@ def check_layout(path: Path, *, saved: Layout, present: Layout) -> None:
     if distributed != (saved.optimizer_format != NOT_DISTRIBUTED):
         raise ValueError(
             f"checkpoint {path}: parallel.use_distributed_optimizer is {distributed}, but the checkpoint was saved "
-            f"with {not distributed}; set it alike, or load the weights alone"
+            f"with {not distributed}; set it to the same value, or load only the weights"
         )
     if present.precision != saved.precision:
         raise ValueError(
             f"checkpoint {path}: training.precision is {present.precision}, but the checkpoint was saved with "
-            f"{saved.precision}; set it alike, or load the weights alone"
+            f"{saved.precision}; set it to the same value, or load only the weights"
         )
     if saved.optimizer_format != DP_RESHARDABLE:
         return
@@ -201,7 +201,7 @@ def read(path: Path, state: dict[str, Any], *, ignored: tuple[str, ...], partly:
     dist.all_gather_object(absent_on_ranks, absent)
     problems = {
         "it lacks": set().union(*absent_on_ranks),
-        "it holds what this run has no place for:": {key for key in unused if not key.startswith(ignored)},
+        "it holds entries that this run does not have:": {key for key in unused if not key.startswith(ignored)},
     }
     for problem, keys in problems.items():
         # Extra states are Transformer Engine's bookkeeping for fp8, absent without it.

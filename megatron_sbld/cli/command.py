@@ -39,5 +39,5 @@ def run_part(name: str, parts: Sequence[Command], args: list[str], operands: str
     if args and args[0] not in ("-h", "--help"):
         return find(parts, args[0], f"{name} ").run(args[1:])
     usage = f"megatron-sbld {name} {'|'.join(part.name for part in parts)}"
-    print(f"usage: {usage} {operands}\n\n{listing(parts)}\n\n`{usage} --help` says what each takes.")
+    print(f"usage: {usage} {operands}\n\n{listing(parts)}\n\n`{usage} --help` lists its options.")
     return 0

@@ -11,4 +11,4 @@ def _doctor(args: list[str]) -> int:
     return doctor.main(args)
 
 
-COMMAND = Command("doctor", "what is installed here, what will be used, what is missing and what mends it", _doctor)
+COMMAND = Command("doctor", "what is installed here, what will be used, what is missing and how to fix it", _doctor)

@@ -77,8 +77,8 @@ def _evaluate_parser(usage: str, description: str, data: str) -> CommandParser:
 
     parser = CommandParser(
         f"evaluate {usage}",
-        f"{description} Runs on one process, or under torchrun on many and on any layout, also another than the "
-        "training's. Results are kept in the run folder's evaluations.jsonl; `megatron-sbld compare` shows them beside "
+        f"{description} Runs on one process, or under torchrun on many and on any layout, not only that of "
+        "training. Results are kept in the run folder's evaluations.jsonl; `megatron-sbld compare` shows them beside "
         "loss, time and gain.",
     )
     parser.add_argument(

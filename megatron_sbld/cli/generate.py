@@ -43,7 +43,7 @@ def _generate_parser() -> CommandParser:
     parser = CommandParser(
         "generate --checkpoint DIR --prompt TEXT [options]",
         "Continue prompts with a trained model, at full depth; one that is still growing, with the layers that have "
-        "begun. Run it under torchrun for a model that is spread over several processes; the replicas that are left "
+        "begun. Run it under torchrun for a model that is spread over several processes; data-parallel replicas "
         "share the prompts.",
     )
     parser.add_argument(

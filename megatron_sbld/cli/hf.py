@@ -19,8 +19,8 @@ def _export(args: list[str]) -> int:
         _EXPORT_USAGE,
         "Write a checkpoint as a folder that Hugging Face's transformers loads without remote code: in the GPT-2 "
         "format (learned positions, LayerNorm, GeLU), the Llama format (rotary positions, RMSNorm, SwiGLU) or the "
-        "GPT-NeoX format (rotary positions, LayerNorm, GeLU). One process on the CPU, in memory for one layer and one "
-        "shard, from any parallel layout.",
+        "GPT-NeoX format (rotary positions, LayerNorm, GeLU). From any parallel layout, on the CPU, with memory for "
+        "one layer and one shard.",
     )
     parser.add_argument(
         "--checkpoint",
@@ -62,7 +62,7 @@ def _import(args: list[str]) -> int:
         _IMPORT_USAGE,
         "Make a checkpoint of a local folder in Hugging Face's GPT-2, Llama or GPT-NeoX format, with a config.yaml to "
         "start `pretrain` and `sensitivity measure` from, on any parallel layout. Weights from safetensors, or from "
-        "pytorch_model.bin as far as it holds nothing but tensors; no code of the source is run.",
+        "a pytorch_model.bin that holds only tensors; no code of the source is run.",
     )
     parser.add_argument("source", help="folder with config.json, weights and tokenizer files")
     parser.add_argument("out", help="folder to make: config.yaml, checkpoints/, tokenizer/")
@@ -103,4 +103,4 @@ def _of_hf(command: str, usage: str, args: list[str]) -> list[str]:
 
 
 EXPORT = Command("export", "write a checkpoint as a folder that Hugging Face's transformers loads", _export)
-IMPORT = Command("import", "make a checkpoint of a GPT-2, Llama or GPT-NeoX folder of Hugging Face's", _import)
+IMPORT = Command("import", "make a checkpoint from a Hugging Face folder: GPT-2, Llama or GPT-NeoX", _import)

@@ -48,7 +48,7 @@ Layer dropping for GPT pretraining on Megatron.
 commands:
 {listing(COMMANDS)}
 
-`megatron-sbld COMMAND --help` says what each takes; `megatron-sbld --version` prints the version."""
+`megatron-sbld COMMAND --help` lists its options; `megatron-sbld --version` prints the version."""
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -108,7 +108,7 @@ def _check_encoding(args: Sequence[str]) -> None:
 
 def _message(error: Exception, args: list[str]) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"needs the package {error.name}, which is not installed; `megatron-sbld doctor` says what mends it"
+        return f"needs the package {error.name}, which is not installed; `megatron-sbld doctor` shows how to install it"
     return describe(error, args) if isinstance(error, OSError) else str(error)
 
 

@@ -18,9 +18,9 @@ def _pretrain(args: list[str]) -> int:
 def pretrain_parser() -> CommandParser:
     return config_parser(
         "pretrain --config FILE [--section.field VALUE ...]",
-        "Train a GPT as a config file and the command line say; the command line wins. Run it under torchrun for many "
-        "processes. Exit status: 0 complete, 75 stopped as asked (start again to go on), 76 another rank died or "
-        "stalled (start again to go on), 2 a mistake in the config.",
+        "Train a GPT from a config file; the command line overrides the file. Run it under torchrun for many "
+        "processes. Exit status: 0 complete, 75 stopped on request (start again to continue), 76 another rank died or "
+        "stalled (start again to continue), 2 a mistake in the config.",
     )
 
 

@@ -45,9 +45,9 @@ def _fit(args: list[str]) -> int:
 
 _PARTS = [
     Command(
-        "show", "the keep probabilities that a config stands for, over the run and by layer; nothing is trained", _show
+        "show", "print and plot a config's keep probabilities, over the run and by layer; nothing is trained", _show
     ),
-    Command("fit", "PWEGD's parameters from the loss gap between a run that drops layers and its baseline", _fit),
+    Command("fit", "find PWEGD's parameters from the loss gap between a run that drops layers and its baseline", _fit),
 ]
 COMMAND = Command(
     "schedule",

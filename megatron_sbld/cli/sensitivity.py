@@ -34,8 +34,8 @@ def _measure_parser() -> CommandParser:
     return config_parser(
         "sensitivity measure --config FILE --out DIR [options] [--section.field VALUE ...]",
         "Measure the sensitivity of the layers of the model that a config describes, and write DIR/sensitivity.json. "
-        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped as asked or 76 "
-        "another rank died or stalled (start again to go on), 2 a mistake.",
+        "Run it like pretrain, under torchrun for many processes. Exit status: 0 complete, 75 stopped on request or 76 "
+        "another rank died or stalled (start again to continue), 2 a mistake.",
         _add_measure_options,
     )
 

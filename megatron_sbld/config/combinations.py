@@ -33,7 +33,7 @@ _TWO_WEIGHT_DECAYS = (
 )
 _FULL_ALONE = ("it says which layers are recomputed in full", "set {recompute_granularity} full, or leave it out")
 _WHICH_LAYERS = (
-    "it has to be said which layers are recomputed",
+    "the layers to recompute must be given",
     "give both {recompute_method} (uniform or block) and {recompute_num_layers}",
 )
 _ONE_RANK = ("a layer communicates", "must be 1")
@@ -68,7 +68,7 @@ CONFIG_COMBINATIONS = (
     *(
         Combination(
             {"overlap_param_gather": True, needed: False},
-            "Megatron gathers what ranks have stepped in shards, while both overlaps are on",
+            "Megatron only gathers the parameters that a sharded optimizer has stepped, with both overlaps on",
             "it needs {use_distributed_optimizer} and {overlap_grad_reduce} as well",
         )
         for needed in ("use_distributed_optimizer", "overlap_grad_reduce")
@@ -104,7 +104,7 @@ CONFIG_COMBINATIONS = (
     ),
     Combination(
         {"torch_compile": True, "recompute_granularity": "selective"},
-        "the graph decides itself what backward recomputes",
+        "the compiled graph decides what to recompute",
         "must be full or null",
     ),
     Combination(

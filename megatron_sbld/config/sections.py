@@ -88,7 +88,9 @@ class ParallelConfig:
     """How the model is spread over processes; data parallelism takes what the others leave."""
 
     tensor_model_parallel_size: Count = 1
+    """Ranks that share each layer."""
     pipeline_model_parallel_size: Count = 1
+    """Pipeline stages, each with some of the layers."""
     num_virtual_stages_per_pipeline_rank: Annotated[int, Whole(2)] | None = None
     """Model chunks of a pipeline rank (interleaved 1F1B); None is the plain schedule."""
     pipeline_model_parallel_layout: str | None = None
@@ -96,11 +98,13 @@ class ParallelConfig:
     two stages, 5 before the loss on the second. With interleaving one part for each chunk, in the order of the layers.
     None is as many on each."""
     context_parallel_size: Count = 1
+    """Ranks that share each sequence."""
     sequence_parallel: bool = False
     """Split the sequence outside of attention and MLP over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather parameters while forward runs; needs use_distributed_optimizer and overlap_grad_reduce."""
     ddp_bucket_size: Count | None = None
@@ -132,7 +136,7 @@ class DataConfig:
     """Processes that load data ahead of each rank."""
     eod_mask_loss: bool = False
     """Leave out of the loss what is predicted from an end-of-document token, as Megatron does. How microbatches with
-    unlike numbers of tokens are then weighed: training.calculate_per_token_loss."""
+    different numbers of tokens then count: training.calculate_per_token_loss."""
     reset_position_ids: bool = False
     """Restart learned positions after an end-of-document token."""
     reset_attention_mask: bool = False
@@ -142,7 +146,7 @@ class DataConfig:
     perplexity_path: str | None = None
     """Text or a data set whose perplexity is computed as often: by token, word and byte, in sliding windows."""
     perplexity_format: TextFormat = "auto"
-    """What perplexity_path is; auto goes by names, WikiText has to be named."""
+    """What perplexity_path is; auto goes by file names; wikitext must be set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,28 +154,43 @@ class OptimizerConfig:
     """Adam and its learning-rate schedule."""
 
     lr: Positive = 3e-4
+    """Highest learning rate."""
     min_lr: NotNegative = 3e-5
+    """Lowest learning rate, at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay."""
     lr_decay_iters: Count | None = None
     """Iterations over which the rate decays; None is train_iters."""
     lr_warmup_iters: CountOrZero = 0
+    """Iterations over which the rate rises linearly."""
     lr_warmup_init: NotNegative = 0.0
+    """Rate at which the warm-up begins."""
     lr_decay_samples: Count | None = None
     """The same by samples; None is train_samples. Only with train_samples."""
     lr_warmup_samples: CountOrZero = 0
+    """The same by samples. Only with train_samples."""
     lr_wsd_decay_iters: Count | None = None
     """Iterations of WSD's final decay; needed by WSD."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of WSD's final decay."""
     weight_decay: NotNegative = 0.1
+    """Of all weights but biases and norms."""
     start_weight_decay: NotNegative | None = None
+    """Weight decay at the beginning, where it changes over the run."""
     end_weight_decay: NotNegative | None = None
+    """Weight decay at the end, where it changes over the run."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight decay goes from the first to the second value."""
     adam_beta1: BelowOne = 0.9
+    """Decay of the mean of the gradients."""
     adam_beta2: BelowOne = 0.95
+    """Decay of the mean of their squares."""
     adam_eps: Positive = 1e-8
+    """Added to the root of that mean."""
     clip_grad: NotNegative = 1.0
     """Largest norm of the gradients; 0 does not clip."""
     log_num_zeros_in_grad: bool = False
+    """Log how many gradients are zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +198,15 @@ class TrainingConfig:
     """Length, batch, precision, recomputation and validation of a run."""
 
     micro_batch_size: Count = 1
+    """Samples of one forward pass on a replica."""
     global_batch_size: Count = 8
+    """Samples of an iteration, over all replicas and microbatches."""
     rampup_batch_size: list[int] | None = None
     """[start, increment, samples]: the global batch grows from start by increment over samples."""
     train_iters: Count | None = None
     """Iterations of the run; give either this or train_samples."""
     train_samples: Count | None = None
+    """Samples of the run; give either this or train_iters."""
     eval_interval: CountOrZero = 100
     """Iterations between validations; 0 validates at the end alone."""
     eval_iters: Count = 10
@@ -194,6 +216,7 @@ class TrainingConfig:
     seed: Annotated[int, Whole(0, MAX_SEED)] = 1234
     """Seed of weights, data order and dropout."""
     precision: Precision = "bf16"
+    """Of the weights that a layer computes with."""
     calculate_per_token_loss: bool = False
     """What counts alike in the gradient. true: each token of the global batch. false, Megatron's default: each
     microbatch's mean (with context parallelism that of each rank's part), so that with data.eod_mask_loss the gradient
@@ -208,14 +231,22 @@ class TrainingConfig:
     microbatch has another shape. Not with tensor or context parallelism, overlap_param_gather, selective recomputation,
     or branches that drop.residual fused scales."""
     initial_loss_scale: Positive = 2.0**32
+    """fp16: the dynamic loss scale at the start."""
     min_loss_scale: Positive = 1.0
+    """fp16: its lower limit."""
     loss_scale_window: Count = 1000
+    """fp16: iterations without overflow after which it doubles."""
     hysteresis: Count = 2
+    """fp16: overflows after which it is halved."""
     loss_scale: Positive | None = None
     """fp16: a constant scale; None is dynamic."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """What the backward pass recomputes instead of keeping activations: whole layers (full), or parts of each
+    (selective)."""
     recompute_method: Literal["uniform", "block"] | None = None
+    """full: layers in groups of equal size (uniform), or the first layers of each stage (block)."""
     recompute_num_layers: Count | None = None
+    """full: layers of a group, or layers of a stage that are recomputed."""
     recompute_modules: list[RecomputedModule] | None = None
     """selective: what is recomputed; None is core_attn."""
     exit_after_iterations: Count | None = None
@@ -230,6 +261,7 @@ class CheckpointConfig:
     save_interval: CountOrZero = 0
     """Iterations between checkpoints; 0 saves at the end alone."""
     save_at_end: bool = True
+    """Save when the run is complete."""
     keep_last: Count | None = None
     """Checkpoints that are kept; None keeps all."""
     resume: Literal["auto", "never", "always"] = "auto"
@@ -239,6 +271,7 @@ class CheckpointConfig:
     """Checkpoint of another run to start from: its weights, or with load_optimizer all of its state. Once the run
     folder has a checkpoint of its own, the run goes on from that."""
     load_optimizer: bool = False
+    """With load: all of its state, not only the weights."""
     replan: bool = False
     """Let a run go on with another length, batch size, training.seed, seq_length or other training data: the learning
     rate, the drops and the order of the data are planned anew, and samples that were read may come again. Without it
@@ -256,11 +289,13 @@ class LoggingConfig:
     log_interval: Count = 1
     """Iterations between lines on the console; metrics.jsonl has every iteration."""
     tensorboard: bool = True
+    """Write curves for TensorBoard into the run folder."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     """auto shows a bar on a terminal and lines elsewhere."""
     wandb_project: str | None = None
     """Log to Weights & Biases under this project; needs the wandb package."""
     wandb_name: str | None = None
+    """Name of the run there."""
     peak_tflops: Positive | None = None
     """Peak TFLOP/s of one device; when given, model FLOPs utilisation is logged as well."""
 

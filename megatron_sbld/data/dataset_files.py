@@ -211,7 +211,7 @@ class DatasetWriter:
         existing = [path for path in set_files(output) if os.path.exists(path)]
         for path in existing:
             if not os.path.isfile(path) or not is_of_a_set(path):
-                raise ValueError(f"output: {path} exists and is no file of a data set; choose another output")
+                raise ValueError(f"output: {path} exists and is not a file of a data set; choose another output")
         if existing and not overwrite:
             raise ValueError(f"output: {existing[0]} exists; choose another output, or overwrite it with overwrite")
         self._splits = splits
@@ -243,7 +243,7 @@ class DatasetWriter:
         names = {os.path.basename(name) for name in set_files(self._output)}
         for path in found:
             if path.name not in names:
-                raise ValueError(f"output: {path} would be removed and is no file of a data set; move it elsewhere")
+                raise ValueError(f"output: {path} would be removed and is not a file of a data set; move it elsewhere")
         return found
 
     def _lock_partial_folder(self) -> int:

@@ -326,7 +326,7 @@ def _json_texts(path: str, lines: Iterable[str], key: str) -> Iterator[str]:
             raise ValueError(f"{where}: {_no_text(record, key)}")
         text: str = record[key]
         if "\\u" in line and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{where}: half of a surrogate pair, which is no text")
+            raise ValueError(f"{where}: half of a surrogate pair, which is not text")
         yield text
 
 

@@ -83,7 +83,7 @@ class PrepareResult:
         lines.append(f"{self.files:,} files in {self.seconds:.1f} s, {tokens / self.seconds:,.0f} tokens/s")
         if self.empty_documents:
             lines.append(f"{self.empty_documents:,} empty documents left out")
-        lines += _skip_lines(self.skipped, "all named in the .json file")
+        lines += _skip_lines(self.skipped, "all listed in the .json file")
         return _printable("\n".join(lines))
 
 

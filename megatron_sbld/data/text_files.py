@@ -34,7 +34,7 @@ _OTHER_FILES = (
     (b"BZh", "it is compressed with bzip2; unpack it (bunzip2), or compress it with gzip or xz"),
     (b"\x04\x22\x4d\x18", "it is compressed with LZ4; unpack it (lz4 -d), or compress it with gzip or xz"),
     (b"PK\x03\x04", "it is a zip archive; unpack it"),
-    (b"MMIDIDX\0\0", "it is the index of a data set, which is named by its prefix, without .idx"),
+    (b"MMIDIDX\0\0", "it is the index of a data set; give the prefix, without .idx"),
     (b"PAR1", "it is a Parquet file; write its texts as JSON lines"),
 )
 _TAR_MAGIC = slice(257, 262)
@@ -125,9 +125,7 @@ def wrong_byte(path: str) -> str | None:
                 at, byte = offset - held + error.start, error.object[error.start]
                 return f"line {line}, byte offset {at}{unpacked}: {byte:#04x} is not UTF-8"
             if b"\0" in piece:
-                return (
-                    f"line {line}, byte offset {offset + piece.index(0)}{unpacked}: a NUL character, which no text has"
-                )
+                return f"line {line}, byte offset {offset + piece.index(0)}{unpacked}: a NUL character, not text"
             if not piece:
                 return None
             offset += len(piece)
@@ -210,7 +208,7 @@ def _check_beginning(path: str) -> None:
 def _check_data_set(path: str) -> None:
     """Refuse the tokens of a data set, which may look like text in another encoding."""
     if path.endswith(".bin") and os.path.isfile(f"{path.removesuffix('.bin')}.idx"):
-        raise NotTextError("it holds the tokens of a data set, which is named by its prefix, without .bin")
+        raise NotTextError("it holds the tokens of a data set; give the prefix, without .bin")
 
 
 def _damaged(path: str, error: Exception) -> ValueError:

@@ -129,7 +129,7 @@ def _text(line: bytes, passage_format: str) -> str:
     if not isinstance(value, str):
         raise _ProblemError(f'"text" must be a string; it is {type(value).__name__}')
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _ProblemError('"text" has half of a surrogate pair, which is no text')
+        raise _ProblemError('"text" has half of a surrogate pair, which is not text')
     return value
 
 
@@ -158,4 +158,4 @@ def _listed(path: str, problems: list[str]) -> str:
     shown = problems[:_SHOWN_PROBLEMS]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
-    return f"{path}: {len(problems)} lines are no passages:\n  " + "\n  ".join(shown)
+    return f"{path}: {len(problems)} lines are not passages:\n  " + "\n  ".join(shown)

@@ -52,7 +52,7 @@ def _prompt_of(line: str, path: str) -> str:
         raise ValueError(f"prompts {path}: {line[:60]!r} is no object with a text `prompt`")
     prompt = str(row["prompt"])
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"prompts {path}: {line[:60]!r} has half of a surrogate pair, which is no text")
+        raise ValueError(f"prompts {path}: {line[:60]!r} has half of a surrogate pair, which is not text")
     return prompt
 
 

@@ -173,11 +173,11 @@ _OPTIONAL = ("checkpoint", "examples")  # rows of earlier versions lack them
 
 def _row(values: Any, where: str) -> Evaluation:
     if not isinstance(values, dict):
-        raise ValueError(f"{where} is no evaluation: it is {type(values).__name__}")
+        raise ValueError(f"{where} is not an evaluation: it is {type(values).__name__}")
     values = dict.fromkeys(_OPTIONAL) | values
     for name, types in _TYPES.items():
         if name not in values:
-            raise ValueError(f"{where} is no evaluation: it has no {name}")
+            raise ValueError(f"{where} is not an evaluation: it has no {name}")
         if not isinstance(values[name], types) or isinstance(values[name], bool):
             allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
             raise ValueError(f"{where}: {name} = {values[name]!r} must be {allowed}")

@@ -136,7 +136,7 @@ def stage_forecast_text(stages: StageForecast) -> str:
         counts = "".join(f"{value:{width}.2f}" for value in kept)
         lines.append(f"{f'{piece} {number}':<11}{_numbers(layers):>16}{counts}")
     if stages.balances_others:
-        lines.append("The balanced sampler evens others: drop.balance_stages, or the run's first ones.")
+        lines.append("The balanced sampler balances other stages: drop.balance_stages, or the run's first ones.")
     if stages.proposal is not None:
         lines += [
             f"The stages are uneven. This placement would save {stages.saved:.1%} of an iteration:",

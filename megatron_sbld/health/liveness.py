@@ -149,8 +149,8 @@ def find_hanging(sightings: Mapping[int, Sighting], limits: Limits) -> str | Non
         )
     verb, iteration = "hangs" if len(suspects) == 1 else "hang", beats[suspects[0]].iteration
     return (
-        f"{_names(suspects)} ({_hosts(beats, suspects)}) {verb} in iteration {iteration}, for which other ranks have "
-        f"waited in vain: {_describe(beats, beats)}"
+        f"{_names(suspects)} ({_hosts(beats, suspects)}) {verb} in iteration {iteration}, and other ranks are "
+        f"waiting: {_describe(beats, beats)}"
     )
 
 

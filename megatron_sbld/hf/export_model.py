@@ -180,7 +180,7 @@ def check_model(model: ModelConfig, described_in: str) -> None:
     try:
         validate(Config(model=model, training=TrainingConfig(train_iters=1)), None, trains=False)
     except ValueError as error:
-        raise ValueError(f"{described_in}: describes a model that cannot be held: {error}") from error
+        raise ValueError(f"{described_in}: describes a model that cannot be represented: {error}") from error
 
 
 def _open(path: Path, tokenizer: str | None, config_file: str | None) -> _Source:
@@ -232,5 +232,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _notes(form: Format, model: ModelConfig) -> list[str]:
     if form.model_type == "llama" and model.hidden_dropout:
-        return [f"model.hidden_dropout = {model.hidden_dropout} has no place in the Llama format, for training there"]
+        return [f"model.hidden_dropout = {model.hidden_dropout} is lost: the Llama format has no field for it"]
     return []

@@ -208,7 +208,7 @@ class FieldReader:
         for name, value in expected.items():
             found = self._fields.get(name)
             if found is not None and found != value:
-                self.refuse(name, found, f"{value!r} or left out; anything else cannot be held")
+                self.refuse(name, found, f"{value!r} or left out; anything else cannot be represented")
 
     def refuse(self, name: str, value: Any, allowed: str) -> NoReturn:
         """Raise ValueError for a field."""

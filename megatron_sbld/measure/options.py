@@ -78,10 +78,10 @@ def parse_numbers(name: str, text: str | None, low: int, high: int) -> list[int]
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{name} {text} is not allowed: {part.strip()!r} is no number and no range such as 1-8")
+            raise ValueError(f"{name} {text} is not allowed: {part.strip()!r} is not a number or a range such as 1-8")
         ends = [check_integer(f"{name} {text}: entry", int(end), low, high) for end in (first, last or first)]
         if ends[0] > ends[1]:
-            raise ValueError(f"{name} {text} is not allowed: {part.strip()!r} runs backwards")
+            raise ValueError(f"{name} {text} is not allowed: {part.strip()!r} must ascend")
         numbers += range(ends[0], ends[1] + 1)
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"{name} {text} is not allowed: a number may be listed only once")

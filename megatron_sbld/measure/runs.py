@@ -93,7 +93,7 @@ class Measurement(ABC):
                 self._close()
             gc.collect()  # the model of this seed, before that of the next is built
             if not done:
-                self.progress.note("stopped as asked; start again to go on with the run that is missing")
+                self.progress.note("stopped on request; start again to continue with the run that is missing")
                 return False
         return True
 

@@ -39,7 +39,9 @@ class LossObserver:
         value, is_missing = loss.tolist()
         if is_missing:
             found = f"; it has {', '.join(losses)}" if losses else ""
-            raise ValueError(f"forward_step's loss function reports no {_LOSS!r}, of which sensitivity is made{found}")
+            raise ValueError(
+                f"forward_step's loss function reports no {_LOSS!r}, from which sensitivity is computed{found}"
+            )
         if dist.get_rank() == 0 and math.isfinite(value):
             self._update.observe(value)
         self._update.update_if_due()

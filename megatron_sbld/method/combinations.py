@@ -61,7 +61,7 @@ def _keeps_stepping(value: Any) -> bool:
 COMBINATIONS = (
     Combination(
         _distinct_layers({"sampler": "bernoulli"}),
-        "replicas would run unlike numbers of layers, and wait for each other",
+        "replicas would run different numbers of layers, and wait for each other",
         "set {sampler} balanced, {granularity} sample or {replicas} shared",
     ),
     Combination(
@@ -71,7 +71,7 @@ COMBINATIONS = (
     ),
     Combination(
         _distinct_layers({"dropped_update": "freeze"}),
-        "whether every replica dropped a layer is known to none of them",
+        "no replica knows whether all replicas dropped a layer",
         "set {replicas} shared, or {dropped_update} apply",
     ),
     Combination(
@@ -143,7 +143,7 @@ COMBINATIONS = (
     ),
     Combination(
         {"stage_copy_moments": True, "stage_init": other_than("copy")},
-        "there is nothing to take moments over from",
+        "there is no layer to copy moments from",
         "set {stage_init} copy, or {stage_copy_moments} false",
     ),
     Combination(

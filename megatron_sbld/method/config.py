@@ -55,8 +55,9 @@ class DropConfig:
     """Which layers are dropped, how often, and how a drop is carried out. Layer numbers are 1-based, as in Megatron."""
 
     recipe: RecipeName | None = None
-    """Fills this section with the settings of a published method; what is set explicitly, also to its default, wins.
-    `megatron-sbld schedule show` prints what came from where."""
+    """Fills this section with the settings of a published method; a field that you set wins, even if
+    it is set to its default.
+    `megatron-sbld schedule show` prints where each value came from."""
     policy: PolicyName = "none"
     """Where the keep probability of each layer comes from; none drops nothing, staged runs every layer that has
     begun."""
@@ -71,7 +72,7 @@ class DropConfig:
     1 - theta(t) at the last; exponential: likewise, doubling as LayerSkip's."""
     stages: list[list[float]] | None = None
     """[share of the iterations, number of layers], ...: until when how many layers have begun; ends with [1.0,
-    num_layers]. Layers that have not begun do not run, in evaluation neither, and stay as they are. Any policy drops
+    num_layers]. Layers that have not begun do not run, not even in evaluation, and stay as they are. Any policy drops
     layers among those that have begun."""
     stage_layers: Annotated[StageRule | list[int], Of("stages")] = "spread"
     """Which layers begin first: the first ones, the last ones, spread evenly, the sensitivity file's most sensitive

@@ -24,7 +24,7 @@ def print_report(outcome: Outcome) -> None:
     if own is not None and own.stages:
         sections.append(_stages(own, outcome))
     if outcome.compared:
-        staged = " (drop.stages with the config's own alone)" if own is not None and own.stages else ""
+        staged = " (drop.stages only with the config's own policy)" if own is not None and own.stages else ""
         sections.append(f"every policy{staged}\n" + prediction_table(outcome.compared, outcome))
     sections.append(_memory(outcome))
     if outcome.target is not None:
@@ -78,8 +78,7 @@ def _gains(outcome: Outcome) -> str:
     freezes = config.drop.policy not in ("none", "staged") and dropped_update(config.drop) == "freeze"
     if freezes and config.parallel.overlap_param_gather:
         lines.append(
-            "drop.dropped_update freeze: not counted is that the overlapped gathers of parameters leave dropped layers "
-            "out"
+            "drop.dropped_update freeze: not counted: overlapped gathers of parameters leave dropped layers out"
         )
     proposals = {proposal.placement: proposal for proposal in outcome.proposals}
     lines += [_proposal(proposal, outcome) for proposal in proposals.values()]

@@ -44,7 +44,7 @@ def find_target(predictor: Predictor, drop: DropConfig, target: float) -> Target
         wider = dataclasses.replace(drop, block_fraction=0.10, allow_fraction=0.20)
         if (found := _at(predictor, wider, lowest)).gain > most.gain:
             drop, most = wider, found
-            note = "with the lists as configured no theta gains it; Block 10 % and Allow 20 % of the layers"
+            note = "no theta gains that with the configured lists, so Block is 10 % and Allow 20 % of the layers here"
     if most.gain < target:
         note = f"cannot be reached: theta = {lowest} gains {most.gain:+.1%}, and the paper recommends none below"
         return _target(predictor, drop, target, lowest, False, note)
@@ -54,7 +54,7 @@ def find_target(predictor: Predictor, drop: DropConfig, target: float) -> Target
             narrower = dataclasses.replace(drop, allow_fraction=fraction)
             if (found := _at(predictor, narrower, highest)).gain < target:
                 drop, least = narrower, found
-                note = f"the Allow list as configured gains more by itself; Allow {fraction:.0%} of the layers"
+                note = f"the configured Allow list alone gains more, so it is {fraction:.0%} of the layers here"
                 break
     if least.gain >= target:
         note = f"theta = {highest:g} already gains {least.gain:+.1%}"

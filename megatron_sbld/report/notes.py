@@ -28,7 +28,7 @@ TIME_TO_LOSS_NOTE = (
     "between validations, - where it is not reached."
 )
 FLOPS_NOTE = (
-    "Training FLOPs: of what ran, forward and backward, embeddings and logits included, without recomputation, "
+    "Training FLOPs: of the layers that ran, forward and backward, with embeddings and logits, without recomputation, "
     "optimizer and validation; beside them the change from the baseline's."
 )
 FLOPS_TO_LOSS_NOTE = (
@@ -58,7 +58,7 @@ def group_notes(
     notes += _progress_notes(group, baseline, flops_change)
     missing = [run.label for run in group.runs if not run.valid]
     if missing and group.validated:
-        notes.append(f"{group.label}: not in the mean validation loss, for want of a validation: {_and(missing)}.")
+        notes.append(f"{group.label}: not in the mean validation loss, because they have none: {_and(missing)}.")
     if group is not baseline and group.validated and baseline.validated:
         notes += _pairing_notes(group, baseline, paired)
     seeds = _seeds(group)
@@ -85,15 +85,15 @@ def evaluation_notes(group: RunGroup, baseline: RunGroup, flops_change: float | 
         notes.append(f"{group.label}: not in the means of evaluations, for want of any: {_and(missing)}.")
     if len(ours) > 1:
         notes.append(
-            f"{group.label}: its runs were last evaluated at iterations {_and(sorted(ours))}: their means do not "
-            "compare."
+            f"{group.label}: its runs were last evaluated at iterations {_and(sorted(ours))}: their means "
+            "cannot be compared."
         )
     ends = [{run.last_iteration for run in runs.runs} for runs in (group, baseline)]
     at_equal_compute = [ours, theirs] == ends and flops_change is not None and abs(flops_change) <= _EQUAL_FLOPS
     if theirs and ours != theirs and not at_equal_compute:
         notes.append(
             f"{group.label} was last evaluated at iteration {_and(sorted(ours))}, {baseline.label} at "
-            f"{_and(sorted(theirs))}: their evaluations do not compare."
+            f"{_and(sorted(theirs))}: their evaluations cannot be compared."
         )
     elif len(ours) == 1 and any(run.last_iteration not in ours for run in group.runs if run.evaluations):
         notes.append(f"{group.label}: evaluated at iteration {_and(ours)}, before its end.")
@@ -105,7 +105,7 @@ def changes_notes(run: RunData, concerns: Callable[[str], bool]) -> list[str]:
     changes = [change.text for change in run.changes if concerns(change.field)]
     if not changes:
         return []
-    return [f"{run.label} was resumed with other settings, and is compared by its last: {'; '.join(changes)}."]
+    return [f"{run.label} was resumed with other settings; the last ones are used: {'; '.join(changes)}."]
 
 
 def _is_compared(field: str) -> bool:
@@ -148,13 +148,13 @@ def _progress_notes(group: RunGroup, baseline: RunGroup, flops_change: float | N
             f"{group.label} was last validated at iteration {_and(sorted(validated))}, {baseline.label} at "
             f"{_and(sorted(others_validated))}"
         )
-    notes = [f"{group.label}: its runs {within}: their mean loss does not compare."] if within else []
+    notes = [f"{group.label}: its runs {within}: their mean loss cannot be compared."] if within else []
     if not between:
         return notes
     at_end = validated == ours and others_validated == theirs
     if at_end and flops_change is not None and abs(flops_change) <= _EQUAL_FLOPS:
         return [*notes, f"{between}, with {1 + flops_change:.2f} of its FLOPs: they are compared at equal compute."]
-    return [*notes, f"{between}: their losses do not compare."]
+    return [*notes, f"{between}: their losses cannot be compared."]
 
 
 def _pairing_notes(group: RunGroup, baseline: RunGroup, paired: Sequence[int] | None) -> list[str]:

@@ -58,8 +58,8 @@ class Record:
         for trained in models:
             if self._folder(trained) is None:
                 raise ValueError(
-                    f"checkpoint {trained.checkpoint.path} does not lie in a run folder, where its results could be "
-                    "kept; name a folder with --out"
+                    f"checkpoint {trained.checkpoint.path} is not in a run folder, so there is no place for its "
+                    "results; give a folder with --out"
                 )
         data = [task.data, f"{task.data}.bin", f"{task.data}.idx"]
         refuse_inputs("--out", [file for trained in models for file in self._files(trained)], data)

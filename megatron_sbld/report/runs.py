@@ -112,7 +112,7 @@ def read_run(path: Path, label: str) -> RunData:
         raise ValueError(f"run folder {path} does not exist")
     for name in ("config.yaml", "metrics.jsonl"):
         if not (path / name).is_file():
-            raise ValueError(f"{path} is no run folder: it has no {name}")
+            raise ValueError(f"{path} is not a run folder: it has no {name}")
     train, valid = _read_rows(path / "metrics.jsonl")
     if not train:
         raise ValueError(f"{path / 'metrics.jsonl'} has no training row: the run did not finish an iteration")

@@ -85,7 +85,7 @@ class MeasurementFolder:
             differences = _differences(cls.read(path).request.settings, request.settings)
             if differences:
                 raise ValueError(
-                    f"{path} holds runs that were measured with other settings; name another --out, or set them alike:"
+                    f"{path} holds runs with other settings; give another --out, or use the same settings:"
                     + "".join(f"\n  {name}: {then!r} there, {now!r} now" for name, then, now in differences)
                 )
         path.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def no_tasks(config: Config, tokenizer: Tokenizer) -> Tasks:
     """The tasks of a caller that evaluates none. Raises ValueError where the config asks for some, by name."""
     for name in ("lambada_path", "perplexity_path"):
         if getattr(config.data, name) is not None:
-            raise ValueError(f"data.{name} = {getattr(config.data, name)!r}: who called pretrain evaluates no tasks")
+            raise ValueError(f"data.{name} = {getattr(config.data, name)!r}: this caller of pretrain cannot evaluate")
     return NoTasks()
 
 
@@ -91,7 +91,7 @@ class BetweenIterations:
         written = on_rank_0(lambda: sorted(_fields_of(run.run_dir / "metrics.jsonl", run.iteration)))
         left = [name for name in interrupted if name in self._asked_for() and _ROW_FIELDS[name] not in written]
         if left:
-            run.note(f"iteration {run.iteration}: {' and '.join(left)}, interrupted when the run was stopped, come now")
+            run.note(f"iteration {run.iteration}: {' and '.join(left)}, interrupted when the run was stopped, run now")
         return left
 
     def do(self, due: list[str]) -> list[str]:

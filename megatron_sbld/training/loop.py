@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import closing
 
@@ -99,13 +100,16 @@ def train(run: Run, stop: StopFlag, tasks: Tasks) -> int:
             run.save()
         if run.interrupted or (stopping and not done):
             return _stopped(run)
-    run.note(f"complete: {run.train_iters} iterations, {run.consumed_samples:,} samples")
+    run.note(
+        f"complete: {run.train_iters} iterations, {run.consumed_samples:,} samples. Results are in {run.run_dir}; "
+        f"`megatron-sbld compare {shlex.quote(str(run.run_dir))}` shows them"
+    )
     return 0
 
 
 def _stopped(run: Run) -> int:
     left = f", before its {' and '.join(run.interrupted)}" if run.interrupted else ""
-    run.note(f"stopped as asked after iteration {run.iteration} of {run.train_iters}{left}; start again to go on")
+    run.note(f"stopped on request after iteration {run.iteration} of {run.train_iters}{left}; start again to continue")
     return EXIT_TO_BE_CONTINUED
 
 

@@ -132,7 +132,7 @@ def drop_rows_from(path: Path, first_iteration: int) -> None:
         try:
             repeated = json.loads(line)["iteration"] >= first_iteration
         except (ValueError, TypeError, KeyError):
-            logger.warning("%s: left out a torn line of %d bytes", path, len(line))
+            logger.warning("%s: left out an incomplete line of %d bytes", path, len(line))
             continue
         if not repeated:
             kept.append(line + b"\n")

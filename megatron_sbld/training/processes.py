@@ -94,7 +94,7 @@ def require_equal_configs(config: Config) -> None:
         if theirs != everyone[0]
     ]
     if findings:
-        raise ValueError("these ranks were given another config than rank 0:\n  " + "\n  ".join(findings))
+        raise ValueError("these ranks were given a different config than rank 0:\n  " + "\n  ".join(findings))
 
 
 def seed_everything(seed: int) -> None:

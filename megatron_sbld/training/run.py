@@ -295,7 +295,7 @@ class Run:
                 logger.warning("%s", line)
             load, own = self.config.checkpoint.load, start.checkpoint.path
             if load is not None and self.goes_on:
-                logger.info("checkpoint.load = %r is not loaded: the run goes on from its own newest, %s", load, own)
+                logger.info("checkpoint.load = %r is not loaded: the run continues from its own newest, %s", load, own)
 
     def _open_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)

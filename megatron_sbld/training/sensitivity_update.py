@@ -99,7 +99,7 @@ class SensitivityUpdate:
         """
         self._estimator.load_state_dict(state["estimator"])
         if state["base"] != _lists(self._base):
-            return ["drop sensitivity or Block list: others than when saved; they hold until the next update"]
+            return ["drop sensitivity or Block list differ from the saved ones; they apply until the next update"]
         self._put_in_force(**state["in_force"])
         return []
 

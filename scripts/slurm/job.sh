@@ -116,7 +116,7 @@ status_of_nodes() {
 # show_why STATUS: what the nodes' logs say of it, so that the job's own log suffices.
 show_why() {
   if [ "$1" = 75 ]; then
-    grep -hs 'stopped as asked' "$attempt_logs"/node_*.log || true
+    grep -hs 'stopped on request' "$attempt_logs"/node_*.log || true
   elif grep -qs 'megatron-sbld: error\|^error:' "$attempt_logs"/node_*.log; then
     grep -hs -A 5 'megatron-sbld: error\|^error:' "$attempt_logs"/node_*.log | sed -n '1,20p'
   else

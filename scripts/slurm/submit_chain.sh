@@ -13,7 +13,7 @@
 #
 # Fields given behind PASSAGES are the training's and the sweep's. What holds for all jobs comes from the
 # environment, as sbatch reads it: SBATCH_PARTITION, SBATCH_ACCOUNT. Prints the job ids. A job whose predecessor fails is
-# cancelled. Variables: scripts/README.md.
+# cancelled. Variables: docs/cluster.md.
 set -euo pipefail
 home=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 # shellcheck source=scripts/common.sh

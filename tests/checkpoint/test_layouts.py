@@ -116,8 +116,8 @@ REFUSED = {
     "no such folder": "no such folder",
     "narrower": "Global shape mismatch",
     "deeper": "Global shape mismatch",
-    "without biases": "it holds what this run has no place for: decoder.layers.mlp.linear_fc1.bias",
-    "rope": "it holds what this run has no place for: embedding.position_embeddings.weight",
+    "without biases": "it holds entries that this run does not have: decoder.layers.mlp.linear_fc1.bias",
+    "rope": "it holds entries that this run does not have: embedding.position_embeddings.weight",
     "untied": "it lacks optimizer.state.exp_avg.output_layer.weight",
 }
 

@@ -360,7 +360,7 @@ def test_loading_the_whole_state_of_another_run_is_no_other(
     caplog.set_level(logging.INFO)
     assert run_here(change(other, checkpoint={"load_optimizer": False})) == 0, "it is complete"
     own = tmp_path / "other" / "checkpoints"
-    assert f"{config.logging.run_dir!r} is not loaded: the run goes on from its own newest, {own}" in caplog.text
+    assert f"{config.logging.run_dir!r} is not loaded: the run continues from its own newest, {own}" in caplog.text
     weights = change(other, checkpoint={"load_optimizer": False}, training={"seed": 5, "train_iters": 3})
     assert run_here(in_folder(weights, tmp_path / "weights")) == 0, "a run of its own"
 

@@ -234,8 +234,8 @@ def test_show_refuses_what_pretrain_would(
 
 def test_help_says_how_to_use_each(capsys: pytest.CaptureFixture[str]) -> None:
     for args, expected in (
-        (["--help"], "show   the keep probabilities"),
-        ([], "fit    PWEGD's parameters"),
+        (["--help"], "show   print and plot a config's keep probabilities"),
+        ([], "fit    find PWEGD's parameters"),
         (["show", "--help"], "--drop.recovery_fraction"),
         (["fit", "--help"], "--peak-theta"),
     ):
@@ -369,7 +369,7 @@ def test_a_run_that_was_resumed_with_other_settings_is_noted(
     (tmp_path / "full" / "changes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command("fit", full, pld, "--peak-theta", "0.8") == 0
     printed = capsys.readouterr().out
-    noted = "full was resumed with other settings, and is compared by its last: drop.policy was pld up to iteration 100"
+    noted = "full was resumed with other settings; the last ones are used: drop.policy was pld up to iteration 100"
     assert noted in printed
     assert "parallel" not in printed, "another layout has the same losses"
 

@@ -51,9 +51,8 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"training": {"torch_compile": True, "recompute_granularity": "selective"}},
-        r"training.torch_compile = True does not work with training.recompute_granularity = 'selective': the graph "
-        "decides itself "
-        r"what backward recomputes; must be full or null",
+        r"training.torch_compile = True does not work with training.recompute_granularity = 'selective': "
+        r"the compiled graph decides what to recompute; must be full or null",
     ),
     (
         {"training": {"torch_compile": True}, "drop": {"policy": "pld", "theta": 0.5, "residual": "fused"}},

@@ -393,7 +393,7 @@ def test_an_output_never_overwrites_an_input(tmp_path, name, link):
     before = contents(tmp_path)
     folders = [] if name.startswith(".") else [tmp_path, write(tmp_path / "in/other.txt", "a")]
     for inputs in ([corpus], [os.path.relpath(tmp_path / name)], *([folder] for folder in folders)):
-        with pytest.raises(ValueError, match=r"output: .*(is an input|is no file of a data set)"):
+        with pytest.raises(ValueError, match=r"output: .*(is an input|is not a file of a data set)"):
             run(tmp_path, *inputs, overwrite=True, input_format="jsonl" if inputs[0] == corpus else "auto")
     (tmp_path / "in/other.txt").unlink(missing_ok=True)
     assert contents(tmp_path) == before
@@ -410,7 +410,7 @@ def test_the_tokenizer_is_not_overwritten(tmp_path, corpus):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     tokenizer.save(str(tmp_path / "out.json"))
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"out\.json exists and is no file of a data set"):
+    with pytest.raises(ValueError, match=r"out\.json exists and is not a file of a data set"):
         run(tmp_path, corpus[0], tokenizer=str(tmp_path / "out.json"), overwrite=True)
     assert contents(tmp_path) == before
 

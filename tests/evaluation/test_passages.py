@@ -127,7 +127,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_of_many_problems_the_first_are_shown_and_all_counted(tmp_path):
-    with pytest.raises(ValueError, match=r"9 lines are no passages") as error:
+    with pytest.raises(ValueError, match=r"9 lines are not passages") as error:
         read_passages(written(tmp_path, "one two\n" + "word\n" * 9))
     assert str(error.value).count("one word") == 5
     assert str(error.value).endswith("and 4 more")

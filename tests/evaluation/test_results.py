@@ -97,9 +97,9 @@ def changed(**fields):
     [
         (changed()[:40], r"evaluations\.jsonl, line 2 is cut off"),
         (changed()[:40] + "\n", r"line 2 is not JSON"),
-        ("[1]\n", r"line 2 is no evaluation: it is list"),
+        ("[1]\n", r"line 2 is not an evaluation: it is list"),
         ("\n", r"line 2 is not JSON"),
-        ('{"task": "lambada"}\n', r"line 2 is no evaluation: it has no iteration"),
+        ('{"task": "lambada"}\n', r"line 2 is not an evaluation: it has no iteration"),
         (changed(iteration="3"), r"line 2: iteration = '3' must be int"),
         (changed(iteration=True), r"line 2: iteration = True must be int"),
         (changed(train_time_s="1 h"), r"train_time_s = '1 h' must be int or float or null"),

@@ -167,7 +167,7 @@ def test_a_sampler_that_evens_other_stages_is_told() -> None:
     assert resumed == fixed
     assert fixed is not None
     assert fixed.balances_others
-    assert "evens others: drop.balance_stages" in stage_forecast_text(fixed)
+    assert "balances other stages: drop.balance_stages" in stage_forecast_text(fixed)
     same = of(LISTED, drop={"balance_stages": 4})
     assert same is not None
     assert not same.balances_others

@@ -104,7 +104,7 @@ def test_a_rank_that_failed_alone_ends_those_that_wait_for_it() -> None:
 def test_the_rank_that_does_not_wait_is_what_the_others_wait_for() -> None:
     verdict = find_hanging({0: waiting(), 1: seen(unchanged_s=95.0, place="data.py:120 train_batches")}, LIMITS)
     assert verdict is not None
-    assert verdict.startswith("rank 1 (node1) hangs in iteration 17, for which other ranks have waited in vain")
+    assert verdict.startswith("rank 1 (node1) hangs in iteration 17, and other ranks are waiting")
     assert "rank 1 in iteration 17 (training, data.py:120 train_batches)" in verdict
 
 

@@ -293,7 +293,7 @@ REFUSED_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads": (
         "GPT-2",
         {"n_head": 5},
-        "describes a model that cannot be held: model.hidden_size = 32: must be divisible",
+        "describes a model that cannot be represented: model.hidden_size = 32: must be divisible",
     ),
     "quantised": ("GPT-2", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: must be None"),
     "fewer rows than tokens": ("GPT-2", {"vocab_size": 90}, "has 100 tokens, but the model's vocab_size is 90"),

@@ -50,7 +50,7 @@ def preempt_then_ask_to_stop(cluster: Cluster, job: str, run_dir: Path) -> None:
     cluster.wait_for_requeue(job, first)
     stopped_at = written(run_dir)
     assert 20 <= stopped_at < ITERATIONS
-    assert f"stopped as asked after iteration {stopped_at} of {ITERATIONS}" in node_logs(cluster, job, first)
+    assert f"stopped on request after iteration {stopped_at} of {ITERATIONS}" in node_logs(cluster, job, first)
     assert "status 75" in log_of(cluster, job)
 
     cluster.release(job)

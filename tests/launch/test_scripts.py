@@ -48,7 +48,8 @@ def run(folder: Path, *command: str | Path, **environment: str) -> subprocess.Co
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say() -> None:
-    scripts = [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*"), REPOSITORY / ".ci" / "run"]
+    examples = (REPOSITORY / "examples").glob("*.sh")
+    scripts = [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*"), REPOSITORY / ".ci" / "run", *examples]
     assert len(scripts) >= 11
     result = run(REPOSITORY, "shellcheck", "--external-sources", *scripts)
     assert result.returncode == 0, result.stdout
@@ -58,7 +59,7 @@ def test_every_variable_is_documented_and_used() -> None:
     internal = {"SBLD_STATUS_FILE"}  # between job.sh and the launcher
     text = "".join(path.read_text() for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")])
     used = set(re.findall(r"(?<![A-Z_])SBLD_[A-Z_]+", text)) - internal
-    documented = set(re.findall(r"`(SBLD_[A-Z_]+)`", (SCRIPTS / "README.md").read_text()))
+    documented = set(re.findall(r"`(SBLD_[A-Z_]+)`", (REPOSITORY / "docs" / "cluster.md").read_text()))
     assert used == documented
 
 
@@ -377,7 +378,7 @@ def test_a_run_of_the_script_is_asked_to_stop_and_says_so_in_its_log(tmp_path: P
     script.send_signal(signal.SIGUSR1)
     assert script.wait(120) == 75
     (log,) = (tmp_path / "logs").glob("pretrain-*.log")
-    assert "stopped as asked after iteration" in log.read_text()
+    assert "stopped on request after iteration" in log.read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("iter_*"))
 
 

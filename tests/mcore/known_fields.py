@@ -1,6 +1,6 @@
 """Fields of megatron-core's configs, of 0.16 to 0.19, of which layer dropping has no need to know, and why.
 
-Those of which it has are in docs/megatron_features.md. A field of a new version belongs into one of both: into the
+Those of which it has are in docs/compatibility_evidence.md. A field of a new version belongs into one of both: into the
 table, if it touches which layers run, what a skip hands on, gradients and their reduction, the optimizer's step,
 recomputation, pipelines or captured graphs; here, if it has been read and touches none of them.
 """

@@ -184,7 +184,7 @@ def dynamic_sensitivity(folder: Path) -> tuple[str, ...]:
 def test_a_loss_that_sensitivity_cannot_be_kept_from_is_named(tmp_path: Path) -> None:
     run, *_ = attached(*dynamic_sensitivity(tmp_path))
     run.train_step(lambda: ({}, 0))  # as of an iteration that is left out
-    with pytest.raises(ValueError, match="reports no 'lm loss', of which sensitivity is made; it has my loss"):
+    with pytest.raises(ValueError, match="reports no 'lm loss', from which sensitivity is computed; it has my loss"):
         run.train_step(lambda: ({"my loss": torch.tensor(5.0)}, 0))
 
 

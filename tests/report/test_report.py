@@ -93,8 +93,8 @@ def test_a_row_without_the_value_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), "no run folder: it has no config.yaml"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "no run folder: it has no metrics.jsonl"),
+        (lambda run: (run / "config.yaml").unlink(), "not a run folder: it has no config.yaml"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "not a run folder: it has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "has no training row"),
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "line 1 has no iteration"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n"), "line 1 is not JSON"),
@@ -235,7 +235,7 @@ def test_a_run_that_was_resumed_with_other_settings_is_noted_by_name(tmp_path):
     groups = group_runs(read_runs(folders))
     found = [note for note in summarise(groups, groups[0]).notes if "resumed" in note]
     assert found == [
-        "pld was resumed with other settings, and is compared by its last: optimizer.lr was 0.002 up to iteration 10, "
+        "pld was resumed with other settings; the last ones are used: optimizer.lr was 0.002 up to iteration 10, "
         "then 0.001."
     ], "the cache changes nothing, and at iteration 41 the run is not yet"
 

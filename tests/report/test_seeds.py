@@ -309,7 +309,7 @@ def test_a_run_without_validation_is_left_out_of_the_mean_loss_and_named(tmp_pat
     )
     pld = comparison.rows[1]
     assert (pld.num_seeds, pld.valid_loss, pld.valid_loss_change) == (3, pytest.approx(2.35), pytest.approx(0.15))
-    assert noted(comparison, "pld: not in the mean validation loss, for want of a validation: pld-3.")
+    assert noted(comparison, "pld: not in the mean validation loss, because they have none: pld-3.")
     assert noted(comparison, "pld: the change is over the common seeds alone (1 and 2)")
 
 
@@ -332,8 +332,8 @@ def test_runs_of_a_group_that_stand_at_different_iterations_are_noted(tmp_path):
         seed_run(tmp_path / "pld-2", 2, policy="pld", iterations=10),
     )
     assert comparison.rows[1].iterations == 10
-    assert noted(comparison, "pld: its runs stand at iterations 10 and 20: their mean loss does not compare")
-    assert noted(comparison, "pld stands at iteration 10 and 20, full at 20: their losses do not compare")
+    assert noted(comparison, "pld: its runs stand at iterations 10 and 20: their mean loss cannot be compared")
+    assert noted(comparison, "pld stands at iteration 10 and 20, full at 20: their losses cannot be compared")
 
 
 def test_a_last_validation_at_another_iteration_than_the_baselines_is_noted(tmp_path):
@@ -342,7 +342,7 @@ def test_a_last_validation_at_another_iteration_than_the_baselines_is_noted(tmp_
         write_run(tmp_path / "full", [*rows, valid_row(20, 2.0)]),
         write_run(tmp_path / "pld", [*rows, valid_row(15, 2.0)], "pld"),
     )
-    assert noted(comparison, "pld was last validated at iteration 15, full at 20: their losses do not compare")
+    assert noted(comparison, "pld was last validated at iteration 15, full at 20: their losses cannot be compared")
 
 
 # Time to the baseline's loss

@@ -1,4 +1,4 @@
-"""The list of exit statuses in scripts/README.md, held against what the package and the scripts end with."""
+"""The list of exit statuses in docs/troubleshooting.md, held against what the package and the scripts end with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_sbld import exit_status
 from megatron_sbld.launch import combined_status
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 LISTED = {int(status) for status in re.findall(r"^\| (\d+) \| \S", PAGE.split("## Exit statuses")[1], re.M)}
 OWN = {name: value for name, value in vars(exit_status).items() if name.startswith("EXIT_")}
 SOURCES = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_sbld").rglob("*.py")]

@@ -1,4 +1,4 @@
-"""docs/megatron_features.md is true: each test that it names exists, and it refuses what the code refuses."""
+"""docs/compatibility_evidence.md is true: each test that it names exists, and it refuses what the code refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "megatron_features.md"
+TABLE = ROOT / "docs" / "compatibility_evidence.md"
 VERSIONS = ("0.16", "0.17", "0.18", "0.19")
 STATUSES = {"tested", "untested", "GPU only", "refused", "-"}
 Row = tuple[str, frozenset[str], str]

@@ -127,6 +127,7 @@ def test_progress_lines_tell_loss_speed_kept_layers_and_time_left(run: tuple[Con
     assert lines[-1].endswith("left 0:00:00")
     assert "iteration 4: validation loss" in printed
     assert "complete: 8 iterations" in printed
+    assert f"`megatron-sbld compare {config.logging.run_dir}` shows them" in printed
 
 
 def test_the_forecast_is_printed_before_the_first_iteration(run: tuple[Config, str]) -> None:
@@ -169,7 +170,7 @@ def test_a_resumed_run_drops_what_it_repeats_and_a_torn_line(tmp_path: Path, cap
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 4, "l')
     writer(tmp_path, first_iteration=3).close()
     assert rows(tmp_path) == [lines[0], lines[1], lines[3]]
-    assert "left out a torn line of 19 bytes" in caplog.text
+    assert "left out an incomplete line of 19 bytes" in caplog.text
 
 
 def test_rows_that_are_on_other_storage_stay_there(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_sigterm_saves_after_the_iteration_and_says_that_the_run_goes_on(
     saved = latest_complete(folder / "terminated" / "checkpoints")
     assert saved is not None
     assert saved.iteration == stopped_at
-    assert f"stopped as asked after iteration {stopped_at} of {iterations}; start again to go on" in log_of(config)
+    assert f"stopped on request after iteration {stopped_at} of {iterations}; start again to continue" in log_of(config)
 
     # Here the rest of the run is as good as in a process of its own, and a few iterations say as much as all.
     stop = {"exit_after_iterations": 3}

@@ -1,7 +1,7 @@
 """Switches and wrappers under which a drop would be wrong or silently ignored, each refused by name with the reason.
 
-What does not work together is in method/combinations.py. docs/megatron_features.md lists all of it beside the switches
-that are supported; a test keeps them equal.
+What does not work together is in method/combinations.py. docs/compatibility_evidence.md lists all of it beside the
+switches that are supported; a test keeps them equal.
 """
 
 from __future__ import annotations

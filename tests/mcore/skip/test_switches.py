@@ -2,7 +2,7 @@
 
 Multi-token prediction, embeddings on one stage or two, precision and loss scaling, clipping and counting, recomputation
 of parts, uneven stages, and the options of the gradient reduction. test_layouts.py has the plain layouts, test_moe.py
-the experts. docs/megatron_features.md names the cases by their keys.
+the experts. docs/compatibility_evidence.md names the cases by their keys.
 """
 
 from __future__ import annotations
