@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_sbld.controller import DropController
-    from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
+    from megatron_sbld.mcore import (
+        freeze_dropped_layers,
+        fuse_residual,
+        grow_in_stages,
+        make_switchable,
+        warm_up_after_growth,
+    )
     from megatron_sbld.method.decisions import draw_plan
     from megatron_sbld.method.policy import (
         FullDepthPolicy,
@@ -27,7 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "controller": ("DropController",),
-    "mcore": ("freeze_dropped_layers", "fuse_residual", "grow_in_stages", "make_switchable"),
+    "mcore": ("freeze_dropped_layers", "fuse_residual", "grow_in_stages", "make_switchable", "warm_up_after_growth"),
     "method.decisions": ("draw_plan",),
     "method.policy": (
         "FullDepthPolicy",
@@ -66,6 +72,7 @@ __all__ = [
     "fuse_residual",
     "grow_in_stages",
     "make_switchable",
+    "warm_up_after_growth",
 ]
 
 

@@ -179,7 +179,7 @@ class DropController:
             sample_plan = draw_samples(counts, self.num_samples, self.seed, iteration, self.scope, replica)
         self.growth.end_iteration(self._ran)
         if self.policy.stages is not None:
-            self.growth.let_begin(self.policy.begun_layers(iteration))
+            self.growth.let_begin(self.policy.begun_layers(iteration), iteration)
         # Nothing may fail from here on: a loop that goes on after an error has the decisions of one iteration.
         self.begun += 1
         self.iteration = iteration

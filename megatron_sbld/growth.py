@@ -24,6 +24,8 @@ class Growth:
     def __init__(self, policy: Policy) -> None:
         self.start(policy)
         self.callbacks: list[OnGrowth] = []
+        self.before_iteration: list[Callable[[int], None]] = []
+        """Called with each iteration of a run with stages, once the layers of it have begun."""
         self.begins_as = ""
         """What a layer begins as, which takes all ranks: they compare it."""
         self._first_steps: frozenset[int] = frozenset()  # begun, but not stepped since
@@ -33,15 +35,16 @@ class Growth:
         """The state before the first iteration."""
         self.begun = policy.begun_layers(0)
 
-    def let_begin(self, layers: frozenset[int]) -> None:
+    def let_begin(self, layers: frozenset[int], iteration: int) -> None:
         """The layers of the coming iteration; what is new among them begins."""
         entering = layers - self.begun
-        if not entering:
-            return
-        for on_growth in self.callbacks:
-            on_growth(sorted(entering), self.begun)
+        if entering:
+            for on_growth in self.callbacks:
+                on_growth(sorted(entering), self.begun)
         self.begun |= entering
         self._first_steps |= entering
+        for prepare in self.before_iteration:
+            prepare(iteration)
 
     def note_step(self) -> None:
         """The optimizer makes a step with the gradients of the present iteration."""

@@ -82,8 +82,12 @@ VARIANTS = (
     Method("staged-1-copy", "staged-1, new layers are copies", staged(1, stage_init="copy"), "staged-1"),
     Method("staged-1-at-40", "staged-1, growth at 40 %", staged(1, 0.4), "staged-1"),
     Method("staged-1-at-80", "staged-1, growth at 80 %", staged(1, 0.8), "staged-1"),
+    Method("staged-1-rewarm", "staged-1, the rate rises again over 5 %", staged(1, stage_warmup=0.05), "staged-1"),
     Method("staged-half-zero", "staged-half, new layers add nothing", staged(6, stage_init="zero"), "staged-half"),
     Method("staged-half-copy", "staged-half, new layers are copies", staged(6, stage_init="copy"), "staged-half"),
+    Method(
+        "staged-half-rewarm", "staged-half, the rate rises again over 5 %", staged(6, stage_warmup=0.05), "staged-half"
+    ),
     Method("staged-half-at-40", "staged-half, growth at 40 %", staged(6, 0.4), "staged-half"),
     Method("staged-half-at-80", "staged-half, growth at 80 %", staged(6, 0.8), "staged-half"),
     Method(

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sbld.files.disk import sync
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
@@ -115,12 +117,12 @@ def publish(directory: Path, iteration: int, layout: Layout, train_state: dict[s
     }
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
     remove(final)  # a damaged one of the same iteration; a complete one is never written again
     folder.rename(final)
     try:
-        _sync(directory)
+        sync(directory)
     except OSError as error:
         logger.warning("checkpoint %s is complete, but may be lost with a loss of power: %s", final, error)
     try:
@@ -313,12 +315,3 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file or a folder's entries, so that losing power cannot undo what was reported as done."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,11 +30,7 @@ def _export(args: list[str]) -> int:
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--dtype", type=ExportDtype, default="as-saved", help="type of the weights")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file: 5GB, 500MB, 2GiB, ...")
-    parser.add_argument(
-        "--tokenizer",
-        type=str | None,
-        help="byte, a tokenizer.json or a folder; default: data.tokenizer of the run, whose fingerprint it must have",
-    )
+    _add_tokenizer(parser, "data.tokenizer of the run, whose fingerprint it must have")
     parser.add_argument(
         "--config", type=str | None, help="YAML file whose model section describes a checkpoint of Megatron-LM"
     )
@@ -54,6 +50,10 @@ def _export(args: list[str]) -> int:
     return 0
 
 
+def _add_tokenizer(parser: CommandParser, default: str) -> None:
+    parser.add_argument("--tokenizer", type=str | None, help=f"byte, a tokenizer.json or a folder; default: {default}")
+
+
 def _import(args: list[str]) -> int:
     """`megatron-sbld import hf`."""
     from megatron_sbld.config.sections import Precision
@@ -71,9 +71,7 @@ def _import(args: list[str]) -> int:
         type=Precision | None,
         help="of the weights, and training.precision; default: as the source has it",
     )
-    parser.add_argument(
-        "--tokenizer", type=str | None, help="byte, a tokenizer.json or a folder; default: the source's own files"
-    )
+    _add_tokenizer(parser, "the source's own files")
     parser.add_argument(
         "--pad_vocab_to_multiple_of",
         type=int,

@@ -10,7 +10,7 @@ import numpy as np
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_sbld.config.sections import Config
-from megatron_sbld.data.dataset_files import DatasetFacts, read_metadata, verify_dataset
+from megatron_sbld.data.dataset_files import DatasetFacts, check_written_with, read_metadata, verify_dataset
 from megatron_sbld.data.tokenizer import Tokenizer
 
 _CHECKED_TOKENS = 1 << 20  # of each end of a data set whose tokenizer is not on record
@@ -118,16 +118,11 @@ def _check_tokenizer(dataset: DatasetFacts, tokenizer: Tokenizer, field: str) ->
     if metadata is None:
         _check_ids(dataset, tokenizer, field)
         return
+    check_written_with(metadata, dataset.prefix, tokenizer, field=field, whose="data.tokenizer =")
     try:
-        written_by, fingerprint = metadata["tokenizer"]["spec"], metadata["tokenizer"]["fingerprint"]
         tokens = metadata["splits"][dataset.prefix.rpartition("_")[2]]["tokens"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{field}: the metadata (.json) of {dataset.prefix} lack {error}; prepare it again") from error
-    if fingerprint != tokenizer.fingerprint():
-        raise ValueError(
-            f"{field}: {dataset.prefix} was prepared with tokenizer {written_by!r}, which encodes differently from "
-            f"data.tokenizer = {tokenizer.name!r}"
-        )
     if tokens != dataset.tokens:
         raise ValueError(
             f"{field}: {dataset.prefix} has {dataset.tokens} tokens, its metadata (.json) {tokens}: they are of "

@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_sbld.data.tokenizer import Tokenizer
+from megatron_sbld.files.disk import sync
+
 SPLITS = ("train", "valid")
 METADATA_FORMAT = "megatron-sbld data set 1"
 
@@ -166,6 +169,23 @@ def read_metadata(prefix: str) -> dict[str, Any] | None:
     return metadata
 
 
+def check_written_with(metadata: dict[str, Any], prefix: str, tokenizer: Tokenizer, *, field: str, whose: str) -> None:
+    """Refuse a set that another tokenizer wrote. whose: what the message calls `tokenizer`, as "data.tokenizer =".
+
+    Raises:
+        ValueError: it did, or the metadata do not say.
+    """
+    try:
+        written_by, fingerprint = metadata["tokenizer"]["spec"], metadata["tokenizer"]["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{field}: the metadata (.json) of {prefix} lack {error}; prepare it again") from error
+    if fingerprint != tokenizer.fingerprint():
+        raise ValueError(
+            f"{field}: {prefix} was prepared with tokenizer {written_by!r}, which encodes differently from {whose} "
+            f"{tokenizer.name!r}"
+        )
+
+
 class DatasetWriter:
     """Writes a set in a hidden folder beside it and moves it into place when it is whole (a context manager).
 
@@ -254,13 +274,13 @@ class DatasetWriter:
             text = json.dumps({"format": METADATA_FORMAT, **metadata}, indent=2)
             self._partial_path(f"{self._output}.json").write_text(text + "\n", encoding="utf-8")
             for path in self._partial.iterdir():
-                _fsync(path)
+                sync(path)
             for name in reversed(set_files(self._output)):
                 Path(name).unlink(missing_ok=True)
             for name in set_files(self._output):
                 if self._partial_path(name).exists():
                     os.replace(self._partial_path(name), name)
-            _fsync(self._folder)
+            sync(self._folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -281,11 +301,3 @@ class DatasetWriter:
         except OSError as error:
             message = f"cannot write {self._output}: {error.strerror}; what was written of it is removed"
             raise OSError(error.errno, message) from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -164,10 +164,12 @@ def _dataset_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[np.ndarray
     """Ids of each document without the end-of-document token that closes it."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset  # imports torch, which texts do not need
 
-    from megatron_sbld.data.dataset_files import read_metadata, verify_dataset
+    from megatron_sbld.data.dataset_files import check_written_with, read_metadata, verify_dataset
 
     verify_dataset(prefix)
-    _check_tokenizer(prefix, read_metadata(prefix), tokenizer)
+    metadata = read_metadata(prefix)
+    if metadata is not None:  # Megatron-LM's sets have none; their ids alone are looked at
+        check_written_with(metadata, prefix, tokenizer, field="data", whose="the model's,")
     dataset = IndexedDataset(prefix)
     boundaries = dataset.document_indices
     for first, last in itertools.pairwise(boundaries):
@@ -178,21 +180,6 @@ def _dataset_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[np.ndarray
                 f"{tokenizer.vocab_size - 1}"
             )
         yield ids[:-1] if len(ids) and ids[-1] == tokenizer.eod else ids
-
-
-def _check_tokenizer(prefix: str, metadata: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
-    """Data sets that Megatron-LM prepared have no metadata; their ids alone are looked at."""
-    if metadata is None:
-        return
-    try:
-        written_by, fingerprint = metadata["tokenizer"]["spec"], metadata["tokenizer"]["fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"data: the metadata (.json) of {prefix} lack {error}; prepare it again") from error
-    if fingerprint != tokenizer.fingerprint():
-        raise ValueError(
-            f"data: {prefix} was prepared with tokenizer {written_by!r}, which encodes differently from the model's, "
-            f"{tokenizer.name!r}"
-        )
 
 
 def _document(ids: np.ndarray, tokenizer: Tokenizer) -> Document:

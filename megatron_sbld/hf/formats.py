@@ -45,13 +45,7 @@ class GPT2(Format):
     embedding = "transformer.wte.weight"
 
     def problems(self, model: ModelConfig) -> list[str]:
-        return unmet(
-            model,
-            {
-                "position_embedding_type": (model.position_embedding_type == "learned_absolute", "'learned_absolute'"),
-                **_layer_norm_and_gelu(model),
-            },
-        )
+        return unmet(model, _layer_norm_and_gelu(model, "learned_absolute"))
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         return {
@@ -236,13 +230,7 @@ class GPTNeoX(Format):
     embedding = "gpt_neox.embed_in.weight"
 
     def problems(self, model: ModelConfig) -> list[str]:
-        return unmet(
-            model,
-            {
-                "position_embedding_type": (model.position_embedding_type == "rope", "'rope'"),
-                **_layer_norm_and_gelu(model),
-            },
-        )
+        return unmet(model, _layer_norm_and_gelu(model, "rope"))
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
         base, share = float(model.rotary_base), model.rotary_percent
@@ -332,10 +320,11 @@ def format_of_config(config: FieldReader) -> Format:
     return allowed[named[0]]
 
 
-def _layer_norm_and_gelu(model: ModelConfig) -> dict[str, tuple[bool, str]]:
-    """What GPT-2's and GPT-NeoX's formats demand alike."""
+def _layer_norm_and_gelu(model: ModelConfig, position_embedding: str) -> dict[str, tuple[bool, str]]:
+    """What GPT-2's and GPT-NeoX's formats demand alike, but for their positions."""
     heads, hidden = model.num_attention_heads, model.hidden_size
     return {
+        "position_embedding_type": (model.position_embedding_type == position_embedding, repr(position_embedding)),
         "normalization": (model.normalization == "LayerNorm", "'LayerNorm'"),
         "swiglu": (not model.swiglu, "False"),
         "add_bias_linear": (model.add_bias_linear, "True"),

@@ -15,11 +15,17 @@ from megatron.core import parallel_state
 
 from megatron_sbld.controller import CHECKPOINT_KEY, DropController
 from megatron_sbld.growth import growth_text
-from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
+from megatron_sbld.mcore import (
+    freeze_dropped_layers,
+    fuse_residual,
+    grow_in_stages,
+    make_switchable,
+    warm_up_after_growth,
+)
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +86,7 @@ class AttachedDrops:
         if dropped_update(self.drop) == "freeze":
             freeze_dropped_layers(self._chunks, optimizer)
         if self.drop.stages is not None:
-            self._attend_to_stages(optimizer)
+            self._attend_to_stages(optimizer, scheduler)
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
         scheduler.state_dict = lambda: {**state_dict(), CHECKPOINT_KEY: self._state_dict()}
 
@@ -120,7 +126,7 @@ class AttachedDrops:
         if self._observer is not None:
             self._observer.observe(losses)
 
-    def _attend_to_stages(self, optimizer: Any) -> None:
+    def _attend_to_stages(self, optimizer: Any, scheduler: Any) -> None:
         ranks = self._layers_of_pipeline_ranks()
         policy = build_policy(self.drop, self._num_layers, self._train_iters, ranks=ranks)
         assert policy.stages is not None, "asked for with stages alone"
@@ -132,6 +138,8 @@ class AttachedDrops:
             self.drop.stage_init,
             copy_moments=self.drop.stage_copy_moments,
         )
+        if self.drop.stage_warmup:
+            warm_up_after_growth(scheduler, self.controller, stage_warmup_iters(self.drop, self._train_iters))
 
     def _layers_of_pipeline_ranks(self) -> list[list[int]]:
         """The layers of each pipeline rank, as they were built. Collective."""

@@ -11,7 +11,18 @@ import functools
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from megatron_sbld.fields import Count, Finite, In, NotNegative, Positive, PositiveShare, Share, Whole, notes
+from megatron_sbld.fields import (
+    BelowOne,
+    Count,
+    Finite,
+    In,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    Whole,
+    notes,
+)
 from megatron_sbld.method.choices import (
     Depth,
     DroppedUpdate,
@@ -70,6 +81,8 @@ class DropConfig:
     are zero, so that it adds nothing at first; copy: the nearest running layer below it, else above."""
     stage_copy_moments: Annotated[bool, Of("stages")] = False
     """With stage_init copy: take over the optimizer's moments of that layer too."""
+    stage_warmup: Annotated[BelowOne, Of("stages")] = 0.0
+    """Share of the iterations over which the learning rate rises again, linearly from 0, each time layers begin."""
     a: Annotated[Finite, Of("pwegd")] = 2.0
     """PWEGD: shape."""
     b: Annotated[Positive | None, Of("pwegd")] = None

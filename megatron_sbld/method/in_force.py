@@ -6,17 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from megatron_sbld.method import policy
 from megatron_sbld.method.choices import DroppedUpdate, PolicyName, ResidualScale, ScheduleName
 from megatron_sbld.method.config import DropConfig, default_of, drop_field_names, fields_of
 from megatron_sbld.method.decisions import replicas_run_alike
-from megatron_sbld.method.policy import (
-    LayerDropPolicy,
-    PLDPolicy,
-    Policy,
-    SBLDPolicy,
-    StagedPolicy,
-    StochasticDepthPolicy,
-)
 
 POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "sbld": "pwegd",
@@ -25,13 +18,17 @@ POLICY_SCHEDULES: dict[PolicyName, ScheduleName] = {
     "stochastic_depth": "constant",
 }
 """What schedule: null stands for."""
-SCHEDULED_POLICIES: dict[PolicyName, type[PLDPolicy | LayerDropPolicy | StochasticDepthPolicy]] = {
-    "pld": PLDPolicy,
-    "layerdrop": LayerDropPolicy,
-    "stochastic_depth": StochasticDepthPolicy,
+SCHEDULED_POLICIES: dict[PolicyName, type[policy.PLDPolicy | policy.LayerDropPolicy | policy.StochasticDepthPolicy]] = {
+    "pld": policy.PLDPolicy,
+    "layerdrop": policy.LayerDropPolicy,
+    "stochastic_depth": policy.StochasticDepthPolicy,
 }
 """Those that need a schedule alone."""
-_CLASSES: dict[PolicyName, type[Policy]] = {**SCHEDULED_POLICIES, "sbld": SBLDPolicy, "staged": StagedPolicy}
+_CLASSES: dict[PolicyName, type[policy.Policy]] = {
+    **SCHEDULED_POLICIES,
+    "sbld": policy.SBLDPolicy,
+    "staged": policy.StagedPolicy,
+}
 
 
 def drop_settings(config: DropConfig) -> dict[str, Any]:
@@ -85,12 +82,17 @@ def changed_fields(config: DropConfig) -> set[str]:
     return {name for name in drop_field_names() if getattr(config, name) != default_of(name)}
 
 
+def stage_warmup_iters(config: DropConfig, train_iters: int) -> int:
+    """Over how many iterations the learning rate rises again once layers have begun; at least one."""
+    return max(1, round(config.stage_warmup * train_iters))
+
+
 def unused_fields(config: DropConfig) -> set[str]:
     """Fields of other policies and schedules than the section's."""
     unused = schedule_fields() - fields_of(schedule_name(config))
     if not updates_sensitivity(config):
         unused |= fields_of("dynamic")
-    unused |= frozenset().union(*(fields_of(policy) for policy in get_args(PolicyName) if policy != config.policy))
+    unused |= frozenset().union(*(fields_of(name) for name in get_args(PolicyName) if name != config.policy))
     if config.stages is None:
         unused |= fields_of("stages")
     if config.policy == "staged":

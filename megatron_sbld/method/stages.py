@@ -10,6 +10,7 @@ Layers are numbered 1..L, iterations t = 1..T; t = 0 is the state before the fir
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -106,6 +107,16 @@ class Stages:
     def begun(self, iteration: int) -> frozenset[int]:
         """Layers (1-based) that run at iteration t."""
         return self._begun[self.stage(iteration)]
+
+    def iterations_since_growth(self, iteration: int) -> int | None:
+        """1 at the first iteration that runs layers that have just begun; None before any begin later than the run."""
+        return next((iteration - end for end in reversed(self._last_before_growth) if end < iteration), None)
+
+    @cached_property
+    def _last_before_growth(self) -> list[int]:
+        """The last iteration before each growth, ascending."""
+        pairs = zip(self.ends[:-1], itertools.pairwise(self._begun), strict=True)
+        return [end for end, (before, after) in pairs if end > 0 and before < after]
 
     def gate(self, iteration: int) -> NDArray[np.float64]:
         """1 for a layer that has begun at iteration t, else 0, float64 [L]; not to be changed."""

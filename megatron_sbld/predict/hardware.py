@@ -91,6 +91,14 @@ def _fewest_on_a_node(size: int, stride: int, gpus: int, gpus_per_node: int) -> 
     return fewest
 
 
+_H100 = Hardware(
+    name="H100 SXM",
+    peak_tflops=989.4,
+    memory_gb=80.0,
+    hbm_bandwidth=3350.0,
+    intra_bandwidth=450.0,
+    inter_bandwidth=50.0,
+)
 KNOWN = {
     "a100-80gb": Hardware(
         name="A100-80GB SXM",
@@ -100,22 +108,8 @@ KNOWN = {
         intra_bandwidth=300.0,
         inter_bandwidth=25.0,
     ),
-    "h100": Hardware(
-        name="H100 SXM",
-        peak_tflops=989.4,
-        memory_gb=80.0,
-        hbm_bandwidth=3350.0,
-        intra_bandwidth=450.0,
-        inter_bandwidth=50.0,
-    ),
-    "h200": Hardware(
-        name="H200 SXM",
-        peak_tflops=989.4,
-        memory_gb=141.0,
-        hbm_bandwidth=4800.0,
-        intra_bandwidth=450.0,
-        inter_bandwidth=50.0,
-    ),
+    "h100": _H100,
+    "h200": dataclasses.replace(_H100, name="H200 SXM", memory_gb=141.0, hbm_bandwidth=4800.0),
 }
 
 

@@ -44,10 +44,16 @@ from megatron_sbld.growth import growth_text
 from megatron_sbld.health.liveness import SAVING
 from megatron_sbld.health.run_lock import RunLock
 from megatron_sbld.health.watchdog import POSITION
-from megatron_sbld.mcore import freeze_dropped_layers, fuse_residual, grow_in_stages, make_switchable
+from megatron_sbld.mcore import (
+    freeze_dropped_layers,
+    fuse_residual,
+    grow_in_stages,
+    make_switchable,
+    warm_up_after_growth,
+)
 from megatron_sbld.mcore.compat import init_microbatches
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.method.in_force import dropped_update, updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.training.changes import CHANGES_FILE, record_changes
@@ -115,6 +121,8 @@ class Run:
                 copy_moments=config.drop.stage_copy_moments,
             )
         self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.length)
+        if policy.stages is not None and config.drop.stage_warmup:
+            warm_up_after_growth(self.scheduler, self.controller, stage_warmup_iters(config.drop, self.train_iters))
         self.checkpoints: CheckpointManager | None = None
         self.writer: MetricsWriter | None = None
         self.interrupted: list[str] = []

@@ -217,6 +217,7 @@ OUT_OF_RANGE = {
     "depth": "cubic",
     "stage_init": "ones",
     "stage_copy_moments": "yes",
+    "stage_warmup": 1.0,
     "hold_until": 1.1,
     "decay_until": -0.1,
     "policy": "random",

@@ -69,6 +69,14 @@ def test_a_stage_ends_after_its_share_of_the_iterations() -> None:
     assert [at_once.keep_probs(iteration).sum() for iteration in (0, 1)] == [1, 4]
 
 
+def test_iterations_since_layers_last_began() -> None:
+    stages = Stages.resolve([[0.0, 1], [0.3, 2], [0.6, 2.0], [0.8, 3], [1.0, 4]], 4, 10)
+    since = [stages.iterations_since_growth(iteration) for iteration in range(1, 11)]
+    assert since == [None, None, None, None, None, None, 1, 2, 1, 2]
+    grown = stages.continued(stages.state_dict(), [1, 2, 3])
+    assert [grown.iterations_since_growth(iteration) for iteration in range(7, 11)] == [None, None, 1, 2]
+
+
 def test_one_layer_has_nothing_to_grow() -> None:
     assert StagedPolicy([[0.5, 1], [1.0, 1]], 1, train_iters=10).keep_probs(1).tolist() == [1.0]
 

@@ -49,7 +49,7 @@ def staged_run(folder: Path, corpus: Path, drop: dict[str, Any] | None = None, *
     [
         ("random", {}, {}),
         ("zero", {}, {"policy": "layerdrop", "theta": 0.6}),
-        ("copy", {}, {"stage_copy_moments": True}),
+        ("copy", {}, {"stage_copy_moments": True, "stage_warmup": 0.25}),
         ("copy", {"precision": "fp16", "initial_loss_scale": 2.0**40}, {}),
     ],
     ids=["random", "zero, inside LayerDrop", "copy with moments", "copy, fp16 that searches its loss scale"],
@@ -64,6 +64,18 @@ def test_resumed_around_the_growth_bit_for_bit(
         resumed = in_folder(config, tmp_path / f"stopped_after_{iterations}")
         assert [run_here(part) for part in stop_and_resume(resumed, iterations)] == [75, 0]
         assert losses(resumed.logging.run_dir) == whole
+
+
+def test_the_learning_rate_rises_again_after_each_growth(tmp_path: Path, corpus: Path) -> None:
+    rates = {}
+    for warmup in (0.0, 0.375):
+        config = staged_run(tmp_path / str(warmup), corpus, {"stage_warmup": warmup})
+        assert run_here(config) == 0
+        rates[warmup] = [row["lr"] for row in train_rows(tmp_path / str(warmup))]
+    factors = [rate / usual for rate, usual in zip(rates[0.375], rates[0.0], strict=True)]
+    assert factors == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1 / 3, 2 / 3, 1])  # a row has the next iteration's
+    assert losses(tmp_path / "0.375")[:5] == losses(tmp_path / "0.0")[:5]
+    assert losses(tmp_path / "0.375")[5:] != losses(tmp_path / "0.0")[5:]
 
 
 def test_rows_and_console_tell_how_many_layers_have_begun_and_what_ran(
