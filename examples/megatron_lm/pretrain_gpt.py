@@ -98,9 +98,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage:
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -125,7 +123,10 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
 
 
 def keep_compiled_helpers() -> None:
-    """Let megatron.training take the data sets' helpers as the wheel has them: it would call make, without a Makefile."""
+    """Let megatron.training take the data sets' helpers as the wheel has them.
+
+    It would compile them with make, for which the wheel has no Makefile, and end with exit status 1.
+    """
     if not Path(datasets.__file__).with_name("Makefile").exists():
         datasets.utils.compile_helpers = lambda: None
 

@@ -1,8 +1,8 @@
 """Layer dropping in Megatron-LM's `pretrain`: where each piece hooks in.
 
     arguments           Megatron-LM's extra_args_provider
-    switchable layers   a pre_wrap_hook of the model's config (core 0.19 and later); around model_provider where there is
-                        no such config (0.16, and 0.19 where the script gives a provider instead)
+    switchable layers   a pre_wrap_hook of the model's config (core 0.19 and later); around model_provider where
+                        there is no such config (0.16, and 0.19 where the script gives a provider instead)
     decisions           around `train_step`, on every rank before the pipeline schedule starts: inside of it ranks wait
                         for each other, and could not compare their decisions
     optimizer, state    around `get_optimizer_param_scheduler`, which is called between optimizer and checkpoint

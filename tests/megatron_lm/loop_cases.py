@@ -11,15 +11,19 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import runpy
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
+from megatron.core.transformer import transformer_config
 
 from megatron_sbld.config.sections import Config
 from tests.megatron_lm import on_cpu
@@ -32,15 +36,19 @@ SCRIPT = REPOSITORY / "examples" / "megatron_lm" / "pretrain_gpt.py"
 class ScriptCase:
     """One call of the script.
 
-    name: of the run; its log is in the folder's NAME.log.
+    name: of the run. Its log goes to NAME.RANK.log in the folder, its scalars to NAME.
     words: the command line.
     stock: without layer dropping, as the script would be without its two lines.
+    any_depth: layers begin with the same weights in a model of any depth; Megatron's own divides some by its root.
+    refused: part of the ValueError that it must end with.
     """
 
     name: str
     folder: str
     words: tuple[str, ...]
     stock: bool = False
+    any_depth: bool = False
+    refused: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +64,18 @@ def run_case(case: ScriptCase | CommandCase | Config) -> int:
     Raises:
         RuntimeError: another exit status, or an error, with what was printed last.
     """
-    if isinstance(case, Config):
-        outcome = run_here(case)
-        if outcome != 0:
-            raise RuntimeError(f"pretrain: {outcome}")
-    elif isinstance(case, CommandCase):
-        from megatron_sbld.cli.main import main
+    # megatron-core leaves NVTE_* in it; Megatron-LM asks for this one with tensor parallelism.
+    with mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"):
+        if isinstance(case, Config):
+            outcome = run_here(case)
+            if outcome != 0:
+                raise RuntimeError(f"pretrain: {outcome}")
+        elif isinstance(case, CommandCase):
+            from megatron_sbld.cli.main import main
 
-        _call(functools.partial(main, list(case.words)), " ".join(case.words))
-    else:
-        _run_script(case)
+            _call(functools.partial(main, list(case.words)), " ".join(case.words))
+        else:
+            _run_script(case)
     return 0
 
 
@@ -76,15 +86,29 @@ def _run_script(case: ScriptCase) -> None:
     with contextlib.ExitStack() as stack:
         if case.stock:
             stack.enter_context(mock.patch.object(attach, "with_layer_dropping", lambda *functions: functions))
+        if case.any_depth:
+            stack.enter_context(mock.patch.object(transformer_config, "scaled_init_method_normal", _as_the_others))
         stack.enter_context(mock.patch.object(sys, "argv", [str(SCRIPT), *case.words]))
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(log.open("w"))))
+        call = functools.partial(runpy.run_path, str(SCRIPT), run_name="__main__")
+        if case.refused:
+            call = functools.partial(_must_refuse, call, case.refused)
         try:
-            _call(functools.partial(runpy.run_path, str(SCRIPT), run_name="__main__"), f"{case.name}, see {log}")
+            _call(call, f"{case.name}, see {log}")
         finally:
             _leave()
 
 
-def _call(function: Any, name: str) -> None:
+def _must_refuse(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def _as_the_others(sigma: float, *depth: Any, **options: Any) -> Any:
+    return transformer_config.init_method_normal(sigma)
+
+
+def _call(function: Callable[[], Any], name: str) -> None:
     try:
         function()
     except SystemExit as ended:

@@ -1,6 +1,6 @@
 """Runs a script of a Megatron-LM checkout where there is no GPU: `python on_cpu.py CHECKOUT/pretrain_gpt.py ARGUMENTS`.
 
-`prepare` does the same for an installed megatron.training.
+Without a checkout around the script or the working directory it is the installed megatron.training that runs.
 For tests and scripts/check_patches.sh; a machine with CUDA needs nothing of it. megatron-core runs by the package's own
 stand-ins. Megatron-LM's training code asks for a few things more, and is run in place as a script.
 """
@@ -100,5 +100,5 @@ if __name__ == "__main__":  # saving spawns a process, which imports this file a
     del sys.argv[0]
     script = Path(sys.argv[0]).resolve()
     folders = (Path.cwd(), *script.parents)
-    prepare(next(folder for folder in folders if (folder / "megatron" / "training").is_dir()))
+    prepare(next((folder for folder in folders if (folder / "megatron" / "training").is_dir()), None))
     exec(compile(script.read_text(), str(script), "exec", dont_inherit=True))

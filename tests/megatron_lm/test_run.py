@@ -359,6 +359,21 @@ def test_a_config_with_hooks_gets_one_and_its_parser_the_arguments(monkeypatch: 
     assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(chunk))
 
 
+def test_without_such_a_config_the_model_provider_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_training(monkeypatch, megatron_args("--sbld-policy", "layerdrop"))
+
+    def pretrain(config: Any, datasets: Any, model_provider: Any = None) -> Any:
+        return model_provider(pre_process=True)
+
+    provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
+    wrapped, _ = with_layer_dropping(pretrain, lambda: None)
+    for model in (
+        wrapped(Namespace(model=None), None, provider),
+        wrapped(Namespace(model=None), None, model_provider=provider),
+    ):
+        assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(model))
+
+
 def test_a_training_module_of_another_version_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = install_training(monkeypatch, megatron_args("--sbld-policy", "layerdrop"))
     del module.train_step
