@@ -26,7 +26,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
 from megatron_sbld.megatron_lm.attached import AttachedDrops
-from megatron_sbld.megatron_lm.checks import check_residual
+from megatron_sbld.megatron_lm.checks import check_fused_residual
 from megatron_sbld.megatron_lm.scalars import decision_scalars
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
@@ -142,7 +142,8 @@ class LayerDropping:
             sections = {name: section for section, values in settings.items() for name in values}
             merged = {name: value for values in settings.values() for name, value in values.items()}
             refuse_combinations(merged, lambda name: f"{sections[name]}.{name}", program="Megatron-Bridge")
-        check_residual(drop, model.params_dtype, "drop.residual")
+        if drop.residual == "fused":
+            check_fused_residual(model.params_dtype, "drop.residual")
         return AttachedDrops(drop, model.num_layers, cfg.train.train_iters, cfg.train.micro_batch_size)
 
     def _in_force(self) -> AttachedDrops:

@@ -155,11 +155,12 @@ def _required(torch: Any) -> Iterator[Finding]:
         row: dict[str, Any] = {"section": "packages", "name": package}
         version, mend = _version(package), f"pip install '{requirement}'"
         support = _core_support(version) if package == "megatron-core" and torch is not None else None
-        if support is not None:
+        allows = version is None or _allows(allowed, version)
+        if support is not None and (allows or support.status == "missing"):
             yield support
         elif version is None:
             yield Finding(**row, value="not installed", status="missing", mend=mend)
-        elif not _allows(allowed, version):
+        elif not allows:
             yield Finding(**row, value=f"{version}, but needed is {requirement}", status="broken", mend=mend)
         elif package not in modules:
             continue
@@ -182,10 +183,11 @@ def _core_support(version: str | None) -> Finding | None:
     """
     if _module("megatron.core.package_info") is None or _module("megatron_sbld.mcore.compat") is None:
         return None
-    from megatron.core.package_info import __version__ as imported
+    from megatron.core.package_info import __version__ as found_version
 
     from megatron_sbld.mcore.compat import INSTALL, SUPPORT, core_version
 
+    imported = found_version.partition("+")[0]  # 0.19 adds the commit of a repository around its folder
     if core_version() not in SUPPORT or version not in (None, imported):
         return None
     support = SUPPORT[core_version()]

@@ -97,6 +97,7 @@ def _importable(name: str) -> bool:
     return True
 
 
+@functools.cache
 def _takes(function: Any, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
@@ -307,45 +308,46 @@ def load_sharded(
 
 
 def common_state(path: Path) -> dict[str, Any]:
-    """What ranks share in a checkpoint of any version. Raises ValueError where there is nothing."""
-    from megatron.core import dist_checkpointing
+    """What ranks share in a checkpoint of any version. Raises ValueError where there is nothing.
+
+    Megatron-LM's arguments are among it, and may be of classes that this version or this Python names otherwise or
+    lacks: nothing but plain data, tensors and what megatron-core registers is loaded, _Unknown stands for the rest.
+    """
+    file = path / COMMON_FILE
+    content = file.read_bytes() if file.is_file() else _common_bytes_in_shards(path)
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+    with torch.serialization.safe_globals([(_Unknown, name) for name in unknown]):
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    state: dict[str, Any] = found[0] if isinstance(found, list) else found
+    return state
+
+
+def _common_bytes_in_shards(path: Path) -> bytes:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    if (path / COMMON_FILE).is_file():
-        found: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))
-        return found
     planner, reader = _BytesPlanner(), dcp.FileSystemReader(path)
     key = ShardedObject(_COMMON_KEY, None, (1,), (0,)).unique_key
     if key not in reader.read_metadata().state_dict_metadata:
         raise ValueError(f"it has neither {COMMON_FILE} nor {_COMMON_KEY} in its shards")
     dcp.load({key: io.BytesIO()}, storage_reader=reader, planner=planner, no_dist=True)
-    # Megatron-LM's arguments may be of classes that this version lacks, and a pickle can name any.
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(planner.content))
-    with torch.serialization.safe_globals([(_Unknown, name) for name in unknown]):
-        (state,) = torch.load(io.BytesIO(planner.content), weights_only=True)
-    return state
+    return planner.content
 
 
 @contextmanager
 def _common_state_found(path: Path) -> Iterator[None]:
-    """Have megatron-core before 0.19, which looks for common.pt alone, find what ranks share in the shards."""
-    if (path / COMMON_FILE).is_file():
-        yield
-        return
-    state = common_state(path)
-    if core_version() >= (0, 19):
-        yield
-        return
+    """Have megatron-core take `common_state`: before 0.19 it looks for common.pt alone."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common
 
-    owner = getattr(common, "TorchCommonLoadStrategy", serialization)  # a method in 0.16, then a function
-    stock = owner.load_common
-    owner.load_common = lambda *_: state
+    owner, name = serialization, "load_common_state_dict"
+    if core_version() < (0, 19):  # a method in 0.16, then a function
+        owner, name = getattr(common, "TorchCommonLoadStrategy", serialization), "load_common"
+    stock, state = getattr(owner, name), common_state(path)
+    setattr(owner, name, lambda *_: state)
     try:
         yield
     finally:
-        owner.load_common = stock
+        setattr(owner, name, stock)
 
 
 class _BytesPlanner(dcp.DefaultLoadPlanner):

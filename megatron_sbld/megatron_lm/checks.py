@@ -44,17 +44,17 @@ def check_arguments(args: Namespace, train_iters: int, config: DropConfig) -> No
                     f"{config.policy}: {reason}; switch it off"
                 )
         refuse_combinations(_settings(args, config), _name, program="Megatron-LM")
-    check_residual(config, args.params_dtype, argument_name("residual"))
-
-
-def check_residual(config: DropConfig, dtype: torch.dtype, name: str) -> None:
-    """Refuse `residual: fused`, which the user calls `name`, where its library is missing."""
     if config.residual == "fused":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            library_for(device, dtype)
-        except RuntimeError as error:
-            raise ValueError(f"{name} = 'fused': {error}") from error
+        check_fused_residual(args.params_dtype, argument_name("residual"))
+
+
+def check_fused_residual(dtype: torch.dtype, name: str) -> None:
+    """Refuse `residual: fused`, which the user calls `name`, where its library is missing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        library_for(device, dtype)
+    except RuntimeError as error:
+        raise ValueError(f"{name} = 'fused': {error}") from error
 
 
 def _stages_are_even(args: Namespace) -> bool:

@@ -238,7 +238,7 @@ def test_the_optimizer_leaves_dropped_layers_alone_with_freeze_only(update: str)
     assert all(unchanged) if update == "freeze" else not any(unchanged)
 
 
-STAGED = {"policy": "staged", "stages": [[0.5, 2], [1.0, LAYERS]], "stage_init": "copy"}
+STAGED = {"policy": "staged", "stages": [[0.5, 2], [1.0, LAYERS]], "stage_init": "copy", "stage_warmup": 0.25}
 SETTINGS: dict[str, dict[str, Any]] = {
     "freeze": {**HALF, "dropped_update": "freeze", "decision_scope": "microbatch"},
     "balanced": {**HALF, "sampler": "balanced"},
@@ -271,6 +271,35 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings: dict[str, Any], sa
     assert [second.step() for _ in range(ITERATIONS - saved_after)] == expected[saved_after:]
     mine, theirs = (states(run.model, run.optimizer) for run in (second, first))
     assert all(torch.equal(mine[name][key], value) for name, kept in theirs.items() for key, value in kept.items())
+
+
+def test_the_dynamic_sensitivity_is_that_of_the_losses_and_goes_on_from_its_state(tmp_path: Any) -> None:
+    drop = {**SETTINGS["dynamic"], "update_interval": 10, "update_memory": 200, "sensitivity": str(tmp_path / "s.json")}
+    SensitivityFile.from_gaps([0.1, 0.4, 0.2, 0.3], [0.05] * LAYERS, {"command": "made up"}).save(drop["sensitivity"])
+    noise = np.random.default_rng(0).normal(size=200)
+
+    def observed(run: Run) -> list[float]:
+        """What is in force after an iteration in which dropping layer 2 has cost 1."""
+        run.callback.on_train_step_start(run._context())
+        loss = 5.0 + (not run.controller.plan[0, 1]) + 0.01 * noise[run.state.train_state.step]
+        run.callback.on_train_step_end(run._context(loss_dict={"lm loss": torch.tensor(loss)}))
+        run.state.train_state.step += 1
+        return run.controller.policy.sensitivity.tolist()
+
+    files: dict[str, Any] = {}
+    cfg, resumed_cfg = container(files), container(files)
+    for each in (cfg, resumed_cfg):
+        each.train.train_iters = 200
+    whole = Run(cfg, LayerDropping(cfg, **drop))
+    seen = []
+    for iteration in range(200):
+        if iteration == 125:
+            whole.save()
+        seen.append(observed(whole))
+    assert seen[8] != seen[-1]
+    assert np.argmax(seen[-1]) == 1
+    resumed = Run(resumed_cfg, LayerDropping(resumed_cfg, **drop), load=True)
+    assert [observed(resumed) for _ in range(75)] == seen[125:]
 
 
 def test_a_stock_scheduler_passes_over_the_drop_state() -> None:

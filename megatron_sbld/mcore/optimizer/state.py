@@ -27,6 +27,8 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Mega
 
 _GROUP_STATE = ("params", "step")
 """What of a parameter group is state; the rest is configured."""
+_GROUP_KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells the groups of one optimizer apart."""
 
 
 def sharded_state(
@@ -73,6 +75,7 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         {name: value for name, value in group.items() if name not in _GROUP_STATE}
         for group in part.optimizer.param_groups
     ]
+    _configure(loaded.get("optimizer", loaded)["param_groups"], configured)
     if not is_torch_adam(part):
         part.load_state_dict(loaded)
     elif isinstance(part, DistributedOptimizer):
@@ -85,6 +88,17 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         group.update(own)
     if is_torch_adam(part):
         _place_steps(part.optimizer)
+
+
+def _configure(saved: list[dict[str, Any]], configured: list[dict[str, Any]]) -> None:
+    """Configure saved groups as those of their kind are here: megatron-core 0.19 looks for them by rate, too."""
+
+    def kind(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(name, group.get(f"pre_{name}")) for name in _GROUP_KIND)
+
+    by_kind = {kind(group): group for group in configured}
+    for group in saved:
+        group.update(by_kind.get(kind(group), {}))
 
 
 def parts_with_parameters(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

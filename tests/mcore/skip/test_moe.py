@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
+from megatron_sbld.mcore.compat import core_version
 from megatron_sbld.mcore.skip.moe import moe_layers, moe_loss_scale
 from megatron_sbld.method.policy import LayerDropPolicy
 from megatron_sbld.method.schedule import Constant
@@ -180,14 +181,16 @@ def test_four_processes_equal_one(four_processes: list[dict[str, Result]], name:
 
 
 @pytest.mark.slow
-def test_whole_experts_on_tensor_parallel_ranks_are_wrong_in_megatron_itself(
+def test_whole_experts_on_tensor_parallel_ranks_were_wrong_in_megatron_itself(
     two_processes: list[dict[str, Any]],
 ) -> None:
-    """TP 2 with expert_tensor_parallel_size 1 and EP 1, nothing dropped: documented as Megatron's own fault."""
+    """TP 2 with expert_tensor_parallel_size 1 and EP 1, nothing dropped: documented as Megatron's own fault in 0.16."""
     expected = reference_result(WRONG_IN_MEGATRON)
     found = two_processes[0]["wrong in Megatron"]
     assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-5)
-    assert not np.allclose(found.losses[1:], expected.losses[1:], rtol=1e-4)
+    if core_version() in ((0, 17), (0, 18)):
+        pytest.skip("nobody has looked in which version between 0.16 and 0.19 it was mended")
+    assert np.allclose(found.losses[1:], expected.losses[1:], rtol=1e-4) == (core_version() >= (0, 19))
 
 
 def test_the_logged_loss_is_the_mean_over_the_layers_that_ran() -> None:
