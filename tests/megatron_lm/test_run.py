@@ -1,7 +1,7 @@
 """Layer dropping attached as in Megatron-LM's `pretrain`, on real megatron-core and without a checkout.
 
 The module whose functions are replaced is a stand-in with the names of megatron.training.training; what it trains is
-megatron-core's own. Against real checkouts: scripts/check_patches.sh.
+megatron-core's own. Megatron-LM's own: test_training_loop.py, and of checkouts scripts/check_patches.sh.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -40,15 +39,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYERS, ITERATIONS, HALF = 4, 8, 4
+PATIENCE = 540.0  # seconds for all runs of a fixture; beside nothing else they take about a minute
+OVERLAPPED = "DP 2, distributed optimizer, overlaps"
+"""Saves, and cannot resume where Apex and Transformer Engine are missing: Megatron-LM's own fault, stock as well."""
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
     "TP 2": (2, ("--tensor-model-parallel-size", "2")),
     "PP 2": (2, ("--pipeline-model-parallel-size", "2")),
     "DP 2": (2, ()),
-    "DP 2, distributed optimizer, overlaps": (
-        2,
-        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
-    ),
+    OVERLAPPED: (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
 }
 STAGES: dict[str, Any] = {
     "stages": [[0.5, 2], [1.0, LAYERS]],
@@ -93,13 +92,15 @@ class Runs:
         """Continue from what another run saved."""
         self.script(name, "--load", str(self.folder / saved / "checkpoints"), "--ckpt-step", str(at), *words, **drop)
 
-    def plain_runs(self) -> None:
+    def plain_runs(self, resume: bool = True) -> None:
         """What is looked at on every layout."""
         self.script("stock", stock=True)
         self.script("absent")
         self.script("dropping", **self.drop)
-        self.resume("dropping resumed", "dropping", **self.drop)
         self.script("growing", **self.drop, **STAGES)
+        if not resume:
+            return
+        self.resume("dropping resumed", "dropping", **self.drop)
         for at in (HALF, HALF + 2):
             self.resume(f"growing resumed at {at}", "growing", at=at, **self.drop, **STAGES)
 
@@ -146,7 +147,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Runs:
         runs.resume(f"stock from {start}", start, stock=True)
         runs.resume(f"kept from {start}", start, policy="layerdrop", theta=1.0)
     staged = {"policy": "staged", "stages": [[0.5, 2], [1.0, LAYERS]], "stage_layers": "first"}
-    runs.script("not here", "--mtp-num-layers", "1", refused="--mtp-num-layers: not allowed")
+    runs.script(
+        "not here",
+        "--mtp-num-layers",
+        "1",
+        "--position-embedding-type",
+        "rope",
+        refused="--mtp-num-layers: not allowed",
+    )
     runs.script("mistake", refused="--sbld-sensitivity", policy="sbld")
     runs.script("staged", any_depth=True, **staged)
     runs.script("shallow", "--num-layers", "2", stock=True, any_depth=True)
@@ -166,7 +174,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Runs:
         task = ("--data", str(text), "--out", runs.path(f"{name} evaluated"))
         runs.cases.append(CommandCase(words=("evaluate", "perplexity", *model, *task)))
         runs.cases.append(CommandCase(words=("export", "hf", *model, runs.path(f"{name} exported"))))
-    call_on_ranks(1, run_case, runs.cases)
+    call_on_ranks(1, run_case, runs.cases, timeout=PATIENCE)
     return runs
 
 
@@ -186,17 +194,24 @@ def in_pairs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str
     """The layouts of two processes, in the same two."""
     layouts = {name: words for name, (processes, words) in LAYOUTS.items() if processes == 2}
     found = {name: Runs(tmp_path_factory.mktemp("pair"), corpus, words) for name, words in layouts.items()}
-    for runs in found.values():
-        runs.plain_runs()
-    call_on_ranks(2, run_case, [case for runs in found.values() for case in runs.cases])
+    for name, runs in found.items():
+        runs.plain_runs(resume=name != OVERLAPPED)
+    call_on_ranks(2, run_case, [case for runs in found.values() for case in runs.cases], timeout=PATIENCE)
     return found
 
 
+@pytest.fixture
+def of_layout(request: pytest.FixtureRequest) -> Callable[[str], Runs]:
+    def find(layout: str) -> Runs:
+        alone = LAYOUTS[layout][0] == 1
+        return request.getfixturevalue("alone") if alone else request.getfixturevalue("in_pairs")[layout]
+
+    return find
+
+
 @pytest.fixture(params=LAYOUTS)
-def runs(request: pytest.FixtureRequest) -> Runs:
-    if LAYOUTS[request.param][0] == 1:
-        return request.getfixturevalue("alone")
-    return request.getfixturevalue("in_pairs")[request.param]
+def runs(request: pytest.FixtureRequest, of_layout: Callable[[str], Runs]) -> Runs:
+    return of_layout(request.param)
 
 
 def test_without_the_arguments_every_loss_is_stock_bit_for_bit(runs: Runs) -> None:
@@ -216,13 +231,12 @@ def test_the_decisions_are_those_that_are_drawn_for_the_seed(runs: Runs, name: s
         assert [logged["begun_layers"][i] for i in range(1, ITERATIONS + 1)] == [2] * HALF + [LAYERS] * HALF
 
 
-@pytest.mark.parametrize("name", ["dropping", "growing"])
-@pytest.mark.parametrize("at", [HALF, HALF + 2])
-def test_resumed_bit_for_bit(runs: Runs, name: str, at: int) -> None:
-    """Growing at HALF: layers begin in the first iteration after it; at HALF + 2 they have."""
-    if name == "dropping" and at != HALF:
-        return
-    runs.same(name, "dropping resumed" if name == "dropping" else f"growing resumed at {at}", first=at + 1)
+@pytest.mark.parametrize(("name", "at"), [("dropping", HALF), ("growing", HALF), ("growing", HALF + 2)])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != OVERLAPPED])
+def test_resumed_bit_for_bit(of_layout: Callable[[str], Runs], layout: str, name: str, at: int) -> None:
+    """Growing: after HALF iterations layers begin in the first one of the resumed run, two later they have."""
+    resumed = "dropping resumed" if name == "dropping" else f"growing resumed at {at}"
+    of_layout(layout).same(name, resumed, first=at + 1)
 
 
 def test_layers_stay_as_they_are_until_they_begin(runs: Runs) -> None:
@@ -231,15 +245,17 @@ def test_layers_stay_as_they_are_until_they_begin(runs: Runs) -> None:
         StoredWeights(Path(runs.checkpoint("growing", iteration))).read(name) for iteration in (2, HALF, ITERATIONS)
     )
     moved = [not torch.equal(*pair) for pair in zip(earlier, half, strict=True)]
-    assert moved == [True, False, True, False]
+    assert not moved[1]
+    assert not moved[3]
+    assert moved[0] or moved[2]  # unless SBLD dropped it in both iterations
     assert all(not torch.equal(*pair) for pair in zip(half, last, strict=True))
 
 
 def test_the_learning_rate_rises_again_when_layers_begin(runs: Runs) -> None:
+    """What is logged with an iteration is the rate of the next one."""
     stock, growing = (scalars(runs.path(name))["learning-rate"] for name in ("stock", "growing"))
-    ratios = np.array([growing[i] / stock[i] for i in range(1, ITERATIONS + 1)])
-    assert ratios[[0, 1, 2, 3, 6, 7]] == pytest.approx(1.0, rel=1e-6)
-    assert ratios[4] < ratios[5] <= 1.0
+    ratios = [growing[i] / stock[i] for i in range(1, ITERATIONS + 1)]
+    assert ratios == pytest.approx([1.0] * (HALF - 1) + [0.5] + [1.0] * HALF, rel=1e-6)
 
 
 def test_until_layers_begin_the_losses_are_a_shallower_models(alone: Runs) -> None:
