@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
+from megatron_sbld.mcore.skip.decoder import decoder_units
 from megatron_sbld.megatron_lm.attached import AttachedDrops
 from megatron_sbld.megatron_lm.checks import check_fused_residual
 from megatron_sbld.megatron_lm.scalars import decision_scalars
@@ -78,7 +79,7 @@ class LayerDropping:
         """Make the chunks of the model on this rank switchable; returns them."""
         if self._drops is not None:
             raise RuntimeError("LayerDropping is of one run: make another one, with another cfg, for another model")
-        self._drops = self._checked(model[0].config)
+        self._drops = self._checked(model[0])
         self._drops.add(model)
         for chunk in model:
             _of_chunk[chunk] = weakref.ref(self)
@@ -122,16 +123,18 @@ class LayerDropping:
         if context.state.wandb_logger is not None:
             context.state.wandb_logger.log(scalars, iteration)
 
-    def _checked(self, model: Any) -> AttachedDrops:
-        """The drops in force; model: the TransformerConfig of the model as it is built."""
-        cfg = self._cfg
+    def _checked(self, chunk: Any) -> AttachedDrops:
+        """The drops in force; chunk: of the model as it is built."""
+        cfg, model = self._cfg, chunk.config
         fields = {
             name: expand_option(f"drop.{name}", value) if f"drop.{name}" in CONFIG_PATHS else value
             for name, value in self._given.items()
         }
-        drop = with_recipe(DropConfig(**fields), model.num_layers, self._given.keys())
+        drop = DropConfig(**fields)
+        num_layers = decoder_units(chunk, "block").total if drop.unit == "block" else model.num_layers
+        drop = with_recipe(drop, num_layers, self._given.keys())
         # The balanced sampler takes the stages as they are built.
-        validate_drop(drop, model.num_layers, cfg.train.train_iters, num_stages=None)
+        validate_drop(drop, num_layers, cfg.train.train_iters, num_stages=None)
         if drop.policy != "none":
             for path, reason in REFUSED.items():
                 value = _setting(cfg, path)
@@ -144,7 +147,7 @@ class LayerDropping:
             refuse_combinations(merged, lambda name: f"{sections[name]}.{name}", program="Megatron-Bridge")
         if drop.residual == "fused":
             check_fused_residual(model.params_dtype, "drop.residual")
-        return AttachedDrops(drop, model.num_layers, cfg.train.train_iters, cfg.train.micro_batch_size)
+        return AttachedDrops(drop, num_layers, cfg.train.train_iters, cfg.train.micro_batch_size)
 
     def _in_force(self) -> AttachedDrops:
         if self._drops is None:

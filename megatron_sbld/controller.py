@@ -322,7 +322,8 @@ class DropController:
         )
         if state["num_layers"] != self.num_layers:
             raise ValueError(
-                f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}"
+                f"the drop state is of a model with {state['num_layers']} layers, this one has {self.num_layers}: it "
+                "must have as many; a HybridModel counts as the GPT that it was with unit 'block'"
             )
         if self.sampler == "balanced" and state["sampler"] == "balanced":
             self.stages = state["stages"]

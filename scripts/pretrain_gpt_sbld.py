@@ -1,9 +1,10 @@
 """Megatron-LM's pretrain_gpt.py with layer dropping, where the checkout may not be patched.
 
     torchrun ... scripts/pretrain_gpt_sbld.py MEGATRON_LM_CHECKOUT ARGUMENTS OF pretrain_gpt.py --sbld-policy sbld ...
+    torchrun ... scripts/pretrain_gpt_sbld.py MEGATRON_LM_CHECKOUT/pretrain_hybrid.py ITS ARGUMENTS ...
 
-It puts layer dropping around the functions that pretrain_gpt.py imports, and runs that file as it is. Everything that a
-patched checkout can do can be done so.
+It puts layer dropping around the functions that pretrain_gpt.py, or the script that is named, imports, and runs that
+file as it is. Everything that a patched checkout can do can be done so.
 """
 
 import runpy
@@ -12,9 +13,15 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run pretrain_gpt.py of the checkout that the first argument names."""
-    if len(sys.argv) < 2 or not (script := Path(sys.argv[1]) / "pretrain_gpt.py").is_file():
-        sys.exit("usage: pretrain_gpt_sbld.py MEGATRON_LM_CHECKOUT ARGUMENTS; the checkout must hold pretrain_gpt.py")
+    """Run pretrain_gpt.py of the checkout that the first argument names, or the script that it names."""
+    script = Path(sys.argv[1] if len(sys.argv) > 1 else "")
+    if script.suffix != ".py":
+        script /= "pretrain_gpt.py"
+    if len(sys.argv) < 2 or not script.is_file():
+        sys.exit(
+            "usage: pretrain_gpt_sbld.py MEGATRON_LM_CHECKOUT ARGUMENTS, or the path of a script in it; it must "
+            "hold pretrain_gpt.py"
+        )
     sys.path.insert(0, str(script.parent.resolve()))
     del sys.argv[0]
     sys.argv[0] = str(script)

@@ -41,8 +41,8 @@ class Support(NamedTuple):
 
 SUPPORT = {
     (0, 16): Support(True, "supported: all tests run on 0.16.1"),
-    (0, 17): Support(True, "supported: the tests of layers and trainer passed on 0.17.1"),
-    (0, 18): Support(True, "supported: the tests of layers and trainer passed on 0.18.2"),
+    (0, 17): Support(True, "supported: tests of layers and trainer were run once on 0.17.1"),
+    (0, 18): Support(True, "supported: tests of layers and trainer were run once on 0.18.2"),
     (0, 19): Support(True, "supported: `make test-newest` runs on 0.19.2"),
     (0, 20): Support(False, "layers in a patched Megatron-LM checkout only: no release that the trainer was tested on"),
 }
@@ -238,6 +238,12 @@ def _param_layout(ddp_config: DistributedDataParallelConfig, chunk: torch.nn.Mod
             partial_expert_data_parallel=True
         ),
     )
+
+
+def hybrid_pattern(model: torch.nn.Module) -> str | None:
+    """The pattern that a HybridModel, or before 0.18 a MambaModel, was built with; None where it was from ratios."""
+    found = getattr(model, "hybrid_layer_pattern", None)
+    return found or getattr(model, "hybrid_override_pattern", None)
 
 
 _METRICS = getattr(moe_utils, "get_moe_metrics_tracker", None)

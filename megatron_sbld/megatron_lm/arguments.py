@@ -21,6 +21,7 @@ import docstring_parser
 
 from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
+from megatron_sbld.layout.units import num_units
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.recipes import with_recipe
 
@@ -91,7 +92,24 @@ def drop_config(args: Namespace) -> DropConfig:
     )
     if config.recipe is None:
         return config
-    return with_recipe(config, args.num_layers, getattr(args, _EXPLICIT, []))
+    return with_recipe(config, policy_layers(args, config), getattr(args, _EXPLICIT, []))
+
+
+def hybrid_pattern(args: Any) -> str | None:
+    """The pattern of a HybridModel's layers, or of a MambaModel's of core 0.16.
+
+    args: Megatron-LM's arguments, or another program's description of its model with these names.
+    """
+    pattern: str | None = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
+    return pattern
+
+
+def policy_layers(args: Any, config: DropConfig) -> int:
+    """The L of the policy: the model's layers, or with `unit` block a HybridModel's blocks."""
+    pattern = hybrid_pattern(args)
+    if pattern is None:
+        return int(args.num_layers)
+    return num_units(pattern, config.unit)
 
 
 def ignored_arguments(config: DropConfig) -> tuple[str, ...]:

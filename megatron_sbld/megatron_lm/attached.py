@@ -35,7 +35,7 @@ class AttachedDrops:
 
     Args:
         drop: checked, with its recipe filled in.
-        num_layers: of the whole model.
+        num_layers: of the policy: those of the whole model, or of a HybridModel its units.
         train_iters: iterations of the run.
         micro_batch_size: samples of a microbatch.
 
@@ -70,7 +70,7 @@ class AttachedDrops:
         if self.drop.residual == "fused":
             fuse_residual(chunks)
         if self.drops:
-            self._layers += make_switchable(chunks, self.controller)
+            self._layers += make_switchable(chunks, self.controller, unit=self.drop.unit)
         self._chunks += chunks
 
     def attach(self, optimizer: Any, scheduler: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_sbld.mcore.skip.refusals import REASONS, is_on
-from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments
+from megatron_sbld.megatron_lm.arguments import argument_name, hybrid_pattern, named_as_arguments, policy_layers
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.in_force import drop_settings
@@ -35,7 +35,7 @@ def check_arguments(args: Namespace, train_iters: int, config: DropConfig) -> No
     """
     even = args.pipeline_model_parallel_size if _stages_are_even(args) else None
     with named_as_arguments():
-        validate_drop(config, args.num_layers, train_iters, even)
+        validate_drop(config, policy_layers(args, config), train_iters, even)
     if config.policy != "none":
         for name, reason in _REASONS.items():
             if is_on(args, name):
@@ -58,6 +58,8 @@ def check_fused_residual(dtype: torch.dtype, name: str) -> None:
 
 
 def _stages_are_even(args: Namespace) -> bool:
+    if hybrid_pattern(args) is not None:  # its stages are as long as it says
+        return False
     uneven = ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     account = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
     return all(getattr(args, name, None) is None for name in uneven) and not any(

@@ -11,7 +11,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments
+from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments, policy_layers
 from megatron_sbld.megatron_lm.attached import AttachedDrops
 from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.scalars import Scalars
@@ -34,8 +34,8 @@ class LayerDropping:
         drop = drop_config(args)
         check_arguments(args, train_iters, drop)
         with named_as_arguments():
-            self._drops = AttachedDrops(drop, args.num_layers, train_iters, args.micro_batch_size)
-        self._scalars = Scalars(args, self.controller, training)
+            self._drops = AttachedDrops(drop, policy_layers(args, drop), train_iters, args.micro_batch_size)
+        self._scalars = Scalars(args, self.controller, training, drop.unit)
 
     @property
     def controller(self) -> DropController:

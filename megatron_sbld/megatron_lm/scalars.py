@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.layout.units import unit_numbers
+from megatron_sbld.megatron_lm.arguments import hybrid_pattern
+from megatron_sbld.method.choices import Unit
 from megatron_sbld.method.policy import SBLDPolicy
 
 _TERA = 1e12
@@ -25,10 +28,11 @@ _TERA = 1e12
 class Scalars:
     """Of one run; made on every rank, written on the last one, as Megatron-LM's are."""
 
-    def __init__(self, args: Namespace, controller: DropController, training: Any) -> None:
+    def __init__(self, args: Namespace, controller: DropController, training: Any, unit: Unit = "layer") -> None:
         self._args = args
         self._controller = controller
         self._training = training
+        self._unit: Unit = unit
         self._seconds = 0.0
         self._flops = np.zeros(2)  # of the undropped model, executed; since the last line on the console
         self._last_flops = np.zeros(2)  # of the last iteration
@@ -97,9 +101,12 @@ class Scalars:
 
     @functools.cached_property
     def _layer_flops_per_sample(self) -> NDArray[np.float64]:
-        """FLOPs of each layer for one sample, [L]."""
+        """FLOPs for one sample of what each keep probability is of, [L]."""
         args = self._args
         base = self._undropped_flops(1)
+        hybrid = hybrid_pattern(args)
+        if hybrid is not None:
+            return self._hybrid_flops_per_sample(hybrid, base)
         pattern = _moe_pattern(args)
         costs = {}
         for kind in set(pattern):
@@ -109,6 +116,19 @@ class Scalars:
                 more.moe_layer_freq = [kind, *pattern]  # in front, since multi-token prediction repeats the last one
             costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
         return np.array([costs[kind] for kind in pattern])
+
+    def _hybrid_flops_per_sample(self, pattern: str, base: float) -> NDArray[np.float64]:
+        """The same of a HybridModel, whose pattern gets one layer more of a kind in front."""
+        kinds = pattern.partition("/")[0].replace("|", "")
+        costs = {}
+        for kind in set(kinds):
+            more = copy.copy(self._args)
+            more.num_layers = self._args.num_layers + 1
+            name = "hybrid_layer_pattern" if getattr(more, "hybrid_layer_pattern", None) else "hybrid_override_pattern"
+            setattr(more, name, kind + pattern)
+            costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
+        units = np.array(unit_numbers(pattern, self._unit)) - 1
+        return np.bincount(units, weights=[costs[kind] for kind in kinds]).astype(np.float64)
 
 
 def decision_scalars(controller: DropController) -> dict[str, float]:

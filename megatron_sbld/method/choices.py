@@ -26,6 +26,8 @@ Scope = Literal["iteration", "microbatch"]
 """How long one draw holds."""
 Granularity = Literal["layer", "sample"]
 """What a decision is about."""
+Unit = Literal["layer", "block"]
+"""Whether the layers of one block of a hybrid model are decided about by themselves or as one."""
 Sampler = Literal["bernoulli", "balanced"]
 """How decisions of layers hang together."""
 Replicas = Literal["shared", "distinct"]

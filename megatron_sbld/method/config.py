@@ -38,6 +38,7 @@ from megatron_sbld.method.choices import (
     SensitivityUpdate,
     StageInit,
     StageRule,
+    Unit,
 )
 from megatron_sbld.method.decisions import MAX_SEED
 
@@ -163,6 +164,10 @@ class DropConfig:
     others pass it by. With micro_batch_size 1 it takes the very decisions of layer. Take layer where whole dropped
     layers should cost nothing, their communication included; take sample where iterations should be equally long, or
     each gradient come from most layers."""
+    unit: Unit = "layer"
+    """What counts as one layer of a HybridModel (`*-*-`, in Megatron-LM and in your own code). layer: each attention,
+    MLP, MoE or Mamba layer has a keep probability of its own; block: attention and the MLP or experts behind it have
+    one, as a layer of a GPT. In a GPT every layer is such a block, so that both are the same."""
     sampler: Sampler = "bernoulli"
     """Independent draws, or as many kept layers on each stage as expected, give or take one; with granularity sample as
     many samples, summed over the stage's layers."""

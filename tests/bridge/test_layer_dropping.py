@@ -37,6 +37,7 @@ from tests.mcore.helpers import (
     tiny_gpt,
     wrap_ddp,
 )
+from tests.mcore.hybrid import tiny_hybrid
 from tests.mcore.skip.freeze_helpers import assert_frozen, states
 
 LAYERS, ITERATIONS = 4, 8
@@ -142,9 +143,10 @@ def scheduler(optimizer: Any) -> OptimizerParamScheduler:
 class Run:
     """Bridge's `setup` and `train`, in their order."""
 
-    def __init__(self, cfg: Any, callback: LayerDropping, *, load: bool = False) -> None:
+    def __init__(self, cfg: Any, callback: LayerDropping, *, load: bool = False, pattern: str = "") -> None:
         self.callback = callback
-        chunks: list[Any] = list(tiny_gpt(tiny_config(num_layers=LAYERS)))
+        config = tiny_config(num_layers=len(pattern) or LAYERS)
+        chunks: list[Any] = tiny_hybrid(config, pattern) if pattern else list(tiny_gpt(config))
         self.chunk = chunks[0]
         for hook in getattr(cfg.model, "pre_wrap_hooks", None) or cfg.model.pre_wrap_hooks_of_provider:
             chunks = hook(chunks)
@@ -345,6 +347,16 @@ def test_a_state_that_was_not_loaded_is_told_and_refused_for_stages(caplog: pyte
     assert "goes on after iteration 1 without the drop state of its checkpoint" in caplog.text
     with pytest.raises(ValueError, match=r"drop\.stages = .* which was not loaded; load it, or leave drop\.stages out"):
         started(files, load=True, **STAGED)
+
+
+@pytest.mark.parametrize(("unit", "layers"), [("block", LAYERS), ("layer", 2 * LAYERS)])
+def test_a_hybrid_models_policy_is_of_its_units(unit: str, layers: int) -> None:
+    cfg = container()
+    run = Run(cfg, LayerDropping(cfg, unit=unit, **HALF), pattern="*-" * LAYERS)
+    loss, kept = run.step()
+    assert [len(row) for row in kept] == [layers] * GLOBAL_MICROBATCHES
+    if unit == "block":
+        assert (loss, kept) == started(**HALF).step()
 
 
 def test_without_a_policy_nothing_is_switchable() -> None:

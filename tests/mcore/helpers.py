@@ -193,6 +193,7 @@ def global_name(chunk: GPTModel, name: str) -> str:
     """A parameter's name in a model that is not split into stages or over ranks of experts."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
+    name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")  # of a hybrid model
     prefix, experts, rest = name.partition(".local_experts.")
     if experts:
         local_index, _, rest = rest.partition(".")
@@ -203,7 +204,10 @@ def global_name(chunk: GPTModel, name: str) -> str:
     if not layers:
         return name
     local_index, _, rest = rest.partition(".")
-    return f"{prefix}{layers}{chunk.decoder.layers[int(local_index)].layer_number - 1}.{rest}"
+    number = chunk.decoder.layers[int(local_index)].layer_number
+    if hasattr(chunk, "gpt_layers"):  # tests/mcore/hybrid.py
+        number = chunk.gpt_layers[number - 1]
+    return f"{prefix}{layers}{number - 1}.{rest}"
 
 
 def wrap_ddp(chunks: Sequence[GPTModel], **ddp_options: Any) -> list[DistributedDataParallel]:

@@ -17,7 +17,13 @@ FIELDS = [field.name for field in dataclasses.fields(DropConfig) if field.name !
 OTHER_VALUES = {
     **{"policy": "sbld", "schedule": "linear", "sensitivity": "file.json", "sensitivity_update": "dynamic"},
     **{"block_layers": [13, 14], "allow_layers": [1], "residual_scale": "inverse_keep_prob", "residual": "fused"},
-    **{"decision_scope": "microbatch", "granularity": "sample", "sampler": "balanced", "replicas": "distinct"},
+    **{
+        "decision_scope": "microbatch",
+        "granularity": "sample",
+        "unit": "block",
+        "sampler": "balanced",
+        "replicas": "distinct",
+    },
     **{"dropped_update": "freeze", "interpolate": True, "release_block": True, "balance_stages": 2, "seed": 7},
     **{"update_interval": 50, "update_memory": 500},
     **{"stages": [[0.5, 1], [1.0, 8]], "steps": [[0.5, 0.7], [1.0, 1.0]], "stage_layers": "first"},

@@ -30,10 +30,12 @@ from megatron_sbld.megatron_lm.run import LayerDropping
 from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
 from tests.mcore.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
+from tests.mcore.hybrid import tiny_hybrid
 from tests.megatron_lm.test_arguments import parse
 
 LAYERS, MICROBATCHES, ITERATIONS = 4, 2, 100
 LAYER_FLOPS, LOGITS_FLOPS = 3.0, 7.0
+HYBRID_FLOPS = {"*": 1.0, "-": 2.0, "M": 5.0, "|": 0.0}
 pytestmark = pytest.mark.usefixtures("one_rank", "_calculator")
 
 
@@ -63,13 +65,18 @@ def megatron_args(*sbld: str, **changed: Any) -> Namespace:
     return Namespace(**{**known, **vars(parse(*sbld)), **changed})
 
 
+def flops(args: Namespace, batch_size: int) -> float:
+    """A layer of a GPT as LAYER_FLOPS; of a hybrid model's pattern each kind by itself."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    layers = args.num_layers * LAYER_FLOPS if pattern is None else sum(map(HYBRID_FLOPS.__getitem__, pattern))
+    return float(batch_size * (layers + LOGITS_FLOPS))
+
+
 def training_module() -> Any:
     """A module with the names that are replaced or asked for; its functions note that they were called."""
     module: Any = types.ModuleType("megatron.training.training")
     module.calls = []
-    module.num_floating_point_operations = lambda args, batch_size: (
-        batch_size * (args.num_layers * LAYER_FLOPS + LOGITS_FLOPS)
-    )
+    module.num_floating_point_operations = flops
     module.update_train_iters = lambda args: module.calls.append("update_train_iters")
     module.train_step = lambda *args, **kwargs: ({}, 0)
     module.training_log = lambda *args, **kwargs: module.calls.append("training_log")
@@ -87,10 +94,13 @@ def scheduler(optimizer: Any) -> OptimizerParamScheduler:
     )
 
 
-def attached(*sbld: str) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
-    """A run whose model, optimizer and scheduler are built, in Megatron-LM's order."""
-    run = LayerDropping(megatron_args(*sbld), ITERATIONS, training_module())
-    chunks = tiny_gpt(tiny_config(num_layers=LAYERS))
+def attached(*sbld: str, pattern: str | None = None) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
+    """A run whose model (with a pattern a HybridModel), optimizer and scheduler are built, in Megatron-LM's order."""
+    num_layers = LAYERS if pattern is None else len(pattern)
+    args = megatron_args(*sbld, hybrid_layer_pattern=pattern, num_layers=num_layers)
+    run = LayerDropping(args, ITERATIONS, training_module())
+    config = tiny_config(num_layers=num_layers)
+    chunks = tiny_gpt(config) if pattern is None else tiny_hybrid(config, pattern)
     run.add(list(chunks))
     model = wrap_ddp(chunks)
     optimizer = build_optimizer(model)
@@ -216,6 +226,38 @@ def test_executed_flops_are_the_undropped_models_without_the_layers_that_did_not
         )
 
 
+@pytest.mark.parametrize(
+    ("pattern", "unit", "costs"),
+    [
+        ("*-*-*-*-", "block", [3.0] * 4),
+        ("M*-M-*-", "block", [5.0, 3.0, 5.0, 2.0, 3.0]),
+        ("M*-M-*-", "layer", [5.0, 1.0, 2.0, 5.0, 2.0, 1.0, 2.0]),
+    ],
+)
+def test_a_hybrid_models_policy_decisions_and_flops_are_of_its_units(
+    pattern: str, unit: str, costs: list[float]
+) -> None:
+    run, _, model = attached("--sbld-policy", "layerdrop", "--sbld-theta", "0.5", "--sbld-unit", unit, pattern=pattern)
+    assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(model))
+    assert run._drops._layers_of_pipeline_ranks() == [list(range(1, len(costs) + 1))]
+    for iteration in range(1, 6):
+        step(run, iteration)
+        expected = draw_plan([0.5] * len(costs), 1234, iteration, MICROBATCHES)
+        np.testing.assert_array_equal(run.controller.plan, expected)
+        executed = MICROBATCHES * (float(expected[0] @ np.array(costs)) + LOGITS_FLOPS)
+        assert run._scalars.executed_flops(MICROBATCHES) == pytest.approx(executed)
+
+
+def test_a_hybrid_models_recipe_and_lists_count_its_units() -> None:
+    words = ("--sbld-policy", "layerdrop", "--sbld-keep-layers", "5")
+    with pytest.raises(ValueError, match="--sbld-keep-layers entry = 5 is not allowed"):
+        attached(*words, "--sbld-unit", "block", pattern="*-*-*-*-")
+    run, *_ = attached(*words, pattern="*-*-*-*-")
+    assert run.controller.keep_probs.tolist() == [1.0] * 8
+    with pytest.raises(ValueError, match="hybrid layers of kind 'D'"):
+        attached("--sbld-policy", "layerdrop", pattern="D-D-")
+
+
 def test_freeze_and_the_fused_residual_are_put_in_force() -> None:
     _, plain, stock = attached("--sbld-policy", "layerdrop")
     assert not plain.optimizer.optimizer._optimizer_step_pre_hooks
@@ -298,7 +340,8 @@ def test_without_a_policy_nothing_is_replaced_and_the_model_is_as_it_was(
     provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
     assert not issubclass(with_layer_dropping(pretrain)(None, provider), SwitchableLayer)
     warnings = [f"no effect with --sbld-policy none: {words[0]}"] if words else []  # the policy may be forgotten
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == warnings
+    ours = [record for record in caplog.records if record.name.startswith("megatron_sbld")]  # 0.19 deprecates GPTModel
+    assert [record.getMessage() for record in ours if record.levelno == logging.WARNING] == warnings
 
 
 def test_functions_are_replaced_while_pretrain_runs_and_put_back_after_a_failure(

@@ -253,6 +253,7 @@ OUT_OF_RANGE = {
     "recovery_fraction": 1.1,
     "decision_scope": "step",
     "granularity": "token",
+    "unit": "blocks",
     "sampler": "uniform",
     "balance_stages": 0,
     "replicas": "own",

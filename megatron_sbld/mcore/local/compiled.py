@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils._triton import has_triton
 
 from megatron_sbld.mcore.local.attention import SDPACoreAttention
-from megatron_sbld.mcore.skip.switchable import SwitchableLayer, check_kind, chunk_list, decoder_layers
+from megatron_sbld.mcore.skip.decoder import check_kind, chunk_list, decoder_layers
+from megatron_sbld.mcore.skip.switchable import SwitchableLayer
 
 _GRAPHS = 64  # of all models in a process; torch's 8 are few for several models, and the next one would be an error
 
@@ -79,7 +80,7 @@ def compiler_obstacle() -> str | None:
 
 
 def _check_layer(layer: TransformerLayer) -> None:
-    check_kind(layer, "only TransformerLayer can be compiled")
+    check_kind(layer, (TransformerLayer,), "only TransformerLayer can be compiled")
     if isinstance(layer, SwitchableLayer):
         raise ValueError(f"layer {layer.layer_number} is switchable already: call compile_layers before")
     for name in ("tensor_model_parallel_size", "context_parallel_size"):

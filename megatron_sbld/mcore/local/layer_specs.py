@@ -51,7 +51,7 @@ def gpt_block_spec(
     if chosen == "transformer_engine":
         layer, norm = _transformer_engine_layer()
     else:
-        layer, norm = _local_layer(config.normalization)
+        layer, norm = local_layer(config.normalization)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
@@ -95,9 +95,9 @@ def _transformer_engine_layer() -> tuple[ModuleSpec, type[torch.nn.Module]]:
     return get_gpt_layer_with_transformer_engine_spec(), TENorm
 
 
-def _local_layer(normalization: str) -> tuple[ModuleSpec, type[torch.nn.Module]]:
+def local_layer(normalization: str) -> tuple[ModuleSpec, type[torch.nn.Module]]:
     """megatron-core's local layer with the attention, the linear layers and the norms of this package."""
-    norm = _local_norm(normalization)
+    norm = local_norm(normalization)
     layer = get_gpt_layer_local_spec(normalization=normalization)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
@@ -108,7 +108,7 @@ def _local_layer(normalization: str) -> tuple[ModuleSpec, type[torch.nn.Module]]
     return layer, norm
 
 
-def _local_norm(normalization: str) -> type[torch.nn.Module]:
+def local_norm(normalization: str) -> type[torch.nn.Module]:
     """Apex's fused layer norm where it can run, as Megatron would choose; it has no RMSNorm."""
     if normalization == "LayerNorm" and torch.cuda.is_available() and nvidia_apex_available():
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm

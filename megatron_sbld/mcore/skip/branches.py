@@ -1,7 +1,8 @@
 """How a layer's two branches come back to the residual stream: what stands for Megatron's bias-dropout-add functions.
 
-A TransformerLayer asks its self_attn_bda and mlp_bda for a function at each call. Megatron's own is left in place
-unless branches are scaled, or `drop.residual: fused` asks for the fused add; evaluation always has Megatron's own.
+A TransformerLayer asks its self_attn_bda and mlp_bda for a function at each call, a MambaLayer its mamba_bda.
+Megatron's own is left in place unless branches are scaled, or `drop.residual: fused` asks for the fused add; evaluation
+always has Megatron's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_sbld.residual import residual_skip_add
 BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 """((x [s, b, h], bias [h] or None), residual [s, b, h], dropout probability) -> residual + dropout(x + bias)."""
 
-_NAMES = ("self_attn_bda", "mlp_bda")
+_NAMES = ("self_attn_bda", "mlp_bda", "mamba_bda")
 
 
 class _InPlaceOfMegatrons:
@@ -84,5 +85,5 @@ def are_fused(layer: TransformerLayer) -> bool:
 
 def _present(layer: TransformerLayer) -> list[tuple[str, Any]]:
     """The layer's functions by name, without those that a layer does not have."""
-    functions = [(name, getattr(layer, name)) for name in _NAMES]
+    functions = [(name, getattr(layer, name)) for name in _NAMES if hasattr(layer, name)]
     return [(name, function) for name, function in functions if not isinstance(function, IdentityFuncOp)]

@@ -27,9 +27,10 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.mcore.optimizer.params import held_params, held_tensors, optimizer_parts
 from megatron_sbld.mcore.optimizer.state import initialise, is_torch_adam
 from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, SkippableBucketGroup, bucket_groups, make_recorded
+from megatron_sbld.mcore.skip.decoder import chunk_list, decoder_layers
 from megatron_sbld.mcore.skip.first_step import prepare_first_step
 from megatron_sbld.mcore.skip.layer_buckets import note_wrappers, wrapper_of
-from megatron_sbld.mcore.skip.switchable import SwitchableLayer, chunk_list, decoder_layers
+from megatron_sbld.mcore.skip.switchable import SwitchableLayer
 
 _PARTS = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 _INNER = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, MegatronAdam)
@@ -92,7 +93,7 @@ def _freeze(
     for layer in layers:
         _check_layer(layer, held, setting)
         if controller is None:  # refuses distinct replicas now, not at the first step
-            layer._drop_controller.dropped_throughout(layer.layer_number)
+            layer._drop_controller.dropped_throughout(layer._drop_number)
     for part in parts:
         inner_params = held_tensors(part)
         layer_params = [
@@ -135,7 +136,7 @@ class _Freezer:
         for param in self._frozen:
             param.grad = None
         for layer, params in self._layer_params:
-            if layer not in self._frozen_layers and layer._drop_controller.makes_first_step(layer.layer_number):
+            if layer not in self._frozen_layers and layer._drop_controller.makes_first_step(layer._drop_number):
                 prepare_first_step(inner, params)
 
     def after_step(self, inner: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -151,7 +152,7 @@ class _Freezer:
         self._frozen = []
 
     def _is_frozen(self, layer: SwitchableLayer) -> bool:
-        if layer.training and not layer._drop_controller.has_begun(layer.layer_number):
+        if layer.training and not layer._drop_controller.has_begun(layer._drop_number):
             return True
         return self.freezes_dropped and _is_dropped(layer)
 
@@ -169,7 +170,7 @@ def _is_dropped(layer: SwitchableLayer) -> bool:
     Those are several where a loop calls begin_iteration more than once before a step.
     """
     # In evaluation mode no layer is skipped, whatever was drawn.
-    dropped = layer.training and layer._drop_controller.dropped_throughout(layer.layer_number)
+    dropped = layer.training and layer._drop_controller.dropped_throughout(layer._drop_number)
     record = layer._drop_record
     return dropped and not (record.is_cleared and record.ran)
 

@@ -2,6 +2,8 @@
 
 `random`: as they were initialised. `zero`: both output projections are zero, so the layer adds nothing at first.
 `copy`: the weights of the nearest running layer below, else above, also from another pipeline rank.
+
+What begins is what the controller counts as a layer: with unit `block` all layers of a HybridModel's block at once.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from megatron_sbld.mcore.optimizer.params import (
     write_layer,
 )
 from megatron_sbld.mcore.optimizer.state import initialise
+from megatron_sbld.mcore.skip.decoder import chunk_list
 from megatron_sbld.mcore.skip.freeze import freeze_waiting_layers
-from megatron_sbld.mcore.skip.switchable import SwitchableLayer, chunk_list
+from megatron_sbld.mcore.skip.switchable import SwitchableLayer
 from megatron_sbld.method.choices import StageInit
 from megatron_sbld.method.stages import Stages, nearest_running
 
-_OUTPUT_PROJECTIONS = ("linear_proj", "linear_fc2")
+_OUTPUT_PROJECTIONS = ("linear_proj", "linear_fc2", "out_proj")  # the last one of Mamba and GDN
 
 
 def grow_in_stages(
@@ -96,14 +99,15 @@ class _Zeroer:
     ) -> None:
         self._chunks = chunks
         self._optimizer = optimizer
-        self._outputs = {layer.layer_number: _output_params(layer) for layer in layers}
+        self._outputs = {number: [*map(_output_params, held)] for number, held in _by_number(layers).items()}
 
     @torch.no_grad()
     def __call__(self, entering: Sequence[int], running: Collection[int]) -> None:
         """Collective over the replicas."""
         gather_params(self._chunks)  # a gather that is under way would put the former weights back
         held = [held_tensors(part) for part in optimizer_parts(self._optimizer)]
-        for param in [param for layer_number in entering for param in self._outputs.get(layer_number, [])]:
+        outputs = [params for number in entering for params in self._outputs.get(number, [])]
+        for param in itertools.chain.from_iterable(outputs):
             param.zero_()
             for tensors in held:
                 if param in tensors:
@@ -136,7 +140,7 @@ class _Copier:
         moments: bool,
     ) -> None:
         self._chunks = chunks
-        self._layers = {layer.layer_number: layer for layer in layers}
+        self._layers = _by_number(layers)
         self._optimizer = optimizer
         self._moments = moments
 
@@ -156,22 +160,33 @@ class _Copier:
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank not in (owner, receiver):
             return
-        held = self._layers[source if rank == owner else target]
-        values = read_layer(held, self._optimizer, moments=self._moments)
-        if owner != receiver:
-            for value in values:
-                if rank == owner:
-                    dist.send(value.view(torch.uint8), receiver)
-                else:
-                    dist.recv(value.view(torch.uint8), owner)
-        if rank == receiver:
-            write_layer(self._layers[target], self._optimizer, values, moments=self._moments)
+        for index, held in enumerate(self._layers[source if rank == owner else target]):
+            values = read_layer(held, self._optimizer, moments=self._moments)
+            if owner != receiver:
+                for value in values:
+                    if rank == owner:
+                        dist.send(value.view(torch.uint8), receiver)
+                    else:
+                        dist.recv(value.view(torch.uint8), owner)
+            if rank == receiver:
+                write_layer(self._layers[target][index], self._optimizer, values, moments=self._moments)
+
+
+def _by_number(layers: Iterable[SwitchableLayer]) -> dict[int, list[SwitchableLayer]]:
+    """The layers that the controller knows by each number, in order."""
+    found: dict[int, list[SwitchableLayer]] = {}
+    for layer in layers:
+        found.setdefault(layer._drop_number, []).append(layer)
+    return found
 
 
 def _refuse_unlike(stages: Stages, layers: Iterable[SwitchableLayer]) -> None:
     """Refuse copies between layers of other parameters, as where some have experts, before training. Collective."""
     kinds: dict[int, Any] = {}
-    own = {layer.layer_number: [(name, *param.shape) for name, param in layer.named_parameters()] for layer in layers}
+    own = {
+        number: [[(name, *param.shape) for name, param in layer.named_parameters()] for layer in held]
+        for number, held in _by_number(layers).items()
+    }
     for found in _gathered(own).values():
         kinds |= found
     for running, following in itertools.pairwise(stages.sets):

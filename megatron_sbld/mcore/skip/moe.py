@@ -26,30 +26,44 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.layout.units import units_with_experts
 from megatron_sbld.mcore.compat import record_moe_loss, sequence_loss_counts_all_tokens
+from megatron_sbld.method.choices import Unit
 
 
-def moe_layers(config: TransformerConfig) -> list[int]:
-    """The 1-based numbers of the decoder's layers that have experts, as Megatron reads `moe_layer_freq`."""
+def moe_layers(config: TransformerConfig, hybrid_layer_pattern: str | None = None, unit: Unit = "layer") -> list[int]:
+    """The controller's number of each layer of the decoder that has experts.
+
+    Of a GPT as Megatron reads `moe_layer_freq`, of a HybridModel by its pattern and what make_switchable was told.
+    """
     frequency = config.moe_layer_freq
     if config.num_moe_experts is None:
         return []
+    if hybrid_layer_pattern is not None:
+        return units_with_experts(hybrid_layer_pattern, unit)
     if isinstance(frequency, int):
         return [index + 1 for index in range(config.num_layers) if index % frequency == 0]
     return [index + 1 for index, has_experts in enumerate(frequency) if has_experts]
 
 
-def moe_loss_scale(controller: DropController, config: TransformerConfig) -> float:
+def moe_loss_scale(
+    controller: DropController,
+    config: TransformerConfig,
+    hybrid_layer_pattern: str | None = None,
+    unit: Unit = "layer",
+) -> float:
     """Factor for `track_moe_metrics` that makes its means those over the (microbatch, MoE layer) pairs that ran.
 
     Take it after the iteration's forward-backward pass. Multi-token prediction layers count as run. NaN where nothing
     ran. With `per_layer_logging` a layer's value is its sum times this factor: compare layers, not iterations, by it.
     With `distinct` replicas that run different layers it is a collective over the data-parallel group.
 
+    hybrid_layer_pattern, unit: of a HybridModel, as it was built and made switchable.
+
     Raises:
         ValueError: the model has no experts.
     """
-    layers = moe_layers(config)
+    layers = moe_layers(config, hybrid_layer_pattern, unit)
     if not layers:
         raise ValueError("moe_loss_scale needs a model with experts, num_moe_experts = None has none")
     mtp_layers = config.mtp_num_layers or 0

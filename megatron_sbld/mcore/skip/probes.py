@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megatron_sbld.mcore.skip.switchable import SwitchableLayer, decoder_layers
+from megatron_sbld.mcore.skip.decoder import decoder_layers
+from megatron_sbld.mcore.skip.switchable import SwitchableLayer
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def layer_left_out(chunks: Sequence[torch.nn.Module], layer_number: int) -> Iter
 
     chunks: this rank's model chunks, made switchable.
     """
-    held = [layer for chunk in chunks for layer in decoder_layers(chunk) if layer.layer_number == layer_number]
+    held = [layer for chunk in chunks for layer in decoder_layers(chunk) if layer._drop_number == layer_number]
     for layer in held:
         layer.forward = _identity_of(layer)
     try:
@@ -34,7 +35,7 @@ def layer_left_out(chunks: Sequence[torch.nn.Module], layer_number: int) -> Iter
 def _identity_of(layer: SwitchableLayer) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         # The skip of training, because a pipeline stage may not send on its very input.
-        return layer._skip(args[0] if args else kwargs["hidden_states"]), kwargs.get("context")
+        return layer._returned(layer._skip(args[0] if args else kwargs["hidden_states"]), kwargs)
 
     return forward
 

@@ -65,8 +65,10 @@ class SampleIndices:
         self._plan = plan
 
 
-def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A stock layer's (hidden_states [s, b, h], context), of which it computed the samples of `index` alone.
+
+    A MambaLayer's hidden_states come alone.
 
     Args:
         forward: the layer's, with the arguments that follow.
@@ -81,7 +83,10 @@ def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any,
     hidden_states = kwargs.pop("hidden_states")
     num_samples = hidden_states.size(1)
     selected = {name: _selected(name, value, index, num_samples) for name, value in kwargs.items()}
-    output, context = forward(hidden_states=hidden_states.index_select(1, index), **selected)  # [s, n, h]
+    result = forward(hidden_states=hidden_states.index_select(1, index), **selected)  # [s, n, h]
+    if isinstance(result, torch.Tensor):
+        return hidden_states.index_copy(1, index, result)
+    output, context = result
     return hidden_states.index_copy(1, index, output), context
 
 

@@ -9,27 +9,30 @@ layer_buckets.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_sbld.checks import check_choice
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore.compat import check_megatron_core
 from megatron_sbld.mcore.skip.branches import are_fused, fuse_branches, scale_branches
 from megatron_sbld.mcore.skip.bucket_groups import LayerRecord, make_skippable
+from megatron_sbld.mcore.skip.decoder import DecoderUnits, check_kind, chunk_list, decoder_layers, decoder_units
 from megatron_sbld.mcore.skip.layer_buckets import LayerBuckets, note_wrappers, refuse_wrappers_around
 from megatron_sbld.mcore.skip.moe import announce_moe_losses, weigh_router_losses
 from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, in_backward_pass, running_checkpoint
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
 from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
+from megatron_sbld.method.choices import Unit
 from megatron_sbld.method.combinations import refuse_combinations
 
 
@@ -56,10 +59,12 @@ class _SkippedLayer(torch.autograd.Function):
         return grad_output, None
 
 
-class SwitchableLayer(TransformerLayer):
+class SwitchableLayer(torch.nn.Module):
     """Goes in front of a built layer's own class; `make_switchable` puts it there."""
 
+    layer_number: int  # Megatron's
     _drop_controller: DropController
+    _drop_number: int  # the controller's: of the layer, or with unit `block` of its block
     _drop_buckets: LayerBuckets | None
     _drop_record: LayerRecord
     _drop_samples: SampleIndices | None  # None: granularity layer
@@ -67,37 +72,41 @@ class SwitchableLayer(TransformerLayer):
     _branch_scale: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock layer's forward, or its identity: (hidden_states [s, b, h], context)."""
+        """The stock layer's forward, or its identity."""
         if not self.training:
             if is_checkpointing():
                 self._refuse_recomputation_in_evaluation()
-            if self._drop_controller.has_begun(self.layer_number):
+            if self._drop_controller.has_begun(self._drop_number):
                 return super().forward(*args, **kwargs)
-            return self._hand_on(args[0] if args else kwargs["hidden_states"]), kwargs.get("context")
+            return self._returned(self._hand_on(args[0] if args else kwargs["hidden_states"]), kwargs)
         controller = self._drop_controller
         hidden_states = args[0] if args else kwargs["hidden_states"]
         microbatch = self._microbatch()
-        if not controller.kept(self.layer_number, microbatch):
-            return self._skip(hidden_states), kwargs.get("context")
+        if not controller.kept(self._drop_number, microbatch):
+            return self._returned(self._skip(hidden_states), kwargs)
         self._drop_record.ran = True
         run = super().forward
         if self._drop_samples is not None:
-            samples = self._drop_samples.of(self.layer_number, microbatch, hidden_states)
+            samples = self._drop_samples.of(self._drop_number, microbatch, hidden_states)
             if samples is not None:
                 run = partial(run_on_samples, run, samples)
         if not controller.scales_residual:
             return run(*args, **kwargs)
-        self._branch_scale = controller.branch_scale(self.layer_number)
+        self._branch_scale = controller.branch_scale(self._drop_number)
         try:
             return run(*args, **kwargs)
         finally:
             self._branch_scale = 1.0
 
+    def _returned(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """What the stock layer returns: (hidden_states [s, b, h], context)."""
+        return hidden_states, kwargs.get("context")
+
     def _skip(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [s, b, h] -> the same values, with the wrapper told what it needs to know."""
         controller = self._drop_controller
         # Other replicas may run what this one skips, but for a layer that has not begun.
-        self._drop_record.skipped = controller.replicas_run_alike or not controller.has_begun(self.layer_number)
+        self._drop_record.skipped = controller.replicas_run_alike or not controller.has_begun(self._drop_number)
         return self._hand_on(hidden_states)
 
     def _hand_on(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -174,55 +183,69 @@ class SwitchableLayer(TransformerLayer):
         return forward_pass
 
 
+class SwitchableMambaLayer(SwitchableLayer):
+    """The same for MambaLayer, which returns hidden_states [s, b, h] alone."""
+
+    def _returned(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        return hidden_states
+
+
 _classes: dict[type, type] = {}
 
 
 def _switchable_class(cls: type) -> type:
     if cls not in _classes:
-        _classes[cls] = type(f"Switchable{cls.__name__}", (SwitchableLayer, cls), {"__module__": cls.__module__})
+        own = SwitchableMambaLayer if issubclass(cls, MambaLayer) else SwitchableLayer
+        _classes[cls] = type(f"Switchable{cls.__name__}", (own, cls), {"__module__": cls.__module__})
     return _classes[cls]
 
 
-def make_switchable(model: torch.nn.Module | Iterable[torch.nn.Module], controller: DropController) -> list[int]:
-    """Let `controller` decide which transformer layers of a built model run in training.
+def make_switchable(
+    model: torch.nn.Module | Iterable[torch.nn.Module], controller: DropController, *, unit: Unit = "layer"
+) -> list[int]:
+    """Let `controller` decide which layers of a built model, a GPTModel or a HybridModel, run in training.
 
     Call it on every rank, before or after DistributedDataParallel wraps the model. Multi-token prediction layers are
     never dropped. Calling it again gives the layers to another controller.
 
     Args:
         model: a model, or the list of its chunks on this rank, wrapped or not.
-        controller: decides; its policy must be of the whole model's number of layers.
+        controller: decides; its policy must be of the whole model's number of units.
+        unit: what counts as one layer of a HybridModel: each of its layers, or with `block` attention and the MLP or
+            experts behind it together. In a GPT every layer is such a block.
 
     Returns:
-        The 1-based numbers of the layers on this rank.
+        The 1-based numbers of the units on this rank.
 
     Raises:
-        ValueError: no decoder layers, a layer that is no TransformerLayer or has cross-attention, another number of
-            layers than the policy's, a switch of the model's config or a wrapper under which a drop would be wrong or
-            ignored, or compiled layers with fused branches that the controller scales; at the next begin_iteration
-            distinct replicas of the same number. A wrapper that comes later is
-            refused when it is put around the model, at the next begin_iteration, or before the first skip.
+        ValueError: no decoder layers, a layer that is of no known kind or has cross-attention, another number of
+            units than the policy's, a block on two pipeline stages, a switch of the model's config or a wrapper under
+            which a drop would be wrong or ignored, or compiled layers with fused branches that the controller scales;
+            at the next begin_iteration distinct replicas of the same number. A wrapper that comes later is refused
+            when it is put around the model, at the next begin_iteration, or before the first skip.
     """
     check_megatron_core()
     if not isinstance(controller, DropController):
         raise ValueError(f"controller is a {type(controller).__name__}: it must be a DropController")
+    check_choice("unit", unit, get_args(Unit))
     chunks = chunk_list(model)
     for chunk in chunks:
         note_wrappers(chunk.modules())
-    layers = [layer for chunk in chunks for layer in decoder_layers(chunk)]
-    _refuse_wrapped(chunks, layers)
-    for layer in layers:
-        _check_layer(layer, controller)
+    found = [decoder_units(chunk, unit) for chunk in chunks]
+    numbers = {layer: number for units in found for layer, number in units.numbers.items()}
+    _refuse_wrapped(chunks, numbers)
+    for units in found:
+        _check_units(units, controller)
     samples = SampleIndices(controller) if controller.granularity == "sample" else None
-    for layer in layers:
-        _attach(layer, controller, samples)
-    announce_moe_losses(layers)
+    for layer, number in numbers.items():
+        _attach(layer, number, controller, samples)
+    announce_moe_losses(numbers)
     controller.check_once(
-        partial(_refuse_wrapped, chunks, layers)
+        partial(_refuse_wrapped, chunks, list(numbers))
     )  # fully_shard() and compile() change a model in place
     controller.check_once(partial(_refuse_equal_replicas, controller))
     controller.check_once(partial(_refuse_unattended_growth, controller))
-    return [layer.layer_number for layer in layers]
+    return list(dict.fromkeys(numbers.values()))
 
 
 def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
@@ -234,7 +257,7 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
         model: a model, or the list of its chunks on this rank, wrapped or not.
 
     Raises:
-        ValueError: no decoder layers, one that is no TransformerLayer, or compiled ones whose branches are scaled.
+        ValueError: no decoder layers, one of no known kind, or compiled ones whose branches are scaled.
     """
     layers = [layer for chunk in chunk_list(model) for layer in decoder_layers(chunk)]
     for layer in layers:
@@ -245,49 +268,15 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
         fuse_branches(layer)
 
 
-def chunk_list(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The chunks of a model on this rank, whether it is given as one or as a list. Raises ValueError for none."""
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model) if isinstance(model, Iterable) else []
-    if not chunks or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
-        raise ValueError(f"model = {model!r} is not allowed: it must be a module, or a list of the chunks on this rank")
-    return chunks
+def _check_units(units: DecoderUnits, controller: DropController) -> None:
+    if units.total != controller.num_layers:
+        raise ValueError(f"the policy is for {controller.num_layers} layers, the model has {units.name}")
+    for layer in units.numbers:
+        _check_layer(layer, controller)
 
 
-def decoder_layers(chunk: torch.nn.Module) -> Iterator[TransformerLayer]:
-    """The layers of the decoder on this rank, in order; multi-token prediction keeps its own elsewhere.
-
-    Raises:
-        ValueError: the module has no decoder, or several, as that of a student and its teacher.
-    """
-    found: dict[Any, str] = {}
-    for name, module in chunk.named_modules():
-        decoder: Any = getattr(module, "decoder", None)
-        if hasattr(decoder, "layers"):
-            found.setdefault(decoder, f"{name}.decoder".removeprefix("."))
-    if not found:
-        raise ValueError(f"{type(chunk).__name__} has no `decoder.layers`: only GPT-like models can be switchable")
-    if len(found) > 1:
-        raise ValueError(
-            f"{type(chunk).__name__} has {len(found)} decoders ({', '.join(found.values())}): give the model that is "
-            "meant, or one after the other, each with a controller of its own number of layers"
-        )
-    (decoder,) = found
-    yield from decoder.layers
-
-
-def check_kind(layer: torch.nn.Module, allowed: str = "only TransformerLayer can be made switchable") -> None:
-    """Raise ValueError, which ends with `allowed`, for a decoder layer that is no TransformerLayer."""
-    if not isinstance(layer, TransformerLayer):
-        raise ValueError(f"a decoder layer is a {type(layer).__name__}; {allowed}")
-
-
-def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
-    check_kind(layer)
-    if layer.config.num_layers != controller.num_layers:
-        raise ValueError(
-            f"the policy is for {controller.num_layers} layers, the model has num_layers = {layer.config.num_layers}"
-        )
-    if not isinstance(layer.cross_attention, IdentityOp):
+def _check_layer(layer: Any, controller: DropController) -> None:
+    if not isinstance(getattr(layer, "cross_attention", None), IdentityOp | None):
         raise ValueError(
             f"layer {layer.layer_number} has cross-attention, and only decoder-only models can be made switchable"
         )
@@ -296,7 +285,7 @@ def _check_layer(layer: TransformerLayer, controller: DropController) -> None:
         _refuse_compiled_scales(layer)
 
 
-def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[TransformerLayer]) -> None:
+def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[torch.nn.Module]) -> None:
     for chunk in chunks:
         refuse_wrapped_layers(chunk, layers)
     refuse_wrappers_around(layers)
@@ -310,7 +299,7 @@ def _refuse_unattended_growth(controller: DropController) -> None:
         )
 
 
-def _refuse_compiled_scales(layer: TransformerLayer) -> None:
+def _refuse_compiled_scales(layer: Any) -> None:
     if hasattr(layer, "_compiled_forward"):
         scaled: dict[str, Any] = {"torch_compile": True, "residual": "fused", "residual_scale": "inverse_keep_prob"}
         names = {"torch_compile": f"layer {layer.layer_number}: torch_compile"}
@@ -337,12 +326,13 @@ def _let_buckets_be_skipped(wrapper: DistributedDataParallel | None) -> None:
         make_skippable(wrapper, {param: layer._drop_record for layer in layers for param in layer.parameters()})
 
 
-def _attach(layer: TransformerLayer, controller: DropController, samples: SampleIndices | None) -> None:
+def _attach(layer: Any, number: int, controller: DropController, samples: SampleIndices | None) -> None:
     if not isinstance(layer, SwitchableLayer):
         layer.__class__ = _switchable_class(type(layer))
     if "_drop_record" not in layer.__dict__:  # bucket groups hold it
         layer._drop_record = LayerRecord()
     layer._drop_controller = controller
+    layer._drop_number = number
     layer._drop_samples = samples
     weigh_router_losses(layer, controller.num_samples)
     layer._drop_buckets = None

@@ -41,6 +41,7 @@ from tests.mcore.helpers import (
     tiny_gpt,
     wrap_ddp,
 )
+from tests.mcore.hybrid import tiny_hybrid
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 BLOCK_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
@@ -86,7 +87,9 @@ class Case:
     scope: str = "iteration"
     granularity: str = "layer"
     replicas: str = "shared"
-    layers: int = 8
+    layers: int = 8  # of the policy
+    pattern: str = ""  # of a hybrid model; a GPT has none
+    unit: str = "layer"
     model: dict[str, Any] = field(default_factory=dict)  # TransformerConfig: MoE, MTP, precision, ...
     build: dict[str, Any] = field(default_factory=dict)  # tiny_gpt: tied, position_embedding_type
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -112,8 +115,11 @@ class Case:
     def reference(self) -> Case:
         """The same model and the same drops without parallelism and without any switch."""
         plain = Case()
+        gpt = plain if self.unit == "block" else replace(plain, pattern=self.pattern.replace("|", ""))
         return replace(
             self,
+            pattern=gpt.pattern,
+            unit=gpt.unit,
             **{
                 name: getattr(plain, name)
                 for name in ("tp", "pp", "cp", "vpp", "ep", "etp", "ddp", "config", "optimizer_switches", "relative")
@@ -148,7 +154,8 @@ def run_case(case: Case) -> Result:
     forget_moe_losses()
     param_and_grad_buffer.dist_reduce_scatter_func = _stock_reduce_scatter
     with model_parallel(tp=case.tp, pp=case.pp, cp=case.cp, vpp=case.vpp, ep=case.ep, etp=case.etp):
-        config = tiny_config(**{"num_layers": case.layers, **case.model, **case.config})
+        num_layers = len(case.pattern.replace("|", "")) or case.layers
+        config = tiny_config(**{"num_layers": num_layers, **case.model, **case.config})
         controller = DropController(
             POLICIES[case.policy](case.layers),
             seed=7,
@@ -158,12 +165,12 @@ def run_case(case: Case) -> Result:
             replicas=case.replicas,
             replica=parallel_state.get_data_parallel_rank(),
         )
-        chunks = tiny_gpt(config, **case.build)
+        chunks = tiny_hybrid(config, case.pattern, **case.build) if case.pattern else tiny_gpt(config, **case.build)
         if case.switchable and case.switch_before_wrapping:
-            make_switchable(chunks, controller)
+            make_switchable(chunks, controller, unit=case.unit)
         models = wrap_ddp(chunks, **case.ddp)
         if case.switchable and not case.switch_before_wrapping:
-            make_switchable(models, controller)
+            make_switchable(models, controller, unit=case.unit)
         if case.residual == "fused":
             fuse_residual(models)
         optimizer = build_optimizer(models, **case.optimizer, **case.optimizer_switches)
@@ -199,7 +206,7 @@ def _run_iteration(
     plan = controller.plan if controller.sample_plan is None else controller.sample_plan
     result.decisions.append(plan.tolist())
     if case.model.get("num_moe_experts"):
-        result.moe_losses.append(logged_moe_losses(models[0].config, controller))
+        result.moe_losses.append(logged_moe_losses(models[0].config, controller, case.pattern, case.unit))
     result.loss_scales.append(float(optimizer.get_loss_scale()))
     if iteration == case.iterations:
         result.gradients = gradient_projections(models)
@@ -237,7 +244,11 @@ def gradient_projections(models: list[DistributedDataParallel]) -> dict[str, flo
         gather_gradient_shards(model)
         chunk = getattr(model.module, "module", model.module)  # Float16Module between the two
         for name, param in chunk.named_parameters():
-            if name == "output_layer.weight" and chunk.mtp_process and chunk.share_embeddings_and_output_weights:
+            if (
+                name == "output_layer.weight"
+                and getattr(chunk, "mtp_process", False)
+                and chunk.share_embeddings_and_output_weights
+            ):
                 continue  # Megatron allocates it, and uses the embedding's weight
             name = global_name(chunk, name)
             shape, own_slice, group = full_and_own_slice(name, param)
@@ -264,17 +275,19 @@ def gather_gradient_shards(model: DistributedDataParallel) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def logged_moe_losses(config: TransformerConfig, controller: DropController) -> dict[str, float]:
+def logged_moe_losses(
+    config: TransformerConfig, controller: DropController, pattern: str = "", unit: Any = "layer"
+) -> dict[str, float]:
     """What Megatron logs of the iteration's auxiliary losses; it starts the next sums.
 
     But for the z-loss, which Megatron does not average over replicas.
     """
     total: dict[str, torch.Tensor] = {}
     track_moe_metrics(
-        moe_loss_scale(controller, config),
+        moe_loss_scale(controller, config, pattern or None, unit),
         controller.iteration,
         total_loss_dict=total,
-        num_layers=config.num_layers,
+        num_layers=pattern.count("E") if pattern else config.num_layers,  # as Megatron-LM does
         moe_layer_freq=config.moe_layer_freq,
         mtp_num_layers=config.mtp_num_layers,
     )

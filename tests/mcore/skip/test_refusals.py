@@ -236,5 +236,5 @@ def test_layers_with_cross_attention_are_refused_by_number() -> None:
 def test_layers_of_another_kind_are_refused_by_name() -> None:
     (chunk,) = tiny_gpt(tiny_config())
     chunk.decoder.layers[1] = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="a decoder layer is a Linear; only TransformerLayer can be made switchable"):
+    with pytest.raises(ValueError, match="a decoder layer is a Linear; only TransformerLayer and MambaLayer can"):
         make_switchable(chunk, half())
