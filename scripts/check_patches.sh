@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks a patch on a real Megatron-LM checkout; for maintainers, since no registry has Megatron-LM's training code.
+# Checks a patch on a real Megatron-LM checkout; for maintainers, since no registry has Megatron-LM's scripts. The training
+# loop of 0.19's wheel is checked by tests/megatron_lm/test_training_loop.py.
 #
 #   MEGATRON_LM_DIR=/path/to/Megatron-LM scripts/check_patches.sh [PROCESSES [LAYOUT ARGUMENTS OF MEGATRON-LM ...]]
 #

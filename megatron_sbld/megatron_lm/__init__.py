@@ -1,4 +1,4 @@
-"""What the patches for Megatron-LM call: layer dropping in Megatron-LM's own `pretrain_gpt.py`."""
+"""Layer dropping in Megatron-LM's training loop: what a patched `pretrain_gpt.py`, or any script, calls."""
 
 from megatron_sbld.megatron_lm.attach import with_layer_dropping
 

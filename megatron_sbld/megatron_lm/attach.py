@@ -1,7 +1,8 @@
 """Layer dropping in Megatron-LM's `pretrain`: where each piece hooks in.
 
     arguments           Megatron-LM's extra_args_provider
-    switchable layers   around model_provider (core 0.16), or a pre_wrap_hook of the model's config (0.19 and later)
+    switchable layers   a pre_wrap_hook of the model's config (core 0.19 and later); around model_provider where
+                        there is no such config (0.16, and 0.19 where the script gives a provider instead)
     decisions           around `train_step`, on every rank before the pipeline schedule starts: inside of it ranks wait
                         for each other, and could not compare their decisions
     optimizer, state    around `get_optimizer_param_scheduler`, which is called between optimizer and checkpoint
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -51,21 +53,19 @@ def _pretrain_from_provider(
 ) -> Any:
     kwargs["extra_args_provider"] = extra_args_provider(kwargs.get("extra_args_provider"))
     with _Attachment() as attachment:
-
-        def provide(*provider_args: Any, **provider_kwargs: Any) -> Any:
-            attachment.prepare()
-            model = model_provider(*provider_args, **provider_kwargs)
-            attachment.add([model])
-            return model
-
-        return pretrain(dataset_provider, provide, *args, **kwargs)
+        return pretrain(dataset_provider, attachment.around(model_provider), *args, **kwargs)
 
 
 def _pretrain_from_config(pretrain: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
     with _Attachment() as attachment:
-        if attachment.prepare():
+        if not attachment.prepare():
+            return pretrain(config, *args, **kwargs)
+        if config.model is not None:
             config.model.pre_wrap_hooks.append(attachment.add)
-        return pretrain(config, *args, **kwargs)
+            return pretrain(config, *args, **kwargs)
+        call = inspect.signature(pretrain).bind(config, *args, **kwargs)
+        call.arguments["model_provider"] = attachment.around(call.arguments["model_provider"])
+        return pretrain(*call.args, **call.kwargs)
 
 
 def _parse(parse_args: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +113,17 @@ class _Attachment:
             setattr(self._module, name, functools.wraps(stock)(functools.partial(getattr(run, name), stock)))
         self._run = run
         return True
+
+    def around(self, model_provider: Callable[..., Any]) -> Callable[..., Any]:
+        """A model_provider that prepares, and makes what the other one builds switchable."""
+
+        def provide(*args: Any, **kwargs: Any) -> Any:
+            self.prepare()
+            model = model_provider(*args, **kwargs)
+            self.add([model])
+            return model
+
+        return provide
 
     def add(self, chunks: list[Any]) -> list[Any]:
         """Make built chunks of the model switchable; returns them."""

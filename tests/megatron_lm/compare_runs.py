@@ -1,4 +1,6 @@
-"""Compares runs of Megatron-LM and of `megatron-sbld pretrain`; for scripts/check_patches.sh. A command prints a line.
+"""Compares runs of Megatron-LM and of `megatron-sbld pretrain`. A command prints a line.
+
+For scripts/check_patches.sh, and by its functions for test_training_loop.py.
 
 compare_runs.py same A B            losses, gradient norms and learning rates, bit for bit, of iterations --first to the
                                     last of A; B is to have logged those and no others
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.decisions import draw_plan
+from megatron_sbld.method.policy import Policy
 from megatron_sbld.sensitivity.file import SensitivityFile
 
 DROP = {"theta": 0.4, "peak_iteration": 3, "peak_theta": 0.5, "beta": 0.3, "theta_min": 0.3, "allow_layers": [2]}
@@ -110,11 +113,17 @@ def _difference(name: str, one: float, other: float) -> float:
 def decisions(folder: str, sensitivity: str, given: argparse.Namespace) -> str:
     """The logged decisions are those that the trainer would draw."""
     config = DropConfig(policy="sbld", sensitivity=sensitivity, **DROP)
-    policy, logged = build_policy(config, given.layers, given.iterations), scalars(folder)
-    kept = []
-    for iteration in range(given.first, given.iterations + 1):
+    policy = build_policy(config, given.layers, given.iterations)
+    kept = check_decisions(scalars(folder), policy, config.seed, range(given.first, given.iterations + 1))
+    return f"decisions as drawn for the same seed and policy; kept fraction {np.round(kept, 3).tolist()}"
+
+
+def check_decisions(logged: Scalars, policy: Policy, seed: int, iterations: Iterable[int]) -> list[float]:
+    """Refuse decisions that are not the policy's; the kept fraction of each iteration."""
+    kept: list[float] = []
+    for iteration in iterations:
         keep_probs = policy.keep_probs(iteration)
-        kept.append(draw_plan(keep_probs, config.seed, iteration, 1).mean())
+        kept.append(float(draw_plan(keep_probs, seed, iteration, 1).mean()))
         expected = {
             "theta": policy.theta(iteration),
             "mean_keep_prob": keep_probs.mean(),
@@ -127,9 +136,9 @@ def decisions(folder: str, sensitivity: str, given: argparse.Namespace) -> str:
                 raise SystemExit(f"{tag}, iteration {iteration}: {found}, expected {value}")
         undropped, executed = (logged[f"sbld throughput {kind}"][iteration] for kind in ("undropped", "executed"))
         share = executed / undropped
-        if not (0 < kept[-1] < share < 1 or kept[-1] == share == 1):  # the output layer always runs
+        if not (kept[-1] < share < 1 or kept[-1] == share == 1):  # the output layer always runs
             raise SystemExit(f"iteration {iteration}: {executed} TFLOP/s executed of {undropped}, {kept[-1]:.3f} kept")
-    return f"decisions as drawn for the same seed and policy; kept fraction {np.round(kept, 3).tolist()}"
+    return kept
 
 
 def perplexity(first_folder: str, second_folder: str, earlier_folder: str, given: argparse.Namespace) -> str:

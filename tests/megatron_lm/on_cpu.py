@@ -1,5 +1,6 @@
 """Runs a script of a Megatron-LM checkout where there is no GPU: `python on_cpu.py CHECKOUT/pretrain_gpt.py ARGUMENTS`.
 
+Without a checkout around the script or the working directory it is the installed megatron.training that runs.
 For tests and scripts/check_patches.sh; a machine with CUDA needs nothing of it. megatron-core runs by the package's own
 stand-ins. Megatron-LM's training code asks for a few things more, and is run in place as a script.
 """
@@ -21,10 +22,11 @@ import torch
 import torch.distributed as dist
 
 
-def prepare(checkout: Path) -> None:
-    """Make the checkout's `megatron` the one that is imported, and let it run on the CPU."""
-    _take_compiled_helpers(checkout)
-    sys.path.insert(0, str(checkout))
+def prepare(checkout: Path | None = None) -> None:
+    """Let the training code run on the CPU: the installed one, or the checkout's, whose `megatron` is imported then."""
+    if checkout is not None:
+        _take_compiled_helpers(checkout)
+        sys.path.insert(0, str(checkout))
     if not hasattr(typing, "override"):
         typing.override = importlib.import_module("typing_extensions").override  # type: ignore[attr-defined]
     torch.compile = lambda function=None, **options: function or (lambda later: later)  # type: ignore[assignment]
@@ -44,7 +46,8 @@ def prepare(checkout: Path) -> None:
         init_process_group(*args, **kwargs)
 
     dist.init_process_group = without_device
-    initialize._compile_dependencies = lambda: None
+    if checkout is not None:
+        initialize._compile_dependencies = lambda: None
     stock = initialize.initialize_megatron
     training.initialize_megatron = lambda **kwargs: stock(**{**kwargs, "allow_no_cuda": True})
     training.set_jit_fusion_options = lambda *args, **kwargs: None
@@ -97,5 +100,5 @@ if __name__ == "__main__":  # saving spawns a process, which imports this file a
     del sys.argv[0]
     script = Path(sys.argv[0]).resolve()
     folders = (Path.cwd(), *script.parents)
-    prepare(next(folder for folder in folders if (folder / "megatron" / "training").is_dir()))
+    prepare(next((folder for folder in folders if (folder / "megatron" / "training").is_dir()), None))
     exec(compile(script.read_text(), str(script), "exec", dont_inherit=True))

@@ -1,7 +1,7 @@
 """Layer dropping attached as in Megatron-LM's `pretrain`, on real megatron-core and without a checkout.
 
 The module whose functions are replaced is a stand-in with the names of megatron.training.training; what it trains is
-megatron-core's own. Against real checkouts: scripts/check_patches.sh.
+megatron-core's own. Megatron-LM's own: test_training_loop.py, and of checkouts scripts/check_patches.sh.
 """
 
 from __future__ import annotations
@@ -400,6 +400,21 @@ def test_a_config_with_hooks_gets_one_and_its_parser_the_arguments(monkeypatch: 
     assert parser(args_defaults={}) is not None
     (chunk,) = wrapped(config, None)
     assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(chunk))
+
+
+def test_without_such_a_config_the_model_provider_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_training(monkeypatch, megatron_args("--sbld-policy", "layerdrop"))
+
+    def pretrain(config: Any, datasets: Any, model_provider: Any = None) -> Any:
+        return model_provider(pre_process=True)
+
+    provider = lambda pre_process: tiny_gpt(tiny_config(num_layers=LAYERS))[0]  # noqa: E731
+    wrapped, _ = with_layer_dropping(pretrain, lambda: None)
+    for model in (
+        wrapped(Namespace(model=None), None, provider),
+        wrapped(Namespace(model=None), None, model_provider=provider),
+    ):
+        assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(model))
 
 
 def test_a_training_module_of_another_version_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
