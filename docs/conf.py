@@ -23,6 +23,7 @@ include_patterns = [
     "benchmarks/README.md",
     "benchmarks/results/*.md",
     "examples/README.md",
+    "examples/megatron_lm/README.md",
     "patches/README.md",
     "scripts/README.md",
 ]
