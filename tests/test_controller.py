@@ -233,8 +233,8 @@ def record(**changes: object) -> np.ndarray:
         ({"seed": 2}, "rank 2: seed 2 instead of 1$"),
         ({"iteration": 4}, "rank 2: iteration 4 instead of 1$"),
         ({"policy": LayerDropPolicy(Constant(0.6), LAYERS)}, "rank 2: mean keep probability 0.6.* instead of 0.5"),
-        ({"scope": "microbatch"}, "rank 2: other decisions from the same mean keep probability"),
-        ({"sampler": "balanced"}, "rank 2: other decisions from the same mean keep probability"),
+        ({"scope": "microbatch"}, "rank 2: different decisions at the same mean keep probability"),
+        ({"sampler": "balanced"}, "rank 2: different decisions at the same mean keep probability"),
         ({"granularity": "sample", "num_samples": 4}, "rank 2: num_samples 4 instead of 0$"),
     ],
 )

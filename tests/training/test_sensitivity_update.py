@@ -149,7 +149,7 @@ def test_another_base_list_on_resume_holds_until_the_next_update(config: Config,
     SensitivityFile.from_gaps([0.1, 0.3, 0.0, 0.2], [0.01] * LAYERS, {"command": "made up"}).save(other)
     resumed = change(config, drop={"sensitivity": str(other)})
     assert run_here(resumed) == 0
-    assert "drop sensitivity or Block list: others than when saved" in caplog.text
+    assert "drop sensitivity or Block list differ from the saved ones" in caplog.text
     expected = build_policy(resumed.drop, LAYERS, 40).keep_probs(36)
     assert train_rows(config.logging.run_dir)[35]["keep_probs"] == pytest.approx(expected, abs=1e-6)
 
