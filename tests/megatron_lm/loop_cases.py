@@ -84,6 +84,9 @@ def _run_script(case: ScriptCase) -> None:
     attach = importlib.import_module("megatron_sbld.megatron_lm")
     log = Path(case.folder, f"{case.name}.{os.environ['RANK']}.log")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ))
+        for name in [name for name in os.environ if name.startswith("NVTE_")]:
+            del os.environ[name]  # Megatron sets these for each model that is built, and refuses another model's
         if case.stock:
             stack.enter_context(mock.patch.object(attach, "with_layer_dropping", lambda *functions: functions))
         if case.any_depth:
