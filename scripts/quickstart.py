@@ -46,9 +46,9 @@ RUNS = {
 }
 WARMUP, DECAY = 16, 5  # the learning rate rises over a sixteenth of each run, and falls over a fifth
 # Of each of the 25 runs that measure the sensitivity: as long as the run warms up, and twice that again. All together
-# they cost about as much as six undropped runs, far above the 5 % of a real run.
+# they cost about as much as eight undropped runs, far above the 5 % of a real run.
 MEASURE_ITERS = 50
-HELD_OUT_DOCUMENTS = 12  # of at most 16384 bytes: some seconds a run
+HELD_OUT_DOCUMENTS = 6  # of at most 16384 bytes: some seconds a run
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 

@@ -71,7 +71,7 @@ def test_two_calls_never_share_a_folder(quickstart, tmp_path):
 )
 def test_processes_and_precision_follow_the_gpus(quickstart, monkeypatch, gpus, processes, bf16):
     monkeypatch.setattr(quickstart.torch.cuda, "device_count", lambda: gpus)
-    command = quickstart.pretrain(Path("corpus"), Path("run"), [], 192)
+    command = quickstart.pretrain(Path("corpus"), Path("run"), [], 160)
     assert command[command.index("--nproc-per-node") + 1] == processes
     assert ("bf16" in command) == bf16
 
@@ -86,7 +86,7 @@ def test_every_run_has_the_training_flops_of_the_undropped_one(quickstart, iters
         policy = build_policy(config.drop, config.model.num_layers, length, base_dir=quickstart.ROOT)
         kept = [policy.keep_probs(iteration).sum() for iteration in range(1, length + 1)]
         flops[name] = sum(executed_flops(config.model, quickstart.VOCAB_SIZE, 1, float(layers)) for layers in kept)
-    assert all(found == pytest.approx(flops["undropped"], rel=1 / (iters or 192)) for found in flops.values())
+    assert all(found == pytest.approx(flops["undropped"], rel=1 / (iters or 160)) for found in flops.values())
 
 
 def test_the_vocabulary_that_is_counted_is_that_of_bytes(quickstart):
@@ -94,7 +94,7 @@ def test_the_vocabulary_that_is_counted_is_that_of_bytes(quickstart):
 
 
 def test_every_run_decays_over_the_same_share(quickstart):
-    for iters in (192, 345):
+    for iters in (160, 287):
         command = quickstart.pretrain(Path("corpus"), Path("run"), [], iters)
         assert int(command[command.index("--optimizer.lr_wsd_decay_iters") + 1]) == iters // 5
     alone = quickstart.parsed([])
