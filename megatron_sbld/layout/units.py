@@ -17,8 +17,13 @@ _KINDS = {**_ATTENTION, **_FEED_FORWARD, "M": "Mamba"}
 _REFUSED = {"D": "nobody has shown it right, and its losses are logged over all layers"}
 
 
+def layer_kinds(pattern: str) -> str:
+    """The symbol of each layer of a pattern; stages ('|') and multi-token prediction ('/...') are passed over."""
+    return pattern.partition("/")[0].replace("|", "")
+
+
 def unit_numbers(pattern: str, unit: Unit) -> list[int]:
-    """The unit of each layer of a pattern, [layers]; stages ('|') and multi-token prediction ('/...') are passed over.
+    """The unit of each layer of a pattern, [layers], as `layer_kinds` has them.
 
     >>> unit_numbers("M*-|*E*-/*-", "block")
     [1, 2, 2, 3, 3, 4, 4]
@@ -26,7 +31,7 @@ def unit_numbers(pattern: str, unit: Unit) -> list[int]:
     Raises:
         ValueError: a kind of layers that cannot be dropped.
     """
-    kinds = _main(pattern).replace("|", "")
+    kinds = layer_kinds(pattern)
     check_kinds(kinds)
     if unit == "layer":
         return list(range(1, len(kinds) + 1))
@@ -44,7 +49,7 @@ def num_units(pattern: str, unit: Unit) -> int:
 
 def units_with_experts(pattern: str, unit: Unit) -> list[int]:
     """The unit of each layer with experts, in order."""
-    kinds = _main(pattern).replace("|", "")
+    kinds = layer_kinds(pattern)
     return [number for number, kind in zip(unit_numbers(pattern, unit), kinds, strict=True) if kind == "E"]
 
 
@@ -71,7 +76,3 @@ def check_whole(numbers: Sequence[int], held: Sequence[int]) -> None:
                 f"unit = 'block' does not work with block {number} (layers {layers[0]} and {layers[-1]}) on two "
                 "pipeline stages: let every separator of the pattern stand behind a block, or use unit 'layer'"
             )
-
-
-def _main(pattern: str) -> str:
-    return pattern.partition("/")[0]

@@ -240,10 +240,19 @@ def _param_layout(ddp_config: DistributedDataParallelConfig, chunk: torch.nn.Mod
     )
 
 
-def hybrid_pattern(model: torch.nn.Module) -> str | None:
-    """The pattern that a HybridModel, or before 0.18 a MambaModel, was built with; None where it was from ratios."""
-    found = getattr(model, "hybrid_layer_pattern", None)
-    return found or getattr(model, "hybrid_override_pattern", None)
+def hybrid_pattern_field(described: Any) -> str | None:
+    """The name by which a HybridModel, before 0.18 a MambaModel, or what describes one has its pattern; None: none.
+
+    described: the model, Megatron-LM's arguments, or another program's config of a model.
+    """
+    names = ("hybrid_layer_pattern", "hybrid_override_pattern")
+    return next((name for name in names if getattr(described, name, None)), None)
+
+
+def hybrid_pattern(described: Any) -> str | None:
+    """The pattern of its layers; None where it has none, or was built from ratios."""
+    field = hybrid_pattern_field(described)
+    return None if field is None else getattr(described, field)
 
 
 _METRICS = getattr(moe_utils, "get_moe_metrics_tracker", None)

@@ -22,6 +22,7 @@ import docstring_parser
 from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
 from megatron_sbld.layout.units import num_units
+from megatron_sbld.mcore.compat import hybrid_pattern
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.recipes import with_recipe
 
@@ -93,15 +94,6 @@ def drop_config(args: Namespace) -> DropConfig:
     if config.recipe is None:
         return config
     return with_recipe(config, policy_layers(args, config), getattr(args, _EXPLICIT, []))
-
-
-def hybrid_pattern(args: Any) -> str | None:
-    """The pattern of a HybridModel's layers, or of a MambaModel's of core 0.16.
-
-    args: Megatron-LM's arguments, or another program's description of its model with these names.
-    """
-    pattern: str | None = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
-    return pattern
 
 
 def policy_layers(args: Any, config: DropConfig) -> int:

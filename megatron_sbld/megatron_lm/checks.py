@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_sbld.mcore.compat import hybrid_pattern
 from megatron_sbld.mcore.skip.refusals import REASONS, is_on
-from megatron_sbld.megatron_lm.arguments import argument_name, hybrid_pattern, named_as_arguments, policy_layers
+from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments, policy_layers
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.in_force import drop_settings

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.layout.units import unit_numbers
-from megatron_sbld.megatron_lm.arguments import hybrid_pattern
+from megatron_sbld.layout.units import layer_kinds, unit_numbers
+from megatron_sbld.mcore.compat import hybrid_pattern, hybrid_pattern_field
 from megatron_sbld.method.choices import Unit
 from megatron_sbld.method.policy import SBLDPolicy
 
@@ -119,13 +119,13 @@ class Scalars:
 
     def _hybrid_flops_per_sample(self, pattern: str, base: float) -> NDArray[np.float64]:
         """The same of a HybridModel, whose pattern gets one layer more of a kind in front."""
-        kinds = pattern.partition("/")[0].replace("|", "")
+        kinds, field = layer_kinds(pattern), hybrid_pattern_field(self._args)
+        assert field is not None, "asked for with a pattern alone"
         costs = {}
         for kind in set(kinds):
             more = copy.copy(self._args)
             more.num_layers = self._args.num_layers + 1
-            name = "hybrid_layer_pattern" if getattr(more, "hybrid_layer_pattern", None) else "hybrid_override_pattern"
-            setattr(more, name, kind + pattern)
+            setattr(more, field, kind + pattern)
             costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
         units = np.array(unit_numbers(pattern, self._unit)) - 1
         return np.bincount(units, weights=[costs[kind] for kind in kinds]).astype(np.float64)

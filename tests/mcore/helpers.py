@@ -101,6 +101,18 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
     return TransformerConfig(**values)
 
 
+def chunk_options(vp_stage: int | None, tied: bool, position_embedding_type: str) -> dict[str, Any]:
+    """What a chunk of a tiny model is built with, GPT or hybrid."""
+    return {
+        "vocab_size": VOCAB,
+        "max_sequence_length": SEQUENCE,
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "share_embeddings_and_output_weights": tied,
+        "position_embedding_type": position_embedding_type,
+    }
+
+
 def tiny_gpt(
     config: TransformerConfig,
     spec: Callable[..., Any] | None = None,
@@ -124,12 +136,7 @@ def tiny_gpt(
             config=config,
             transformer_layer_spec=block_spec,
             mtp_block_spec=mtp_spec,
-            vocab_size=VOCAB,
-            max_sequence_length=SEQUENCE,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type=position_embedding_type,
+            **chunk_options(vp_stage, tied, position_embedding_type),
             vp_stage=vp_stage,
         )
         chunk.to(torch.cuda.current_device())  # the norms are built on the CPU

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
@@ -25,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_sbld.layout.units import unit_numbers
 from megatron_sbld.mcore.local.hybrid_specs import hybrid_stack_spec
 from megatron_sbld.mcore.local.norm import norm_class
-from tests.mcore.helpers import SEQUENCE, VOCAB, fill_parameters
+from tests.mcore.helpers import chunk_options, fill_parameters
 
 try:
     from megatron.core.models.hybrid.hybrid_model import HybridModel as _MODEL
@@ -59,12 +58,7 @@ def tiny_hybrid(
             config=config,
             **{_SPEC: spec or tiny_spec(config), _PATTERN: pattern},
             **({} if vp_stage is None else {"vp_stage": vp_stage}),
-            vocab_size=VOCAB,
-            max_sequence_length=SEQUENCE,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type=position_embedding_type,
+            **chunk_options(vp_stage, tied, position_embedding_type),
         )
         chunk.gpt_layers = list(blocks or unit_numbers(pattern, "block"))
         chunk.to(torch.cuda.current_device())  # the norms are built on the CPU

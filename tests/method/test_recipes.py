@@ -83,7 +83,10 @@ def test_raptr_runs_exactly_as_many_layers_as_its_stage_says() -> None:
         ({"policy": "staged"}, "drop.stages = None is not allowed with drop.policy staged"),
         ({"policy": "pld", "stages": [[0.5, 1], [1.0, 4]], "stage_layers": "sensitivity"}, "stage_layers sensitivity"),
         ({"policy": "pld", "stages": [[0.9, 1], [1.0, 4]], "recovery_fraction": 0.2}, "drop.stages leave layers"),
-        ({"policy": "staged", "stages": [[0.5, 1], [1.0, 4]], "stage_copy_moments": True}, "no layer to copy moments from"),
+        (
+            {"policy": "staged", "stages": [[0.5, 1], [1.0, 4]], "stage_copy_moments": True},
+            "no layer to copy moments from",
+        ),
         ({"policy": "layerdrop", "schedule": "steps"}, "drop.steps = None is not allowed"),
         ({"policy": "layerdrop", "schedule": "constant", "steps": [[1.0, 0.5]]}, "drop.steps .* is not used by"),
         ({"policy": "layerdrop", "keep_layers": [5]}, "drop.keep_layers entry = 5"),
