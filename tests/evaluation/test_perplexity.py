@@ -220,7 +220,7 @@ def test_bad_input_is_refused_by_name(tmp_path, prepared):
         ([], {}, "at least one file"),
         (["set"], {}, "is a whole set; give one of its splits, .*set_valid or .*set_train"),
         (["set_train.bin"], {}, r"set_train\.bin: it holds the tokens of a data set; give the prefix, without \.bin"),
-        (["set_train.idx"], {}, r"set_train\.idx: it is the index of a data set, .* without \.idx"),
+        (["set_train.idx"], {}, r"set_train\.idx: it is the index of a data set; give the prefix, without \.idx"),
         (["set_train"], {"separator": "x"}, "separator = 'x' has no effect with format = dataset"),
         (["set_train"], {"text_key": "x"}, "text_key = 'x' has no effect with format = dataset"),
         (["a.txt"], {"text_format": "wikitext", "separator": "x"}, "separator = 'x' has no effect"),
