@@ -98,7 +98,7 @@ class Plan:
             yield from self._halving(64, method)
         yield from self._claims(64)
         yield from self._cosine(32)
-        yield from self._epochs(64)
+        yield from self._epochs(32)
         for method in REPLICAS:
             yield from self._halving(32, method)
 
