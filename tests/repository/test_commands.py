@@ -15,7 +15,11 @@ from megatron_sbld.cli.main import main
 from megatron_sbld.cli.parser import config_parser, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "patches/README.md", "scripts/README.md")),
+    *(ROOT / "examples").rglob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+]
 PAIRS = ("sensitivity", "schedule", "evaluate", "export", "import")
 """Commands whose first argument is a command."""
 
