@@ -13,7 +13,9 @@ def _compare(args: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--baseline", help="run folder that the others are compared with; default: the undropped one")
-    parser.add_argument("--out", help="folder for the table and the plots")
+    parser.add_argument(
+        "--out", help="folder for the table, the plots, and comparison.html, one page with both to send to others"
+    )
     parser.add_argument(
         "--group", type=bool, default=True, help="one row for runs that differ in seeds alone; false: a row a run"
     )

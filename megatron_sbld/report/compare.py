@@ -12,6 +12,7 @@ from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.report.evaluation import Curve, write_iteration_tables
 from megatron_sbld.report.evaluation_plots import plot_evaluations
 from megatron_sbld.report.groups import RunGroup, group_runs
+from megatron_sbld.report.page import write_page
 from megatron_sbld.report.plots import plot_keep_probs, plot_loss_compute, plot_losses
 from megatron_sbld.report.runs import read_runs, run_files
 from megatron_sbld.report.summary import Comparison, choose_baseline, summarise
@@ -19,7 +20,7 @@ from megatron_sbld.report.table import print_line, print_table, write_csv, write
 from megatron_sbld.report.tradeoff import plot_tradeoff
 
 _FILES = (
-    *("comparison.md", "comparison.csv", "comparison_runs.csv", "comparison.json"),
+    *("comparison.html", "comparison.md", "comparison.csv", "comparison_runs.csv", "comparison.json"),
     *("loss.png", "loss_compute.png", "keep_prob.png", "tradeoff.png", "evaluations.md", "evaluations.png"),
 )
 
@@ -39,7 +40,7 @@ def compare(
             None takes the first row that drops nothing, or the first.
         out: folder for comparison.md, .csv and .json, comparison_runs.csv, loss.png, loss_compute.png and, where a run
             drops layers, keep_prob.png, where one has a validation, tradeoff.png, where one was evaluated,
-            evaluations.md and .png. None writes nothing.
+            evaluations.md and .png; and for comparison.html, which holds table and plots. None writes nothing.
         group: one row for runs that differ in their seeds alone (groups.py says what that means); False makes a row a
             run.
         realised: whether the tables show what compares the times of runs: realised gain, its share of the ideal one,
@@ -81,8 +82,22 @@ def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path, real
     files = [folder / name for name in writers]
     for write, file in zip(writers.values(), files, strict=True):
         write(comparison, file)
+    plots = _plot(comparison, groups, folder)
+    curves = [Curve(group.label, [run.evaluations for run in group.runs]) for group in groups]
+    if any(run.evaluations for group in groups for run in group.runs):
+        write_iteration_tables(curves, folder / "evaluations.md")
+        files.append(folder / "evaluations.md")
+        plot_evaluations(curves, folder / "evaluations.png")
+        plots.append(folder / "evaluations.png")
+    page = folder / "comparison.html"
+    write_page(comparison, groups, plots, page, realised)
+    return [*files, *plots, page]
+
+
+def _plot(comparison: Comparison, groups: Sequence[RunGroup], folder: Path) -> list[Path]:
+    """Draws what there is to draw; the files."""
     plot_losses(groups, folder / "loss.png")
-    files.append(folder / "loss.png")
+    files = [folder / "loss.png"]
     baseline = next(group for group in groups if group.label == comparison.baseline)
     if plot_loss_compute(groups, baseline, folder / "loss_compute.png"):
         files.append(folder / "loss_compute.png")
@@ -92,9 +107,4 @@ def _save(comparison: Comparison, groups: Sequence[RunGroup], folder: Path, real
         files.append(folder / "keep_prob.png")
     if plot_tradeoff(comparison, folder / "tradeoff.png"):
         files.append(folder / "tradeoff.png")
-    curves = [Curve(group.label, [run.evaluations for run in group.runs]) for group in groups]
-    if any(run.evaluations for group in groups for run in group.runs):
-        write_iteration_tables(curves, folder / "evaluations.md")
-        plot_evaluations(curves, folder / "evaluations.png")
-        files += [folder / "evaluations.md", folder / "evaluations.png"]
     return files

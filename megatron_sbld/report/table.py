@@ -56,12 +56,18 @@ def print_line(text: str, console: Console, style: str | None = None) -> None:
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+def cells(comparison: Comparison, realised: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Headers, which may have line breaks, and the text of each row's cells; `realised` as in `compare`."""
+    columns = _columns(comparison, realised)
+    return [header for header, _ in columns], [[cell(row) for _, cell in columns] for row in comparison.rows]
+
+
 def write_markdown(comparison: Comparison, file: Path, realised: bool = True) -> None:
     """Writes the table as markdown, with its footnotes below; `realised` as in `compare`."""
-    columns = _columns(comparison, realised)
-    lines = [" | ".join(header.replace("\n", " ") for header, _ in columns)]
-    lines.append(" | ".join([":---"] + ["---:"] * (len(columns) - 1)))
-    lines += [" | ".join(cell(row) for _, cell in columns) for row in comparison.rows]
+    headers, rows = cells(comparison, realised)
+    lines = [" | ".join(header.replace("\n", " ") for header in headers)]
+    lines.append(" | ".join([":---"] + ["---:"] * (len(headers) - 1)))
+    lines += [" | ".join(row) for row in rows]
     table = "\n".join(f"| {line} |" for line in lines)
     file.write_text(table + "\n\n" + "\n".join(f"- {note}" for note in comparison.notes) + "\n")
 
