@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ class Command:
     summary: str
     run: Callable[[list[str]], int]
     """Given the arguments after the name; its value is the exit status."""
+    parts: Sequence[Command] = ()
+    parser: Callable[[], ArgumentParser] | None = None
+    """Of a command that does not parse with CommandParser: its parser, for tab completion."""
 
 
 def listing(commands: Sequence[Command]) -> str:

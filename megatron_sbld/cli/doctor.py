@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+
 from megatron_sbld.cli.command import Command
 
 
@@ -11,4 +13,13 @@ def _doctor(args: list[str]) -> int:
     return doctor.main(args)
 
 
-COMMAND = Command("doctor", "what is installed here, what will be used, what is missing and how to fix it", _doctor)
+def _parser() -> ArgumentParser:
+    """The option of doctor's own parser, for tab completion."""
+    parser = ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+COMMAND = Command(
+    "doctor", "what is installed here, what will be used, what is missing and how to fix it", _doctor, parser=_parser
+)

@@ -138,4 +138,5 @@ COMMAND = Command(
     "evaluate",
     "LAMBADA and perplexity of trained models",
     lambda args: run_part("evaluate", _PARTS, args, "--checkpoint DIR [DIR ...] --data FILE [options]"),
+    _PARTS,
 )

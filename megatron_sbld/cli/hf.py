@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_sbld.cli.command import Command
 from megatron_sbld.cli.parser import CommandParser
 
@@ -102,5 +104,10 @@ def _of_hf(command: str, usage: str, args: list[str]) -> list[str]:
     return args[1:]
 
 
-EXPORT = Command("export", "write a checkpoint as a folder that Hugging Face's transformers loads", _export)
-IMPORT = Command("import", "make a checkpoint from a Hugging Face folder: GPT-2, Llama or GPT-NeoX", _import)
+def _with_part(name: str, summary: str, run: Callable[[list[str]], int]) -> Command:
+    """A command that checks by itself that its one part is `hf`."""
+    return Command(name, summary, run, [Command("hf", summary, lambda args: run(["hf", *args]))])
+
+
+EXPORT = _with_part("export", "write a checkpoint as a folder that Hugging Face's transformers loads", _export)
+IMPORT = _with_part("import", "make a checkpoint from a Hugging Face folder: GPT-2, Llama or GPT-NeoX", _import)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `megatron-sbld` command: finds the command that was asked for, and says how it ended."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NoReturn
 from megatron_sbld import __version__
 from megatron_sbld.cli import (
     compare,
+    completion,
     doctor,
     evaluate,
     generate,
@@ -53,6 +55,8 @@ commands:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command; a user's mistake ends in one message and EXIT_MISTAKE."""
+    if completion.is_asked_for():
+        completion.complete(COMMANDS)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     # Several lines a process on what is not installed and what torch will rename; which layers are used is logged once.

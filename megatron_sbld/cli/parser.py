@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
+from megatron_sbld.cli import completion
 from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import expand_options
 from megatron_sbld.files.strict_yaml import load_yaml
@@ -51,6 +52,8 @@ class CommandParser(ArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """As jsonargparse's, with the paths among the options expanded; ValueError where that cannot be."""
+        if completion.is_asked_for():
+            completion.complete_values(self)
         given = super().parse_args(*args, **kwargs)
         own = {name: given[name] for name in vars(given) if isinstance(given[name], str | list)}
         given.update(Namespace(**expand_options(own)))

@@ -53,4 +53,5 @@ COMMAND = Command(
     "schedule",
     "show a config's keep probabilities before training; fit PWEGD to two runs",
     lambda args: run_part("schedule", _PARTS, args),
+    _PARTS,
 )

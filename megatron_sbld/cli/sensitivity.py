@@ -132,4 +132,5 @@ COMMAND = Command(
     "sensitivity",
     "measure how much each layer matters: the sensitivity file of drop.policy sbld",
     lambda args: run_part("sensitivity", _PARTS, args),
+    _PARTS,
 )

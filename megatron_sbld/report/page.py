@@ -1,7 +1,7 @@
 """A comparison as one HTML page to send to a colleague: table, footnotes, plots, the configs' differences, provenance.
 
-The page holds everything itself and loads nothing; its policy forbids the browser to. ElementTree escapes whatever comes
-from files.
+The page holds everything itself and loads nothing; its policy forbids the browser to. ElementTree escapes whatever
+comes from files.
 """
 
 from __future__ import annotations
