@@ -10,6 +10,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from benchmarks.study.methods import METHODS
 from benchmarks.study.rows import Results
@@ -49,7 +50,7 @@ def _panel(axis: plt.Axes, results: Results, width: int) -> None:
             y,
             yerr=errors,
             label=name,
-            color="black" if undropped else plt.get_cmap("tab20")((number - 1) % 20),
+            color="black" if undropped else plt.get_cmap("tab10")((number - 1) % 10),
             marker=_MARKERS[number % len(_MARKERS)],
             linestyle="-" if undropped else ":",
             linewidth=1.4 if undropped else 0.7,
@@ -57,6 +58,9 @@ def _panel(axis: plt.Axes, results: Results, width: int) -> None:
             capsize=2,
         )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # labels at all minor ticks would overlap
+    axis.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("training FLOPs of what ran")
     axis.set_ylabel("held-out loss at full depth, nats a token")
     axis.set_title(f"12 layers, width {width}")

@@ -133,6 +133,7 @@ def plot_gaps(measured: SensitivityFile, file: Path) -> None:
     axes.axhline(0.0, color="black", linewidth=0.8)
     influence = measured.measured_with.get("method") == "block_influence"
     axes.set(xlabel="layer", ylabel="1 - cosine similarity" if influence else "loss without the layer - baseline")
+    axes.set_xlim(0.4, measured.num_layers + 0.6)  # there is no layer 0
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(handles=[Patch(color=colour, label=name or "in no list") for name, colour in _COLOURS.items()])
     axes.grid(axis="y", alpha=0.3)
