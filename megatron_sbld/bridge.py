@@ -43,9 +43,9 @@ REFUSED = {
     "dist.use_torch_fsdp2": _SHARDED,
     "dist.use_megatron_fsdp": _SHARDED,
     "ddp.use_megatron_fsdp": _SHARDED,
-    "dist.use_decentralized_pg": "ranks are asked for in megatron-core's parallel state, which has none then",
+    "dist.use_decentralized_pg": "layer dropping asks megatron-core's parallel state for ranks, and it has none then",
     "inprocess_restart.enabled": "it builds a second model in a process whose first one is still attached",
-    "peft": "nobody has shown that adapters find their way into layers that were made switchable before",
+    "peft": "adapters in layers that are already switchable have not been tested",
 }
 """Settings of ConfigContainer that do not work with a policy, and why."""
 
@@ -78,7 +78,7 @@ class LayerDropping:
     def pre_wrap_hook(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Make the chunks of the model on this rank switchable; returns them."""
         if self._drops is not None:
-            raise RuntimeError("LayerDropping is of one run: make another one, with another cfg, for another model")
+            raise RuntimeError("LayerDropping serves one run: make a new one, with a new cfg, for another model")
         self._drops = self._checked(model[0])
         self._drops.add(model)
         for chunk in model:

@@ -280,8 +280,8 @@ class DropController:
             return 0
         if not 0 <= microbatch < self.num_microbatches:
             raise RuntimeError(
-                f"microbatch {microbatch} of layer {layer_number} is outside of the {self.num_microbatches} that "
-                "begin_iteration was told of; with scope 'microbatch' Megatron's schedules must number them"
+                f"microbatch {microbatch} of layer {layer_number} is outside of the {self.num_microbatches} "
+                "that begin_iteration was given; with scope 'microbatch' Megatron's schedules must number them"
             )
         return microbatch
 

@@ -252,7 +252,7 @@ def load_checkpoint(
     else:
         reseed(seed, manifest.iteration)
         if dist.get_rank() == 0:
-            logger.info("checkpoint %s is of another layout: random states (dropout) start anew", path)
+            logger.info("checkpoint %s was saved on another layout: random states (dropout) start anew", path)
     return manifest.train_state
 
 
@@ -318,7 +318,7 @@ def check_compatible(
     if None not in (saved_vocab_size, vocab_size) and vocab_size != saved_vocab_size:
         problems.append(f"data.tokenizer has {vocab_size} tokens, but the checkpoint's model {saved_vocab_size}")
     if problems:
-        raise ValueError("the checkpoint is of another model: " + "; ".join(problems))
+        raise ValueError("the checkpoint holds another model: " + "; ".join(problems))
 
 
 def saved_model(saved_config: Mapping[str, Any]) -> ModelConfig:

@@ -142,8 +142,8 @@ def _read_saved_run(
     )
     if saved.train_state.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
         raise ValueError(
-            f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text otherwise than the "
-            "tokenizer that it was trained with"
+            f"checkpoint {found.path}: data.tokenizer = {tokenizer.name!r} encodes text differently from the tokenizer "
+            "that the checkpoint was trained with"
         )
     return saved, begun, saved_layers
 

@@ -17,7 +17,10 @@ def _compare(args: list[str]) -> int:
         "--out", help="folder for the table, the plots, and comparison.html, one page with both to send to others"
     )
     parser.add_argument(
-        "--group", type=bool, default=True, help="one row for runs that differ in seeds alone; false: a row a run"
+        "--group",
+        type=bool,
+        default=True,
+        help="one row for runs that differ only in their seeds; false: one row for each run",
     )
     parser.add_argument(
         "--realised",

@@ -57,7 +57,7 @@ def _generate_parser() -> CommandParser:
     parser.add_argument(
         "--prompts",
         type=str | None,
-        help='file with a prompt a line, or .jsonl with {"prompt": text} a line, as --out writes it',
+        help='file with one prompt on each line, or .jsonl with {"prompt": text} a line, as --out writes it',
     )
     parser.add_argument(
         "--out", type=str | None, help="JSON lines to write: tokens, their log-probabilities and what ended each"

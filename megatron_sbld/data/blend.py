@@ -125,8 +125,8 @@ def _check_tokenizer(dataset: DatasetFacts, tokenizer: Tokenizer, field: str) ->
         raise ValueError(f"{field}: the metadata (.json) of {dataset.prefix} lack {error}; prepare it again") from error
     if tokens != dataset.tokens:
         raise ValueError(
-            f"{field}: {dataset.prefix} has {dataset.tokens} tokens, its metadata (.json) {tokens}: they are of "
-            "different sets; prepare it again"
+            f"{field}: {dataset.prefix} has {dataset.tokens} tokens, its metadata (.json) {tokens}: "
+            "they belong to different data sets; prepare it again"
         )
 
 

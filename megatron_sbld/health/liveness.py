@@ -227,4 +227,4 @@ def _describe(beats: Mapping[int, Heartbeat], ranks: Iterable[int]) -> str:
         groups.setdefault(_where(beats[rank]), []).append(rank)
     largest_last = sorted(groups.items(), key=lambda item: len(item[1]))
     texts = [f"{_names(members)} in {where}" for where, members in largest_last[:_SHOWN_GROUPS]]
-    return "; ".join(texts + ["..."] * (len(groups) > _SHOWN_GROUPS)) or "nothing is known of other ranks"
+    return "; ".join(texts + ["..."] * (len(groups) > _SHOWN_GROUPS)) or "nothing is known about other ranks"

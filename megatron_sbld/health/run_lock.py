@@ -125,7 +125,7 @@ class RunLock:
         first = self._text()
         wait_s = max(self._wait_s, _BEATS_TO_DIE * BEAT_S)
         if first:
-            logger.warning("%s; waiting %.0f s to see whether it lives", self._in_use(), wait_s)
+            logger.warning("%s; waiting %.0f s to see whether it is alive", self._in_use(), wait_s)
         deadline = time.monotonic() + wait_s
         while self._text() and time.monotonic() < deadline:
             time.sleep(_LOOK_S)

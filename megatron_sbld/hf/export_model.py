@@ -185,7 +185,9 @@ def check_model(model: ModelConfig, described_in: str) -> None:
 
 def _open(path: Path, tokenizer: str | None, config_file: str | None) -> _Source:
     if config_file is not None and not is_anonymous(path):
-        raise ValueError(f"--config {config_file}: checkpoint {path} says itself what it is; leave the option out")
+        raise ValueError(
+            f"--config {config_file}: checkpoint {path} already says which model it holds; leave out this option"
+        )
     config = None if config_file is None else read_config(config_file)
     trained = read_trained_model(path, tokenizer, config)
     if config_file is not None:

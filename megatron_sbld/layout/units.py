@@ -14,7 +14,7 @@ from megatron_sbld.method.choices import Unit
 _ATTENTION = {"*": "attention", "+": "multi-latent attention", "G": "gated delta net"}
 _FEED_FORWARD = {"-": "MLP", "E": "experts"}
 _KINDS = {**_ATTENTION, **_FEED_FORWARD, "M": "Mamba"}
-_REFUSED = {"D": "nobody has shown it right, and its losses are logged over all layers"}
+_REFUSED = {"D": "it has not been tested, and its losses are logged over all layers"}
 
 
 def layer_kinds(pattern: str) -> str:
@@ -58,7 +58,7 @@ def check_kinds(kinds: Iterable[str]) -> None:
     for kind in kinds:
         if kind not in _KINDS:
             allowed = ", ".join(f"{symbol} ({name})" for symbol, name in _KINDS.items())
-            reason = _REFUSED.get(kind, "nothing is known of it")
+            reason = _REFUSED.get(kind, "it has not been tested")
             raise ValueError(
                 f"hybrid layers of kind {kind!r} do not work with layer dropping: {reason}; allowed are {allowed}"
             )
@@ -74,5 +74,5 @@ def check_whole(numbers: Sequence[int], held: Sequence[int]) -> None:
         if list(held).count(number) != len(layers):
             raise ValueError(
                 f"unit = 'block' does not work with block {number} (layers {layers[0]} and {layers[-1]}) on two "
-                "pipeline stages: let every separator of the pattern stand behind a block, or use unit 'layer'"
+                "pipeline stages: put every separator of the pattern behind a block, or use unit 'layer'"
             )

@@ -103,7 +103,8 @@ class _Attachment:
         missing = [name for name in (*_REPLACED, "update_train_iters") if not hasattr(self._module, name)]
         if missing:
             raise RuntimeError(
-                f"{_TRAINING} has no {', '.join(missing)}: this Megatron-LM is none of the versions that patches/ names"
+                f"{_TRAINING} has no {', '.join(missing)}: this Megatron-LM is not one of the "
+                "versions in patches/README.md"
             )
         counted = copy.copy(args)  # with train_iters of its own, Megatron-LM would take --train-samples for iterations
         self._module.update_train_iters(counted)

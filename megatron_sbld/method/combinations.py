@@ -122,7 +122,7 @@ COMBINATIONS = (
     ),
     Combination(
         {"policy": other_than("none"), "use_layer_wise_distributed_optimizer": True},
-        "nobody has shown that its ranks step and gather what a drop leaves alone",
+        "whether its ranks step and gather what a drop leaves alone has not been tested",
         "switch {use_layer_wise_distributed_optimizer} off",
     ),
     *(

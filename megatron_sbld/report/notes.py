@@ -19,7 +19,7 @@ SEEDS_NOTE = (
     "that of these differences; where seeds differ, a footnote says so."
 )
 NOT_INTERLEAVED_NOTE = (
-    "Realised gain and times compare runs that ran at different times: what else the machine did then is in them. "
+    "Realised gain and times compare runs that ran at different times: they include whatever else the machine did. "
     "benchmarks/realised_gain.py measures the gain within one run, undropped and dropped iterations in turn."
 )
 TIME_TO_LOSS_NOTE = (
@@ -82,7 +82,7 @@ def evaluation_notes(group: RunGroup, baseline: RunGroup, flops_change: float | 
     notes = []
     missing = [run.label for run in group.runs if not run.evaluations]
     if missing:
-        notes.append(f"{group.label}: not in the means of evaluations, for want of any: {_and(missing)}.")
+        notes.append(f"{group.label}: not in the means of evaluations, because they have none: {_and(missing)}.")
     if len(ours) > 1:
         notes.append(
             f"{group.label}: its runs were last evaluated at iterations {_and(sorted(ours))}: their means "

@@ -158,7 +158,7 @@ def summarise(groups: Sequence[RunGroup], baseline: RunGroup, realised: bool = T
         reached = [time for time in compared if time is not None]
         if 0 < len(reached) < len(compared):
             notes.append(
-                f"{group.label}: {len(reached)} of {len(compared)} seeds reach the baseline's final loss, so that no "
+                f"{group.label}: {len(reached)} of {len(compared)} seeds reach the baseline's final loss, so no "
                 "mean time or FLOPs to it are given."
             )
         rows.append(row)

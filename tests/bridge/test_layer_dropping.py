@@ -445,5 +445,5 @@ def test_a_second_model_needs_a_callback_of_its_own() -> None:
     cfg = container()
     callback = LayerDropping(cfg, **HALF)
     Run(cfg, callback)
-    with pytest.raises(RuntimeError, match="LayerDropping is of one run"):
+    with pytest.raises(RuntimeError, match="LayerDropping serves one run"):
         Run(cfg, callback)

@@ -304,7 +304,7 @@ FILES = {
     truncated_sensitivity: r"drop.sensitivity = .* is not valid JSON \(truncated\?\)",
     resume_never: r"checkpoint.resume = 'never': .* holds a checkpoint of iteration 3",
     resume_always: r"checkpoint.resume = 'always': .* holds no complete checkpoint",
-    another_depth: r"the checkpoint is of another model: model.num_layers is 6, but the checkpoint has 4",
+    another_depth: r"the checkpoint holds another model: model.num_layers is 6, but the checkpoint has 4",
     another_mlp_to_load: r"model.swiglu is True, but the checkpoint has False",
     load_from_nowhere: r"checkpoint {}/nowhere: not a checkpoint of megatron-sbld",
     run_folder_is_a_file: r"{}/run",

@@ -418,7 +418,7 @@ def test_mistakes_on_the_command_line_end_with_one_message(
         (["hf", *given, str(tmp_path / "full")], "exists and is not an empty folder"),
         (["hf", *given, str(tmp_path / "out"), "--max_shard_size", "5"], "--max_shard_size = '5': must be a size such"),
         (["hf", *given, str(tmp_path / "out"), "--dtype", "fp8"], "fp8"),
-        (["hf", *given, str(tmp_path / "out"), "--config", "c.yaml"], "says itself what it is"),
+        (["hf", *given, str(tmp_path / "out"), "--config", "c.yaml"], "already says which model it holds"),
         (["hf", "--checkpoint", str(tmp_path / "none"), str(tmp_path / "out")], "not a checkpoint of megatron-sbld"),
         (["onnx"], "unknown command 'export onnx'"),
     ):

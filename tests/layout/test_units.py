@@ -33,7 +33,7 @@ def test_layers_with_experts_are_found_by_their_unit() -> None:
     assert units_with_experts("*-*E|M*E/*E", "block") == [2, 4]
 
 
-@pytest.mark.parametrize(("pattern", "reason"), [("D-", "its losses are logged"), ("*X", "nothing is known of it")])
+@pytest.mark.parametrize(("pattern", "reason"), [("D-", "its losses are logged"), ("*X", "it has not been tested")])
 def test_kinds_that_cannot_be_dropped_are_refused_with_what_is_allowed(pattern: str, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"{reason}.*allowed are \* \(attention\)"):
         unit_numbers(pattern, "layer")

@@ -152,7 +152,9 @@ def test_an_evaluation_before_the_end_and_a_seed_without_one_are_noted(tmp_path)
         evaluated_run(tmp_path / "full-2", [], seed=2),
     ]
     comparison = compare(folders)
-    assert any("full: not in the means of evaluations, for want of any: full-2." in note for note in comparison.notes)
+    assert any(
+        "full: not in the means of evaluations, because they have none: full-2." in note for note in comparison.notes
+    )
     assert any("full: evaluated at iteration 30, before its end." in note for note in comparison.notes)
     assert comparison.rows[0].evaluations[0].value == 0.4
 

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 from megatron_sbld.controller import DropController
 
-_STREAMS = "a layer mixes several residual streams, and nobody has shown what a skip must hand on"
-_KITCHEN = "nobody has shown that its recipes keep nothing of a layer from pass to pass"
+_STREAMS = "a layer mixes several residual streams, and what a skip must pass on has not been tested"
+_KITCHEN = "its recipes may keep something of a layer from pass to pass; that has not been tested"
 _WEIGHT_CHAIN = "each weight fetches the next one that ran before it, and a skip breaks the chain"
 
 REASONS = {
@@ -29,9 +29,9 @@ REASONS = {
     "qk_clip": "it reads every layer's attention logits after the step, and a dropped one has none",
     "log_max_attention_logit": "it reads every layer's attention logits after the step, and a dropped one has none",
     "moe_enable_routing_replay": "it replays a recorded routing of every layer, and a dropped one records none",
-    "experimental_attention_variant": "nobody has shown it right, and its losses are logged over all layers",
+    "experimental_attention_variant": "it has not been tested, and its losses are logged over all layers",
     "hybrid_context_parallel": "its schedule gives ranks different numbers of microbatches",
-    "num_microbatches_with_partial_activation_checkpoints": "nobody has shown that decisions survive it",
+    "num_microbatches_with_partial_activation_checkpoints": "whether decisions survive it has not been tested",
     "use_kitchen": _KITCHEN,
     "use_kitchen_attention": _KITCHEN,
     "enable_mhc_connections": _STREAMS,
