@@ -73,6 +73,7 @@ def main() -> None:
     evaluate = ["evaluate", "perplexity", "--data", f"{prefix}_valid", "--limit", str(HELD_OUT_DOCUMENTS)]
     run_step(f"{steps - 1}/{steps} bits per byte of held-out text", cli(*evaluate, "--checkpoint", *folders))
     run_step(f"{steps}/{steps} compare", cli("compare", *folders, "--out", str(out), "--realised", "false"))
+    print(f"\nquickstart: the results are in {out}; {out / 'comparison.html'} shows them on one page")
 
 
 def parse_args() -> argparse.Namespace:

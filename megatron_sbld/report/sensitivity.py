@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -33,6 +34,9 @@ def present(file: Path) -> None:
     plot_gaps(measured, file.with_suffix(".png"))
     print_gaps(measured, Console())
     print(f"saved {file} and {file.with_suffix('.png')}")
+    print(
+        f"train with it: megatron-sbld pretrain --config FILE --drop.policy sbld --drop.sensitivity {quote(str(file))}"
+    )
 
 
 def show(file: str, plot: str | None = None) -> None:
