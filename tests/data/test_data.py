@@ -358,7 +358,7 @@ def test_metadata_of_another_set_are_refused(tmp_path, corpus):
     good = path.read_text()
     tokens = parse_blend([corpus], "f").datasets[0].tokens
     path.write_text(good.replace(f'"tokens": {tokens}', '"tokens": 1'))
-    with pytest.raises(ValueError, match="different sets; prepare it again"):
+    with pytest.raises(ValueError, match="different data sets; prepare it again"):
         check_data(run_config(tmp_path, [corpus]), TOKENIZER)
     path.write_text(good.replace('"fingerprint"', '"print"'))
     with pytest.raises(ValueError, match="lack 'fingerprint'; prepare it again"):
