@@ -51,7 +51,7 @@ li, .dim { overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100% }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { vertical-align: bottom; font-weight: 600 }
-thead th { white-space: pre-line }
+thead th { white-space: pre }
 tr:last-child > * { border-bottom: 0 }
 th:first-child { position: sticky; left: 0; text-align: left; background: var(--page) }
 tr.baseline > * { background: var(--mark) }
