@@ -101,7 +101,7 @@ def examine() -> Iterator[Finding]:
     yield _nccl(torch)
     gpus, findings = _gpus(torch)
     if torch is not None:  # the residual add's package needs it
-        findings += _libraries(gpus)
+        findings += [*_libraries(gpus), _extension()]
     yield from findings
     yield from _choices(torch, core)
     built = any(finding.name == "cuda library" and finding.status == "ok" for finding in findings)
@@ -327,6 +327,19 @@ def _libraries(gpus: Sequence[Gpu]) -> Iterator[Finding]:
             yield Finding(**row, value=value, status="broken", mend=mend)
         else:
             yield Finding(**row, value=f"{library.build}; loads")
+
+
+def _extension() -> Finding:
+    """The extension that calls them: whether it is built for this Python and torch, and loads."""
+    from megatron_sbld.residual.extension import ExtensionError, bindings, describe_extension
+
+    row: dict[str, Any] = {"section": "residual add", "name": "extension"}
+    try:
+        used, reason = bindings() is not None, describe_extension()
+    except (ValueError, ExtensionError) as error:
+        return Finding(**row, value=str(error), status="broken", mend="unset MEGATRON_SBLD_EXTENSION")
+    mend = "" if used else "with a C++ compiler at hand: python -m megatron_sbld.cxx"
+    return Finding(**row, value=reason, status="ok" if used else "missing", mend=mend)
 
 
 def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple[str, str] | None:
