@@ -139,6 +139,17 @@ class DropController:
         """Share of (microbatch, layer) pairs, or of (sample, layer) pairs, that this iteration runs."""
         return float(self.kept_shares.mean())
 
+    def layer_tokens(self, tokens: int) -> float:
+        """Layer-tokens that this iteration runs: of `tokens` tokens of its global batch, summed over all layers.
+
+        With any granularity, and the same on every rank; nothing dropped is `num_layers * tokens`.
+        """
+        return float(self.kept_shares.mean(axis=0).sum()) * tokens
+
+    def expected_shares(self, iteration: int) -> NDArray[np.float64]:
+        """Share of its tokens that each layer is expected to run in an iteration (1..T) of the run, [L]."""
+        return self.policy.keep_probs(iteration)
+
     @property
     def replicas_run_alike(self) -> bool:
         """Whether all data-parallel replicas run the same layers, each on as many samples."""
