@@ -132,6 +132,7 @@ def test_triton_that_is_missing_for_megatron_core_is_named(tmp_path: Path) -> No
 
 
 def test_a_python_whose_garbage_collector_crashes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 12, 2, "final", 0))
     assert doctor._python().status == "ok"
     monkeypatch.setattr(sys, "version_info", (3, 12, 1, "final", 0))
     assert "segmentation fault" in doctor._python().value
