@@ -104,6 +104,7 @@ def examine() -> Iterator[Finding]:
         findings += [*_libraries(gpus), _extension()]
     yield from findings
     yield from _choices(torch, core)
+    yield from _core_versions(core)
     built = any(finding.name == "cuda library" and finding.status == "ok" for finding in findings)
     yield _nvcc(needed=not built)
 
@@ -196,6 +197,16 @@ def _core_support(version: str | None) -> Finding | None:
     return found if support.trainer else replace(found, status="missing", mend=f"for the commands: {INSTALL}")
 
 
+def _core_versions(core: Any) -> Iterator[Finding]:
+    """Every version of megatron-core that something here works with, and how that is known."""
+    if core is None or _module("megatron_sbld.mcore.compat") is None:
+        return
+    from megatron_sbld.mcore.compat import SUPPORT
+
+    for (major, minor), support in SUPPORT.items():
+        yield Finding(section="versions of megatron-core", name=f"{major}.{minor}", value=support.why)
+
+
 def _requirements() -> dict[str, tuple[str, str]]:
     """What the installed megatron-sbld requires without extras: package to (as pip takes it, allowed versions)."""
     try:
@@ -267,10 +278,8 @@ def _gpus(torch: Any) -> tuple[list[Gpu], list[Finding]]:
     if not gpus:
         findings.append(Finding(section="GPUs", name="GPU", value="none, or no driver", status="absent"))
     elif torch is not None and torch.version.cuda is None:
-        value, mend = (
-            f"{torch.__version__} is built without CUDA",
-            "install a torch built for CUDA: pytorch.org says how",
-        )
+        value = f"{torch.__version__} is built without CUDA"
+        mend = "install a torch built for CUDA: pytorch.org says how"
         findings.append(Finding(section="GPUs", name="torch", value=value, status="missing", mend=mend))
     elif torch is not None:
         value = f"torch for CUDA {torch.version.cuda} cannot reach the GPU: {_cuda_error(torch)}"
@@ -357,35 +366,26 @@ def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple
 
 def _choices(torch: Any, core: Any) -> Iterator[Finding]:
     """What runs will use."""
+    row: dict[str, Any] = {"section": "in use"}
     if torch is None:
-        yield Finding(section="in use", name="residual add", value="torch cannot be imported", status="absent")
+        yield Finding(**row, name="residual add", value="torch cannot be imported", status="absent")
     else:
         yield _residual_choice(torch)
     if core is None:
-        yield Finding(
-            section="in use", name="transformer_impl", value="megatron-core cannot be imported", status="absent"
-        )
+        yield Finding(**row, name="transformer_impl", value="megatron-core cannot be imported", status="absent")
         return
+    from megatron_sbld.mcore.local.compiled import compiler_obstacle
     from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl
 
     chosen, reason = choose_transformer_impl("auto")
-    here = torch.cuda.is_available() and chosen == "local" and not _found("transformer_engine")
-    yield Finding(
-        section="in use",
-        name="transformer_impl",
-        value=f"auto takes {chosen} ({reason})",
-        status="missing" if here else "ok",
-        mend=_TRANSFORMER_ENGINE if here else "",
-    )
-    from megatron_sbld.mcore.local.compiled import compiler_obstacle
-
+    value = f"auto takes {chosen} ({reason})"
+    if torch.cuda.is_available() and chosen == "local" and not _found("transformer_engine"):
+        yield Finding(**row, name="transformer_impl", value=value, status="missing", mend=_TRANSFORMER_ENGINE)
+    else:
+        yield Finding(**row, name="transformer_impl", value=value)
     obstacle = compiler_obstacle()
-    yield Finding(
-        section="in use",
-        name="torch_compile",
-        value=obstacle or "can be used where transformer_impl is local, if training.torch_compile asks for it",
-        status="ok" if obstacle is None else "absent",
-    )
+    value = obstacle or "can be used where transformer_impl is local, if training.torch_compile asks for it"
+    yield Finding(**row, name="torch_compile", value=value, status="ok" if obstacle is None else "absent")
 
 
 def _residual_choice(torch: Any) -> Finding:
