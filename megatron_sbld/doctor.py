@@ -19,9 +19,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from megatron_sbld import __version__
+from megatron_sbld.findings import Finding, table
 from megatron_sbld.nvcc import NvccError, find_nvcc
 
 EXIT_BROKEN = 1
@@ -30,19 +31,6 @@ EXIT_BROKEN = 1
 _NVCC_PACKAGES = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
 _REINSTALL = "in megatron-sbld's source: MEGATRON_SBLD_CUDA=force pip install --no-deps --force-reinstall ."
 _TRANSFORMER_ENGINE = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One row of the report."""
-
-    section: str
-    name: str
-    value: str
-    status: Literal["ok", "absent", "missing", "broken"] = "ok"
-    """absent: optional; missing: needed, or faster with it; broken: there, but it cannot be used."""
-    mend: str = ""
-    """What to do about it, mostly a command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +61,6 @@ def main(args: Sequence[str] | None = None) -> int:
     broken = any(finding.status == "broken" for finding in findings)
     print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2) if as_json else table(findings))
     return EXIT_BROKEN if broken else 0
-
-
-def table(findings: Sequence[Finding]) -> str:
-    """The findings by section, and below them what to do."""
-    width = max(len(finding.name) for finding in findings)
-    lines: list[str] = []
-    section = ""
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            lines += [*([""] if lines else []), section]
-        mark = {"ok": "", "absent": "", "missing": "! ", "broken": "BROKEN: "}[finding.status]
-        lines.append(f"  {finding.name:<{width}}  {mark}{finding.value}")
-    mends = [f"  {finding.name}: {finding.mend}" for finding in findings if finding.mend]
-    return "\n".join([*lines, *(["", "to do", *mends] if mends else [])])
 
 
 def examine() -> Iterator[Finding]:
