@@ -120,7 +120,7 @@ def compatibility_page(evidence: str) -> str:
         NOTE,
         "",
         "- **tested**: a test trains with it and with dropped layers.",
-        "- **untested**: tested in a newer version, not in this one.",
+        "- **untested**: tested in another version; in this one not all of its tests have run.",
         "- **GPU only**: it needs a GPU and should work, but no test has shown it.",
         "- **refused**: an error message names it and says why.",
         "- **-**: this version has no such switch.",
