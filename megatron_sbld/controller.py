@@ -139,6 +139,16 @@ class DropController:
         """Share of (microbatch, layer) pairs, or of (sample, layer) pairs, that this iteration runs."""
         return float(self.kept_shares.mean())
 
+    def layer_tokens(self, global_batch_size: int, seq_length: int) -> int:
+        """Tokens of this iteration's global batch that layers process, summed over layers; the same on all ranks."""
+        # Distinct replicas run as many layers, or samples of them, as each other.
+        ran = self.plan if self.sample_plan is None else self.sample_plan
+        return int(ran.sum()) * global_batch_size * seq_length // (ran.size // self.num_layers)
+
+    def expected_layer_share(self, iteration: int) -> float:
+        """Share of `layer_tokens` of an undropped iteration that iteration t is expected to run, in [0, 1]."""
+        return float(self.policy.keep_probs(iteration).mean())
+
     @property
     def replicas_run_alike(self) -> bool:
         """Whether all data-parallel replicas run the same layers, each on as many samples."""
