@@ -139,15 +139,16 @@ class DropController:
         """Share of (microbatch, layer) pairs, or of (sample, layer) pairs, that this iteration runs."""
         return float(self.kept_shares.mean())
 
-    def layer_tokens(self, global_batch_size: int, seq_length: int) -> int:
-        """Tokens of this iteration's global batch that layers process, summed over layers; the same on all ranks."""
-        # Distinct replicas run as many layers, or samples of them, as each other.
-        ran = self.plan if self.sample_plan is None else self.sample_plan
-        return int(ran.sum()) * global_batch_size * seq_length // (ran.size // self.num_layers)
+    def layer_tokens(self, tokens: int) -> float:
+        """Layer-tokens that this iteration runs: of `tokens` tokens of its global batch, summed over all layers.
 
-    def expected_layer_share(self, iteration: int) -> float:
-        """Share of `layer_tokens` of an undropped iteration that iteration t is expected to run, in [0, 1]."""
-        return float(self.policy.keep_probs(iteration).mean())
+        With any granularity, and the same on every rank; nothing dropped is `num_layers * tokens`.
+        """
+        return float(self.kept_shares.mean(axis=0).sum()) * tokens
+
+    def expected_shares(self, iteration: int) -> NDArray[np.float64]:
+        """Share of its tokens that each layer is expected to run in an iteration (1..T) of the run, [L]."""
+        return self.policy.keep_probs(iteration)
 
     @property
     def replicas_run_alike(self) -> bool:

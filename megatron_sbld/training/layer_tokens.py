@@ -114,7 +114,7 @@ class LayerTokens:
         end = opt.lr_decay_iters or length.train_iters
         decay = length.samples_after(end) if by_iterations else opt.lr_decay_samples or length.train_samples
         forecast = LayerTokenForecast(
-            self._controller.expected_layer_share,
+            lambda t: float(self._controller.expected_shares(t).mean()),
             length,
             max(length.train_iters, length.iterations_to_read(max(decay, length.train_samples))),
             iteration=iteration,

@@ -171,7 +171,8 @@ class Run:
         batches = itertools.tee(self.data.train_batches(num_microbatches), len(self.chunks))
         by_microbatch = self.sensitivity is not None and self.sensitivity.needs_microbatch_losses
         result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested, by_microbatch)
-        layer_tokens = self.controller.layer_tokens(batch_size, self.config.model.seq_length)
+        # A whole number, but for rounding that may differ where replicas run different layers.
+        layer_tokens = round(self.controller.layer_tokens(batch_size * self.config.model.seq_length))
         increment = self.layer_tokens.count(layer_tokens, batch_size)
         if result.update_successful:
             self.scheduler.step(increment=increment)
