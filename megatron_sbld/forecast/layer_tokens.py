@@ -11,6 +11,8 @@ sqrt(T / (4 L)) undropped iterations.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,3 +58,46 @@ class LayerTokenForecast:
     def after(self, samples: int) -> float:
         """What will have been consumed once so many samples are read."""
         return float(np.interp(samples, self._read, self._consumed))
+
+
+@dataclass(frozen=True)
+class RateInSamples:
+    """The parts of a learning rate's schedule in samples, as Megatron's OptimizerParamScheduler is built with them."""
+
+    warmup: float
+    decay: int
+    wsd_decay: int | None
+    wd_incr: int
+
+    @classmethod
+    def of(cls, scheduler: Any) -> RateInSamples:
+        """A scheduler's, before anything is changed."""
+        return cls(
+            scheduler.lr_warmup_steps, scheduler.lr_decay_steps, scheduler.wsd_decay_steps, scheduler.wd_incr_steps
+        )
+
+    @property
+    def end(self) -> int:
+        """The last sample that is planned for."""
+        return max(self.decay, self.wd_incr)
+
+    def in_layer_tokens(self, forecast: LayerTokenForecast) -> dict[str, float]:
+        """The scheduler's attributes that change: each part ends at what is forecast to be consumed where it ended.
+
+        The warm-up keeps its number: it is over when as much is consumed as so many undropped samples are.
+
+        Raises:
+            ValueError: what is forecast leaves no room for the warm-up.
+        """
+        decay = forecast.after(self.decay)
+        plan = {"lr_decay_steps": decay, "wd_incr_steps": forecast.after(self.wd_incr)}
+        falls_from, what = decay, "decay ends"
+        if self.wsd_decay is not None:
+            falls_from, what = forecast.after(self.decay - self.wsd_decay), "last part of WSD begins"
+            plan["wsd_decay_steps"] = decay - falls_from
+        if self.warmup > falls_from or self.warmup >= decay:
+            raise ValueError(
+                f"with layer_tokens it lasts for the layer-tokens of {self.warmup:,} undropped samples, but by the "
+                f"forecast those of {falls_from:,.0f} are consumed when the {what}; it must be shorter"
+            )
+        return plan

@@ -21,7 +21,7 @@ from megatron_sbld.checkpoint.resume import LENGTH_FIELDS, Change, SavedRun, che
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
-from megatron_sbld.forecast.layer_tokens import LayerTokenForecast
+from megatron_sbld.forecast.layer_tokens import LayerTokenForecast, RateInSamples
 
 _PLAN = "lr_plan"
 _PLANNED_WITH = (
@@ -57,6 +57,7 @@ class LayerTokens:
         self.consumed: int | None = 0
         """Summed over layers; None in a run that goes on from one that did not count them."""
         self.drives_rate = config.optimizer.lr_schedule_by == "layer_tokens"
+        self._samples = RateInSamples.of(scheduler)
         self._plan: dict[str, float] = {}
         if self.drives_rate:
             self._plan_from(0, 0, 0.0)
@@ -99,8 +100,8 @@ class LayerTokens:
         """How far the run is forecast to come, in a line."""
         share = self._plan["wd_incr_steps"] / self._length.train_samples
         line = f"learning rate by layer-tokens: the run is forecast to consume {share:.1%} of the undropped run's"
-        if self._scheduler.lr_warmup_steps:
-            line += f"; {self._scheduler.lr_warmup_steps / self._plan['wd_incr_steps']:.1%} of them are warm-up"
+        if self._samples.warmup:
+            line += f"; {self._samples.warmup / self._plan['wd_incr_steps']:.1%} of them are warm-up"
         return line
 
     def _plan_from(self, iteration: int, samples: int, consumed: float) -> None:
@@ -109,32 +110,20 @@ class LayerTokens:
         Raises:
             ValueError: what is forecast of the decay leaves no room for the warm-up.
         """
-        opt, length = self._config.optimizer, self._length
-        by_iterations = self._config.training.train_samples is None
-        end = opt.lr_decay_iters or length.train_iters
-        decay = length.samples_after(end) if by_iterations else opt.lr_decay_samples or length.train_samples
         forecast = LayerTokenForecast(
             lambda t: float(self._controller.expected_shares(t).mean()),
-            length,
-            max(length.train_iters, length.iterations_to_read(max(decay, length.train_samples))),
+            self._length,
+            self._length.iterations_to_read(self._samples.end),
             iteration=iteration,
             samples=samples,
             consumed=consumed,
         )
-        plan = {"lr_decay_steps": forecast.after(decay), "wd_incr_steps": forecast.after(length.train_samples)}
-        falls_from, what = plan["lr_decay_steps"], "decay ends"
-        if opt.lr_wsd_decay_iters is not None:
-            last = length.samples_after(end) - length.samples_after(end - opt.lr_wsd_decay_iters)
-            falls_from, what = forecast.after(decay - last), "last part of WSD begins"
-            plan["wsd_decay_steps"] = plan["lr_decay_steps"] - falls_from
-        warmup = self._scheduler.lr_warmup_steps
-        if warmup > falls_from or warmup >= plan["lr_decay_steps"]:
-            name = f"lr_warmup_{'iters' if by_iterations else 'samples'}"
-            raise ValueError(
-                f"optimizer.{name} = {getattr(opt, name)}: with lr_schedule_by layer_tokens it lasts for the "
-                f"layer-tokens of {warmup:,} undropped samples, but by the forecast those of {falls_from:,.0f} are "
-                f"consumed when the {what}; it must be shorter"
-            )
+        try:
+            plan = self._samples.in_layer_tokens(forecast)
+        except ValueError as error:
+            unit = "iters" if self._config.training.train_samples is None else "samples"
+            value = getattr(self._config.optimizer, f"lr_warmup_{unit}")
+            raise ValueError(f"optimizer.lr_warmup_{unit} = {value}: {error}") from error
         self._put_in_force(plan)
 
     def _put_in_force(self, plan: dict[str, float]) -> None:

@@ -270,7 +270,7 @@ def forget_the_count(checkpoint: Path) -> None:
 def test_a_warm_up_that_outlasts_the_forecast_is_refused(config: Config) -> None:
     long = change(config, optimizer={"lr_warmup_iters": 5})
     text = str(run_here(long))
-    assert "optimizer.lr_warmup_iters = 5: with lr_schedule_by layer_tokens it lasts for" in text
+    assert "optimizer.lr_warmup_iters = 5: with layer_tokens it lasts for" in text
     assert "40 undropped samples, but by the forecast those of 32 are consumed when the decay ends" in text
     wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 5, "lr_warmup_iters": 2}
     assert "those of 12 are consumed when the last part of WSD begins" in str(run_here(change(config, optimizer=wsd)))
