@@ -44,9 +44,6 @@ class LayerTokens:
         length: of the run.
         controller: says what an iteration is expected to consume.
         scheduler: planned in samples.
-
-    Raises:
-        ValueError: the warm-up would last longer than the run is forecast to.
     """
 
     def __init__(
@@ -59,6 +56,13 @@ class LayerTokens:
         self.drives_rate = config.optimizer.lr_schedule_by == "layer_tokens"
         self._samples = RateInSamples.of(scheduler)
         self._plan: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Plan a run that begins; one that goes on is restored instead.
+
+        Raises:
+            ValueError: the warm-up would last longer than the run is forecast to.
+        """
         if self.drives_rate:
             self._plan_from(0, 0, 0.0)
 
@@ -79,6 +83,9 @@ class LayerTokens:
             saved: the checkpoint.
             changes: what the config has otherwise than it.
             samples: that its run had read.
+
+        Raises:
+            ValueError: as `begin`, or what check_layer_tokens refuses.
         """
         check_layer_tokens(saved, self._config)
         self.consumed = saved.consumed_layer_tokens

@@ -131,6 +131,8 @@ class Run:
         """What is due at this iteration and was interrupted by a request to stop (between.py)."""
         self.last_loss = math.nan
         """Mean loss per token of the last iteration."""
+        if start is None or not start.whole_state:
+            self.layer_tokens.begin()
         if start is not None:
             self._restore(start)
         self._train_data = data.train.facts

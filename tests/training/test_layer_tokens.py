@@ -276,6 +276,17 @@ def test_a_warm_up_that_outlasts_the_forecast_is_refused(config: Config) -> None
     assert "those of 12 are consumed when the last part of WSD begins" in str(run_here(change(config, optimizer=wsd)))
 
 
+def test_an_iteration_whose_step_is_left_out_is_counted_and_leaves_the_rate_alone(config: Config) -> None:
+    """As with iterations: what was read counts, and Megatron's schedule waits."""
+    assert run_here(change(config, training={"precision": "fp16", "initial_loss_scale": 2.0**40, "hysteresis": 1})) == 0
+    done = train_rows(config.logging.run_dir)
+    assert [row["update_skipped"] for row in done[:2]] == [True, True]
+    steps = sum(sum(row["kept"]) for row in done if not row["update_skipped"])
+    assert done[1]["lr"] == 0.0
+    assert done[-1]["lr"] == pytest.approx(cosine(BATCH * steps / LAYERS, 0.5 * BATCH * ITERATIONS))
+    assert done[-1]["consumed_layer_tokens"] == BATCH * SEQUENCE * sum(sum(row["kept"]) for row in done)
+
+
 def test_tensorboard_and_the_console_tell(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
