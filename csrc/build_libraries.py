@@ -9,17 +9,19 @@ They are plain shared libraries (residual.h), so one wheel serves every Python a
     MEGATRON_SBLD_CUDA=force    what cannot be built, also the CPU library, is an error
     MEGATRON_SBLD_CUDA=off      no CUDA library
     MEGATRON_SBLD_CUDA_ARCHS="80;90;100+PTX"    for which GPUs, as far as this nvcc knows them
+
+Where torch can be imported (`pip install --no-build-isolation`), the extension of bindings.cpp is compiled as well, for
+this Python and torch alone; others do without. With MEGATRON_SBLD_EXTENSION=auto|build|off one that cannot be built is
+left out, is an error, or is not tried.
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,18 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
+from megatron_sbld.cxx import (
+    EXTENSION_SOURCES,
+    EXTENSION_VARIABLE,
+    STRIP,
+    BuildError,
+    build_extension,
+    compile_shared,
+    extension_setting,
+    find_cxx,
+)
 from megatron_sbld.nvcc import Nvcc, NvccError, find_nvcc
 
 CSRC = Path(__file__).resolve().parent
@@ -35,12 +48,6 @@ SOURCES = {"cpu": CSRC / "residual_cpu.cpp", "cuda": CSRC / "residual.cu"}
 HEADERS = [CSRC / "residual.h", CSRC / "residual_core.h"]
 SWITCHES = ("auto", "force", "off")
 DEFAULT_ARCHITECTURES = "80;90;100+PTX"
-ELF = platform.system() == "Linux"
-_STRIP = ["-Xlinker", "--strip-all"] if ELF else []
-
-
-class BuildError(RuntimeError):
-    """A library cannot be built; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +87,8 @@ def cpu_command(environ: Mapping[str, str]) -> list[str]:
     Raises:
         BuildError: there is no C++ compiler.
     """
-    names = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        program, *options = shlex.split(name)
-        if found := shutil.which(program, path=environ.get("PATH", os.defpath)):
-            # Contraction off: the same sums as the CUDA library and the reference, bit for bit.
-            return [found, *options, "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", *_STRIP]
-    raise BuildError(f"no C++ compiler was found ({', '.join(names)})")
+    # Contraction off: the same sums as the CUDA library and the reference, bit for bit.
+    return [*find_cxx(environ), "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", *STRIP]
 
 
 def cuda_command(nvcc: Nvcc, switches: Switches) -> list[str]:
@@ -105,7 +107,7 @@ def cuda_command(nvcc: Nvcc, switches: Switches) -> list[str]:
     return [
         *(str(nvcc.path), "-std=c++17", "-O3", "--fmad=false", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"),
         # The static runtime's symbols are kept apart from those of the runtime that torch brings.
-        *(*_STRIP, "-Xlinker", "--exclude-libs=ALL", f"--threads={min(len(targets), os.cpu_count() or 1)}"),
+        *(*STRIP, "-Xlinker", "--exclude-libs=ALL", f"--threads={min(len(targets), os.cpu_count() or 1)}"),
         f"-DSBLD_ARCHITECTURES={' '.join(code for _, code in targets)}",
         *(f"-gencode=arch=compute_{number},code={code}" for number, code in targets),
     ]
@@ -131,35 +133,20 @@ def compile_library(name: str, command: list[str], target: Path) -> str:
     Raises:
         BuildError: the compiler fails; holds what it printed.
     """
-    key = _key(name, command)
-    if target.is_file() and bytes.fromhex(key) in target.read_bytes():
-        return f"{target.name} is up to date"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = target.with_suffix(".new.so")  # a process may have the old one loaded
-    command = [*command, *(["-Xlinker", f"--build-id=0x{key}"] if ELF else []), str(SOURCES[name]), "-o", str(written)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        written.unlink(missing_ok=True)
-        raise BuildError(f"{command[0]} failed\n{shlex.join(command)}\n{result.stdout}{result.stderr}".rstrip())
-    written.replace(target)
-    return result.stdout + result.stderr
-
-
-def _key(name: str, command: list[str]) -> str:
-    """Identifies sources, compiler and options, as hexadecimal digits; the library carries it as its build id."""
-    version = subprocess.run([command[0], "--version"], capture_output=True).stdout
-    sources = [path.read_bytes() for path in [*HEADERS, SOURCES[name]] if path.is_file()]
-    return hashlib.sha1(b"\0".join([version, *map(str.encode, command), *sources])).hexdigest()
+    return compile_shared(command, [SOURCES[name], *HEADERS], target)
 
 
 class BuildLibraries(build_ext):
-    """`build_ext` that compiles the two libraries in place of Python extension modules."""
+    """`build_ext` that compiles the two libraries, and the extension where it can."""
+
+    _built_extension: Path | None = None
 
     def run(self) -> None:
         try:
             switches = Switches.read(os.environ)
             for extension in self.extensions:
                 self._build(extension.name.rpartition("_")[2], Path(self.get_ext_fullpath(extension.name)), switches)
+            self._build_extension(Path(self.get_ext_fullpath(EXTENSIONS[0].name)).parent)
         except (BuildError, ValueError) as error:
             raise SystemExit(f"error: {error}") from error  # no traceback: the last line is the message
 
@@ -179,11 +166,28 @@ class BuildLibraries(build_ext):
         else:
             print(f"megatron-sbld: {target.name} with {shlex.join(command)}", printed, sep="\n", flush=True)
 
+    def _build_extension(self, folder: Path) -> None:
+        setting = extension_setting(os.environ)
+        if setting == "off":
+            return
+        try:
+            if importlib.util.find_spec("torch") is None:
+                raise BuildError("torch is not installed where this is built (pip's --no-build-isolation takes yours)")
+            self._built_extension = build_extension(folder, os.environ)
+        except (BuildError, ImportError) as error:
+            if setting == "build":
+                raise BuildError(f"{EXTENSION_VARIABLE}=build, but the extension cannot be built: {error}") from error
+            print(f"megatron-sbld: installing without the extension: {error}", flush=True)
+        else:
+            print(f"megatron-sbld: {self._built_extension.name}", flush=True)
+
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def get_outputs(self) -> list[str]:
-        return [path for extension in self.extensions if Path(path := self.get_ext_fullpath(extension.name)).is_file()]
+        libraries = [self.get_ext_fullpath(extension.name) for extension in self.extensions]
+        made = [*libraries, *([str(self._built_extension)] if self._built_extension else [])]
+        return [path for path in made if Path(path).is_file()]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Of an editable install: where a wheel would have the libraries, and where in the source tree they are."""
@@ -195,7 +199,20 @@ class BuildLibraries(build_ext):
         }
 
     def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(CSRC.parent)) for path in [*HEADERS, *SOURCES.values()]]
+        return [str(path.relative_to(CSRC.parent)) for path in [*HEADERS, *SOURCES.values(), CSRC / "bindings.cpp"]]
+
+
+class Package(build_py):
+    """`build_py` that adds the extension's sources, so that it can be built for the torch of the first use."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib, "megatron_sbld", "residual", "_source")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in EXTENSION_SOURCES:
+            shutil.copy(CSRC / name, folder)
 
 
 class Wheel(bdist_wheel):
@@ -208,4 +225,4 @@ class Wheel(bdist_wheel):
 EXTENSIONS = [
     Extension(f"megatron_sbld.residual._residual_{name}", [f"csrc/{path.name}"]) for name, path in SOURCES.items()
 ]
-COMMANDS = {"build_ext": BuildLibraries, "bdist_wheel": Wheel}
+COMMANDS = {"build_ext": BuildLibraries, "build_py": Package, "bdist_wheel": Wheel}

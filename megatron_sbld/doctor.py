@@ -19,9 +19,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from megatron_sbld import __version__
+from megatron_sbld.findings import Finding, table
 from megatron_sbld.nvcc import NvccError, find_nvcc
 
 EXIT_BROKEN = 1
@@ -30,19 +31,6 @@ EXIT_BROKEN = 1
 _NVCC_PACKAGES = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
 _REINSTALL = "in megatron-sbld's source: MEGATRON_SBLD_CUDA=force pip install --no-deps --force-reinstall ."
 _TRANSFORMER_ENGINE = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One row of the report."""
-
-    section: str
-    name: str
-    value: str
-    status: Literal["ok", "absent", "missing", "broken"] = "ok"
-    """absent: optional; missing: needed, or faster with it; broken: there, but it cannot be used."""
-    mend: str = ""
-    """What to do about it, mostly a command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +63,6 @@ def main(args: Sequence[str] | None = None) -> int:
     return EXIT_BROKEN if broken else 0
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """The findings by section, and below them what to do."""
-    width = max(len(finding.name) for finding in findings)
-    lines: list[str] = []
-    section = ""
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            lines += [*([""] if lines else []), section]
-        mark = {"ok": "", "absent": "", "missing": "! ", "broken": "BROKEN: "}[finding.status]
-        lines.append(f"  {finding.name:<{width}}  {mark}{finding.value}")
-    mends = [f"  {finding.name}: {finding.mend}" for finding in findings if finding.mend]
-    return "\n".join([*lines, *(["", "to do", *mends] if mends else [])])
-
-
 def examine() -> Iterator[Finding]:
     """All findings, from the interpreter down to the libraries."""
     yield _python()
@@ -101,9 +74,10 @@ def examine() -> Iterator[Finding]:
     yield _nccl(torch)
     gpus, findings = _gpus(torch)
     if torch is not None:  # the residual add's package needs it
-        findings += _libraries(gpus)
+        findings += [*_libraries(gpus), _extension()]
     yield from findings
     yield from _choices(torch, core)
+    yield from _core_versions(core)
     built = any(finding.name == "cuda library" and finding.status == "ok" for finding in findings)
     yield _nvcc(needed=not built)
 
@@ -196,6 +170,16 @@ def _core_support(version: str | None) -> Finding | None:
     return found if support.trainer else replace(found, status="missing", mend=f"for the commands: {INSTALL}")
 
 
+def _core_versions(core: Any) -> Iterator[Finding]:
+    """Every version of megatron-core that something here works with, and how that is known."""
+    if core is None or _module("megatron_sbld.mcore.compat") is None:
+        return
+    from megatron_sbld.mcore.compat import SUPPORT
+
+    for (major, minor), support in SUPPORT.items():
+        yield Finding(section="versions of megatron-core", name=f"{major}.{minor}", value=support.why)
+
+
 def _requirements() -> dict[str, tuple[str, str]]:
     """What the installed megatron-sbld requires without extras: package to (as pip takes it, allowed versions)."""
     try:
@@ -267,10 +251,8 @@ def _gpus(torch: Any) -> tuple[list[Gpu], list[Finding]]:
     if not gpus:
         findings.append(Finding(section="GPUs", name="GPU", value="none, or no driver", status="absent"))
     elif torch is not None and torch.version.cuda is None:
-        value, mend = (
-            f"{torch.__version__} is built without CUDA",
-            "install a torch built for CUDA: pytorch.org says how",
-        )
+        value = f"{torch.__version__} is built without CUDA"
+        mend = "install a torch built for CUDA: pytorch.org says how"
         findings.append(Finding(section="GPUs", name="torch", value=value, status="missing", mend=mend))
     elif torch is not None:
         value = f"torch for CUDA {torch.version.cuda} cannot reach the GPU: {_cuda_error(torch)}"
@@ -329,6 +311,19 @@ def _libraries(gpus: Sequence[Gpu]) -> Iterator[Finding]:
             yield Finding(**row, value=f"{library.build}; loads")
 
 
+def _extension() -> Finding:
+    """The extension that calls them: whether it is built for this Python and torch, and loads."""
+    from megatron_sbld.residual.extension import ExtensionError, bindings, describe_extension
+
+    row: dict[str, Any] = {"section": "residual add", "name": "extension"}
+    try:
+        used, reason = bindings() is not None, describe_extension()
+    except (ValueError, ExtensionError) as error:
+        return Finding(**row, value=str(error), status="broken", mend="unset MEGATRON_SBLD_EXTENSION")
+    mend = "" if used else "with a C++ compiler at hand: python -m megatron_sbld.cxx"
+    return Finding(**row, value=reason, status="ok" if used else "missing", mend=mend)
+
+
 def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple[str, str] | None:
     """Why a library that was built for `cuda 13.0; sm_90 compute_90` does not run here, and what mends it."""
     from megatron_sbld.residual.native import fits_driver, runs_on
@@ -344,35 +339,26 @@ def _obstacle(build: str, gpus: Sequence[Gpu], driver_cuda: int | None) -> tuple
 
 def _choices(torch: Any, core: Any) -> Iterator[Finding]:
     """What runs will use."""
+    row: dict[str, Any] = {"section": "in use"}
     if torch is None:
-        yield Finding(section="in use", name="residual add", value="torch cannot be imported", status="absent")
+        yield Finding(**row, name="residual add", value="torch cannot be imported", status="absent")
     else:
         yield _residual_choice(torch)
     if core is None:
-        yield Finding(
-            section="in use", name="transformer_impl", value="megatron-core cannot be imported", status="absent"
-        )
+        yield Finding(**row, name="transformer_impl", value="megatron-core cannot be imported", status="absent")
         return
+    from megatron_sbld.mcore.local.compiled import compiler_obstacle
     from megatron_sbld.mcore.local.layer_specs import choose_transformer_impl
 
     chosen, reason = choose_transformer_impl("auto")
-    here = torch.cuda.is_available() and chosen == "local" and not _found("transformer_engine")
-    yield Finding(
-        section="in use",
-        name="transformer_impl",
-        value=f"auto takes {chosen} ({reason})",
-        status="missing" if here else "ok",
-        mend=_TRANSFORMER_ENGINE if here else "",
-    )
-    from megatron_sbld.mcore.local.compiled import compiler_obstacle
-
+    value = f"auto takes {chosen} ({reason})"
+    if torch.cuda.is_available() and chosen == "local" and not _found("transformer_engine"):
+        yield Finding(**row, name="transformer_impl", value=value, status="missing", mend=_TRANSFORMER_ENGINE)
+    else:
+        yield Finding(**row, name="transformer_impl", value=value)
     obstacle = compiler_obstacle()
-    yield Finding(
-        section="in use",
-        name="torch_compile",
-        value=obstacle or "can be used where transformer_impl is local, if training.torch_compile asks for it",
-        status="ok" if obstacle is None else "absent",
-    )
+    value = obstacle or "can be used where transformer_impl is local, if training.torch_compile asks for it"
+    yield Finding(**row, name="torch_compile", value=value, status="ok" if obstacle is None else "absent")
 
 
 def _residual_choice(torch: Any) -> Finding:

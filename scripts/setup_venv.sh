@@ -40,6 +40,8 @@ fi
 if "$VENV/bin/python" -c 'import megatron.core' 2>&1 | grep -q "No module named 'triton'"; then
   "$VENV/bin/python" -m pip install --quiet triton
 fi
+# The extension that calls the residual add's libraries needs torch, which pip's isolated build does not see.
+"$VENV/bin/python" -m megatron_sbld.cxx
 "$VENV/bin/python" 2>/dev/null - <<'EOF'
 import megatron.core, torch
 from megatron_sbld.residual.native import NAMES, library_path

@@ -16,6 +16,7 @@ from megatron.core import package_info
 from megatron_sbld import doctor
 from megatron_sbld.cli import main as cli
 from megatron_sbld.doctor import Finding, Gpu
+from megatron_sbld.mcore.compat import SUPPORT
 from megatron_sbld.residual import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,12 @@ def test_the_command_shows_versions_and_what_will_be_used(capsys: pytest.Capture
     assert "auto takes" in lines["transformer_impl"]
     assert "can be used" in lines["torch_compile"]
     assert {"Python", "megatron-sbld", "numpy", "NCCL", "cuda library", "cpu library", "residual add"} <= lines.keys()
+
+
+def test_every_supported_megatron_core_is_listed_with_how_that_is_known() -> None:
+    found = {finding.name: finding.value for finding in doctor._core_versions(package_info)}
+    assert found == {f"0.{minor}": SUPPORT[0, minor].why for minor in range(16, 21)}
+    assert list(doctor._core_versions(None)) == []
 
 
 def test_without_a_compiler_layers_cannot_be_compiled() -> None:
@@ -125,6 +132,7 @@ def test_triton_that_is_missing_for_megatron_core_is_named(tmp_path: Path) -> No
 
 
 def test_a_python_whose_garbage_collector_crashes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 12, 2, "final", 0))
     assert doctor._python().status == "ok"
     monkeypatch.setattr(sys, "version_info", (3, 12, 1, "final", 0))
     assert "segmentation fault" in doctor._python().value

@@ -15,6 +15,7 @@ from torch.library import Library as Operators
 from megatron_sbld.residual import call as launch
 from megatron_sbld.residual import eager
 from megatron_sbld.residual.choice import library_for
+from megatron_sbld.residual.extension import bindings
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,13 +54,17 @@ def residual_skip_add(
             wrong index is an error of the device, as with torch's own indexing.)
         RuntimeError: MEGATRON_SBLD_RESIDUAL asks for what cannot be used.
     """
+    if not torch.compiler.is_compiling() and (extension := bindings()) is not None:
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        made: torch.Tensor | None = extension.residual_skip_add(
+            x, residual, bias, dropout_prob, scale, index, dim, training, stream
+        )
+        if made is not None:
+            return made
     _check_numbers(dropout_prob, scale)
     _check(x, residual, bias, index, dim, training)
     random = _draw(dropout_prob if training else 0.0, scale, x.device)
-    if _is_watched() or not all(map(_is_plain, (x, residual, bias, index))):
-        return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
-    y: torch.Tensor = _apply_direct(x, residual, bias, index, *random, dim)
-    return y
+    return torch.ops.megatron_sbld.residual_skip_add(x, residual, bias, index, *random, dim)
 
 
 def residual_skip_add_(
@@ -86,21 +91,6 @@ def residual_skip_add_(
     return result
 
 
-def _is_watched() -> bool:
-    """Whether a compiler, a dispatch mode or a transform wants to see operators; else torch's dispatcher, which a call
-    passes twice on its way to a library, takes as long as the rest of the call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _is_plain(tensor: torch.Tensor | None) -> bool:
-    """Whether it is no tensor of a subclass, which may have no memory to take the address of."""
-    return tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter)
-
-
 def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torch.Tensor | None, float, int]:
     """(seed of the mask, multiplier of what it keeps, its threshold); without dropout no seed is drawn."""
     threshold = eager.drop_threshold(dropout_prob)
@@ -110,7 +100,7 @@ def _draw(dropout_prob: float, scale: float, device: torch.device) -> tuple[torc
 
 def _check_numbers(dropout_prob: float, scale: float) -> None:
     for name, value in (("dropout_prob", dropout_prob), ("scale", scale)):
-        if value is None or isinstance(value, torch.Tensor | str):
+        if value is None or isinstance(value, (torch.Tensor, str)):
             raise ValueError(f"{name} is {value!r}: must be a number (a tensor would get no gradient)")
 
 
@@ -293,22 +283,14 @@ def _fake_backward(d_y: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.T
     return d_x, d_y.new_empty(x_shape[-1] if with_bias else 0, dtype=x_dtype)
 
 
-class _Gradient(torch.autograd.Function):
-    """Backward of both forms. torch.library.register_autograd would do for one, at three times the host time a call."""
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-        x, residual, _, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
-        ctx.save_for_backward(index, seed)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.plain_sum = index is None and (ctx.threshold, ctx.multiplier) == (0, 1.0) and x.dtype == residual.dtype
-
-    @staticmethod
-    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
-        # The wrapper that refuses a second derivative costs as much as the rest: where none can be asked for, without.
-        return _gradients_once(ctx, d_y) if torch.is_grad_enabled() else _gradients(ctx, d_y)
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    x, residual, _, index, seed, ctx.multiplier, ctx.threshold, ctx.dim = inputs
+    ctx.save_for_backward(index, seed)
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+    ctx.plain_sum = index is None and (ctx.threshold, ctx.multiplier) == (0, 1.0) and x.dtype == residual.dtype
 
 
+@torch.autograd.function.once_differentiable
 def _gradients(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
     index, seed = ctx.saved_tensors
     needs_x, _, with_bias, *_ = ctx.needs_input_grad
@@ -316,59 +298,39 @@ def _gradients(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
     d_x = d_y if ctx.plain_sum else None  # the same tensor for both operands, as of torch's own sum
     d_bias = None
     if with_x or with_bias:
-        direct = _is_plain(d_y) and not _is_watched()
-        function = _backward if direct else torch.ops.megatron_sbld.residual_skip_add_backward
-        made_x, made_bias = function(
+        made_x, made_bias = torch.ops.megatron_sbld.residual_skip_add_backward(
             *(d_y, index, seed, ctx.multiplier, ctx.threshold, ctx.dim, ctx.x_shape, ctx.x_dtype, with_x, with_bias)
         )
         d_x, d_bias = made_x if with_x else d_x, made_bias if with_bias else None
     return d_x, d_y, d_bias, None, None, None, None, None
 
 
-_gradients_once = torch.autograd.function.once_differentiable(_gradients)
-
-
-class _Direct(_Gradient):
-    """Without the operator, where nobody wants to see it."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        _Gradient.save(ctx, inputs)
-        return _forward(*inputs)
-
-
-# Function.apply without its search for what functorch may have left behind, which takes a third of a call.
-_apply_direct = super(torch.autograd.Function, _Direct).apply
-
-
-class _Functional(_Gradient):
-    """The operator's autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y: torch.Tensor = torch.ops.megatron_sbld.residual_skip_add(*inputs)
-        _Gradient.save(ctx, inputs)
-        return y
-
-
-class _InPlace(_Gradient):
+class _InPlace(torch.autograd.Function):
     """A custom operator that writes into its input can have no gradient; an autograd function can."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         residual: torch.Tensor = inputs[1]
-        _Gradient.save(ctx, inputs)
+        _save(ctx, inputs)
         ctx.mark_dirty(residual)
         torch.ops.megatron_sbld.residual_skip_add_(*inputs)
         return residual
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, d_y)
 
 
 for _device in ("CPU", "CUDA"):
     _operators.impl("residual_skip_add", _forward, _device)
     _operators.impl("residual_skip_add_", _forward_in_place, _device)
     _operators.impl("residual_skip_add_backward", _backward_operator, _device)
-_operators.impl("residual_skip_add", _Functional.apply, "Autograd")
+torch.library.register_autograd(
+    "megatron_sbld::residual_skip_add",
+    _gradients,
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs),
+    lib=_operators,
+)
 torch.library.register_fake("megatron_sbld::residual_skip_add", _fake_forward, lib=_operators)
 torch.library.register_fake("megatron_sbld::residual_skip_add_", _fake_forward_in_place, lib=_operators)
 torch.library.register_fake("megatron_sbld::residual_skip_add_backward", _fake_backward, lib=_operators)

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from build_libraries import BuildError, Switches, cpu_command, cuda_command
 
+from megatron_sbld.cxx import extension_file
 from megatron_sbld.nvcc import Nvcc, NvccError, find_nvcc
 
 pytestmark = pytest.mark.slow
@@ -35,9 +38,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python in `cwd` with these environment variables; MEGATRON_SBLD_CUDA is off unless one of them says otherwise."""
+    """Python in `cwd` with these environment variables; no CUDA and no extension unless they say otherwise."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MEGATRON_SBLD", "CUDA_HOME"))}
-    environ |= {"MEGATRON_SBLD_CUDA": "off", **variables}
+    environ |= {"MEGATRON_SBLD_CUDA": "off", "MEGATRON_SBLD_EXTENSION": "off", **variables}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
 
@@ -69,6 +72,9 @@ def test_a_wheel_without_cuda_serves_every_python_and_installs_without_any_depen
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == ["megatron_sbld/residual/_residual_cpu.so"]
     assert not [name for name in names if "csrc" in name or "build_libraries" in name]
+    # With which the extension can be built for whatever torch it meets.
+    sources = {f"megatron_sbld/residual/_source/{name}" for name in ("bindings.cpp", "residual.h")}
+    assert {name for name in names if "_source" in name} == sources
 
     venv = source.parent / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=120)
@@ -169,8 +175,53 @@ def test_a_source_distribution_holds_the_sources_and_what_compiles_them(source: 
     with tarfile.open(source / result.stdout.splitlines()[-1]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()}
-    assert sources | {"setup.py", "megatron_sbld/nvcc.py"} <= held
-    assert len(sources) >= 5
+    assert sources | {"setup.py", "megatron_sbld/nvcc.py", "megatron_sbld/cxx.py"} <= held
+    assert len(sources) >= 6
+
+
+@needs_compiler
+def test_the_extension_is_built_where_torch_is_and_left_out_where_it_is_not(source: Path) -> None:
+    build = ("setup.py", "build_ext", "--inplace")
+    isolated = (
+        "import importlib.util as util, runpy, sys\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
+        f"sys.argv = {list(build)!r}\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    without = run_python("-c", isolated, cwd=source, MEGATRON_SBLD_EXTENSION="auto")
+    assert without.returncode == 0, without.stderr
+    assert "installing without the extension: torch is not installed where this is built" in without.stdout
+    forced = run_python("-c", isolated, cwd=source, MEGATRON_SBLD_EXTENSION="build")
+    assert forced.returncode != 0
+    assert "MEGATRON_SBLD_EXTENSION=build, but the extension cannot be built: torch is" in forced.stderr
+    made = run_python(*build, cwd=source, MEGATRON_SBLD_EXTENSION="build")
+    assert made.returncode == 0, made.stdout + made.stderr
+    (name,) = built(source) - {"_residual_cpu.so"}
+    assert name == extension_file(torch.__version__)
+
+
+def test_an_extension_that_cannot_be_built_says_what_is_missing(source: Path) -> None:
+    program = ("-m", "megatron_sbld.cxx")
+    result = run_python(*program, cwd=source, CXX="no-such-compiler", MEGATRON_SBLD_EXTENSION="auto")
+    assert result.returncode == 0
+    assert result.stderr == "megatron-sbld: without the extension: no C++ compiler was found (no-such-compiler)\n"
+    forced = run_python(*program, cwd=source, CXX="no-such-compiler", MEGATRON_SBLD_EXTENSION="build")
+    assert forced.returncode == 1
+
+
+@needs_compiler
+def test_on_first_use_it_is_built_into_the_cache_by_one_of_many_processes(source: Path, tmp_path: Path) -> None:
+    program = "from megatron_sbld.residual.extension import bindings; print(bindings().__file__)"
+    variables = {"MEGATRON_SBLD_EXTENSION": "build", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: run_python("-c", program, cwd=source, **variables), range(2)))
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    path = tmp_path / "cache" / "megatron-sbld" / extension_file(torch.__version__)
+    assert {run.stdout.strip() for run in runs} == {str(path)}
+    assert list(path.parent.glob("*.so")) == [path]
+    refused = run_python("-c", program, cwd=source, MEGATRON_SBLD_EXTENSION="yes")
+    assert "ValueError: MEGATRON_SBLD_EXTENSION='yes': must be one of auto, build, off" in refused.stderr
 
 
 def test_cuda_home_wins_over_the_path_and_that_over_a_package(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from megatron_sbld.residual import choice, eager, native, residual_skip_add, residual_skip_add_
+from megatron_sbld.residual import choice, eager, native, op, residual_skip_add, residual_skip_add_
+from megatron_sbld.residual.extension import _addresses, bindings, describe_extension
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -33,6 +34,18 @@ INDEX_KINDS = ("none", "dim 0", "dim 1", "tokens of each sample", "samples of ea
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda setting: monkeypatch.setenv(choice.VARIABLE, setting)
+
+
+@pytest.fixture(params=["extension", "ctypes"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a library is called. All that this file says holds for both."""
+    if request.param == "ctypes":
+        monkeypatch.setattr(op, "bindings", lambda: None)
+    elif (extension := bindings()) is None:
+        pytest.skip(describe_extension())
+    else:
+        extension.set_choice(_addresses)  # forgets which library it took
+    return request.param
 
 
 @pytest.fixture(params=["cpu", "eager"])

@@ -37,9 +37,12 @@ def use_one_gloo_thread() -> None:
             rank: int,
             size: int,
             timeout: datetime.timedelta = distributed_c10d.default_pg_timeout,
+            **settings: Any,
         ) -> None:
             options = gloo._Options()  # type: ignore[attr-defined]  # torch's stub has another name
             options._devices, options._timeout, options._threads = devices(), timeout, 1
+            for name, value in settings.items():  # enable_reconfigure, from torch 2.14 on
+                setattr(options, name, value)
             super().__init__(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = OneThread  # type: ignore[misc]
