@@ -43,7 +43,8 @@ def options_page() -> str:
         NOTE,
         "",
         "Every field of a config file. On the command line, `--section.field VALUE` overrides the file, such as",
-        "`--drop.theta 0.7`. In a patched Megatron-LM, fields of the drop section are arguments: `--sbld-theta 0.7`.",
+        "`--drop.theta 0.7`. In a patched Megatron-LM, fields of the drop section are arguments: `--sbld-theta 0.7`;",
+        "so is one of the optimizer section: `--sbld-lr-schedule-by`.",
     ]
     hints = typing.get_type_hints(Config)
     for section in dataclasses.fields(Config):

@@ -247,6 +247,30 @@ def test_a_rank_with_another_configuration_is_named_with_what_differs(changes: d
     assert "rank 1" not in str(error.value)
 
 
+@pytest.mark.parametrize("scope", ["iteration", "microbatch"])
+@pytest.mark.parametrize("own", [{"sampler": "balanced", "stages": 2}, {"granularity": "sample", "num_samples": 3}])
+def test_layer_tokens_are_what_all_replicas_run_and_each_of_them_knows_it(scope: Any, own: dict[str, Any]) -> None:
+    """4 microbatches of 3 samples on each of 2 replicas, which run different layers or samples."""
+    policy = LayerDropPolicy(Constant(0.7), LAYERS)
+    controllers = [
+        DropController(policy, scope=scope, replicas="distinct", replica=replica, **own) for replica in (0, 1)
+    ]
+    differ = 0
+    for iteration in range(1, 30):
+        for controller in controllers:
+            controller.begin_iteration(iteration, num_microbatches=4)
+        # [replicas, microbatches, L], shares of 3 samples
+        shares = np.stack([controller.kept_shares for controller in controllers])
+        for controller in controllers:
+            assert controller.layer_tokens(24 * 10) == pytest.approx(float(shares.sum()) * 3 * 10)
+        plans = [
+            controller.plan if controller.sample_plan is None else controller.sample_plan for controller in controllers
+        ]
+        differ += not np.array_equal(*plans)
+    assert differ > 10
+    assert controllers[0].expected_shares(1) == pytest.approx([0.7] * LAYERS)
+
+
 def test_another_policy_decides_from_the_next_iteration_on() -> None:
     controller = DropController(HALF, seed=5)
     controller.begin_iteration(1, 1)

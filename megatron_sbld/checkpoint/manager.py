@@ -114,6 +114,9 @@ class CheckpointManager:
                 "drop": train_state["drop"],
                 "sensitivity": train_state.get("sensitivity"),
             }
+            if "lr_plan" in train_state:  # the schedule has counted layer-tokens
+                rate = {"consumed_layer_tokens": train_state["consumed_layer_tokens"]}
+                state["opt_param_scheduler"][CHECKPOINT_KEY]["rate"] = rate
         job = _Job(iteration, layout, train_state, content.take_snapshot(state, copy=self._async))
         if not self._async:
             self._write(job)

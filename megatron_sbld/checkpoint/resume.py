@@ -85,6 +85,14 @@ class SavedRun:
         samples = int(self.train_state["consumed_samples"])
         return int(self.train_state.get("consumed_tokens", samples * self.config["model"]["seq_length"]))
 
+    @property
+    def consumed_layer_tokens(self) -> int | None:
+        """Tokens that its layers have processed, summed over layers; None where it dropped some and does not say."""
+        if "consumed_layer_tokens" not in self.train_state and self.config.get("drop", {}).get("policy") == "none":
+            return self.consumed_tokens * int(self.config["model"]["num_layers"])
+        counted: int | None = self.train_state.get("consumed_layer_tokens")
+        return counted
+
 
 def find_changes(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list[Change]:
     """The fields that differ and concern the run; what the saved config does not know is not compared.
@@ -118,8 +126,8 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
         train_data: facts (data/blend.py) of the present training data.
 
     Raises:
-        ValueError: naming each field that plans the run and has changed, unless checkpoint.replan is true; or a length
-            that is below what is done.
+        ValueError: naming each field that plans the run and has changed, unless checkpoint.replan is true; a length
+            that is below what is done; or what check_layer_tokens refuses.
     """
     found = find_changes(saved.config, config)
     changes = [replace(change, idle=_idle_reason(change, found, saved, config)) for change in found]
@@ -133,6 +141,7 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
             + ". Learning rate, drops and the order of the data were planned with it. Set it as it was, or set "
             "checkpoint.replan true to plan the rest of the run anew. (training.exit_after_iterations runs a part.)"
         )
+    check_layer_tokens(saved, config)
     total = run_length(saved, config).train_iters
     if total < saved.iteration:
         name = "train_iters" if config.training.train_iters is not None else "train_samples"
@@ -141,6 +150,16 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
             f"checkpoint has done {saved.iteration}; must be at least as many"
         )
     return changes
+
+
+def check_layer_tokens(saved: SavedRun, config: Config) -> None:
+    """Refuse a learning rate by layer-tokens for a run that does not know how many it has consumed."""
+    if config.optimizer.lr_schedule_by == "layer_tokens" and saved.consumed_layer_tokens is None:
+        raise ValueError(
+            "optimizer.lr_schedule_by = 'layer_tokens': the checkpoint is of a run that dropped layers and does not "
+            "say how many layer-tokens it has consumed; allowed is 'iterations', or a run of its own that loads the "
+            "weights alone"
+        )
 
 
 def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, config: Config) -> str | None:

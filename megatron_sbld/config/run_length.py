@@ -7,8 +7,12 @@ learning rates in samples and drops are counted in iterations; both ask here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sbld.config.sections import TrainingConfig
 
@@ -63,6 +67,20 @@ class RunLength:
                 return consumed
             done, consumed = done + 1, consumed + size
         return consumed + (iterations - done) * self.training.global_batch_size
+
+    def samples_after_each(self, iterations: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`samples_after` of each of some iterations, none below `iteration`."""
+        ramp = np.cumsum([self.samples, *self._ramp()])  # after `iteration`, and after each iteration of the ramp
+        since = iterations - self.iteration
+        beyond = np.maximum(since - (len(ramp) - 1), 0) * self.training.global_batch_size
+        return ramp[np.minimum(since, len(ramp) - 1)] + beyond
+
+    def iterations_to_read(self, samples: int) -> int:
+        """The first iteration after which so many samples have been read; at least `iteration`."""
+        ramp = np.cumsum([self.samples, *self._ramp()])
+        if samples <= ramp[-1]:
+            return self.iteration + int(np.searchsorted(ramp, samples))
+        return self.iteration + len(ramp) - 1 + math.ceil((samples - int(ramp[-1])) / self.training.global_batch_size)
 
     def _ramp(self) -> Iterator[int]:
         """Global batch sizes of the iterations from `iteration` on whose size the ramp decides."""

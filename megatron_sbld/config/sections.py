@@ -173,6 +173,12 @@ class OptimizerConfig:
     """Iterations of WSD's final decay; needed by WSD."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of WSD's final decay."""
+    lr_schedule_by: Literal["iterations", "layer_tokens"] = "iterations"
+    """What drives warm-up and decay. iterations: the iterations that are done, or their samples. layer_tokens: the
+    tokens that each layer has processed, summed over layers and divided by their number (random-LTD's LayerToken rate),
+    so that the rate waits while little runs. The warm-up then lasts for what lr_warmup_iters undropped iterations
+    process, which takes more iterations; the decay ends at what the run is forecast to process in lr_decay_iters. A
+    weight decay that changes follows as well. Nothing dropped: the same rate as iterations, bit for bit."""
     weight_decay: NotNegative = 0.1
     """Of all weights but biases and norms."""
     start_weight_decay: NotNegative | None = None

@@ -84,8 +84,10 @@ def _warn_of_late_growth(config: Config) -> None:
 
 
 def rate_decays_from(config: Config) -> int | None:
-    """The iteration from which the learning rate falls; None if it never does, or is planned in samples."""
+    """The iteration from which the learning rate falls; None if it never does, or another unit decides."""
     opt = config.optimizer
+    if opt.lr_schedule_by == "layer_tokens" and opt.lr_decay_style != "WSD":
+        return None
     if opt.lr_decay_style == "constant" or config.training.train_iters is None:
         return None
     if opt.lr_decay_style == "WSD":

@@ -43,7 +43,7 @@ FORWARD_COST = 1.0 / 3.0
 _DROP_FIELDS = ("decision_scope", "sampler", "balance_stages", "replicas", "granularity", "residual", "dropped_update")
 _IRRELEVANT = {
     "model": set(),
-    "optimizer": set(),
+    "optimizer": {"lr_schedule_by"},  # _measuring_config sets it
     "parallel": {"distributed_backend", "distributed_timeout_minutes"},
     "training": {"seed", "eval_interval", "eval_iters", "exit_after_iterations"},
     "data": {"train_data_path", "valid_data_path", "tokenizer", "data_cache_path", "num_workers"},
@@ -184,7 +184,8 @@ def _measuring_config(config: Config, out: str) -> Config:
     )
     data = dataclasses.replace(config.data, valid_data_path=[])
     logging = dataclasses.replace(config.logging, run_dir=out)
-    return dataclasses.replace(config, drop=drop, data=data, logging=logging)
+    optimizer = dataclasses.replace(config.optimizer, lr_schedule_by="iterations")  # all runs have the same rate
+    return dataclasses.replace(config, drop=drop, data=data, optimizer=optimizer, logging=logging)
 
 
 def _refuse_growing(start: Start | None) -> None:

@@ -1,5 +1,7 @@
 """The drop section as Megatron-LM arguments: `--sbld-<field>` for each field of DropConfig, and the way back.
 
+Beside them `--sbld-lr-schedule-by`, of the optimizer section.
+
 Names, types, choices, defaults and help are DropConfig's own. Megatron-LM's parser is argparse; ranges and what fields
 mean together are checked by the same code as for a config file, and errors name the arguments.
 """
@@ -19,6 +21,7 @@ from typing import Any, Literal
 
 import docstring_parser
 
+from megatron_sbld.config.sections import OptimizerConfig
 from megatron_sbld.fields import ranges
 from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
 from megatron_sbld.layout.units import num_units
@@ -26,6 +29,8 @@ from megatron_sbld.mcore.compat import hybrid_pattern
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.recipes import with_recipe
 
+RATE_FIELD = "lr_schedule_by"
+"""Of the optimizer section, and the one argument that is not of the drop section."""
 _PREFIX = "sbld_"
 _EXPLICIT = "sbld_explicit"  # fields that were set
 _FIELD = re.compile(r"\bdrop\.(\w+)")
@@ -49,6 +54,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             help=f"{description} (default: %(default)s)",
             **_kind(hints[field.name]),
         )
+    described = {
+        param.arg_name: param.description for param in docstring_parser.parse_from_object(OptimizerConfig).params
+    }
+    rate = OptimizerConfig.__dataclass_fields__[RATE_FIELD]
+    group.add_argument(
+        argument_name(RATE_FIELD),
+        default=rate.default,
+        choices=typing.get_args(typing.get_type_hints(OptimizerConfig)[RATE_FIELD]),
+        help=f"{' '.join((described[RATE_FIELD] or '').split())} Needs a policy. (default: %(default)s)",
+    )
     parser.set_defaults(**{_EXPLICIT: []})
     return parser
 
@@ -104,13 +119,21 @@ def policy_layers(args: Any, config: DropConfig) -> int:
     return num_units(pattern, config.unit)
 
 
-def ignored_arguments(config: DropConfig) -> tuple[str, ...]:
+def lr_schedule_by(args: Namespace) -> str:
+    """What drives the learning rate: iterations or layer_tokens."""
+    word: str = getattr(args, _PREFIX + RATE_FIELD, OptimizerConfig.lr_schedule_by)
+    return word
+
+
+def ignored_arguments(config: DropConfig, schedule_by: str = OptimizerConfig.lr_schedule_by) -> tuple[str, ...]:
     """What was given although there is no policy that it could be of: --sbld-policy may have been forgotten."""
     if config.policy != "none":
         return ()
     needs_no_policy = DropConfig(residual=config.residual)
     names = [field.name for field in dataclasses.fields(DropConfig)]
-    return tuple(argument_name(name) for name in names if getattr(config, name) != getattr(needs_no_policy, name))
+    ignored = [name for name in names if getattr(config, name) != getattr(needs_no_policy, name)]
+    ignored += [RATE_FIELD] * (schedule_by != OptimizerConfig.lr_schedule_by)
+    return tuple(argument_name(name) for name in ignored)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sbld.megatron_lm.arguments import argument_name, drop_config, extra_args_provider, ignored_arguments
+from megatron_sbld.megatron_lm.arguments import (
+    argument_name,
+    drop_config,
+    extra_args_provider,
+    ignored_arguments,
+    lr_schedule_by,
+)
 from megatron_sbld.megatron_lm.run import LayerDropping
 
 logger = logging.getLogger(__name__)
@@ -94,7 +100,7 @@ class _Attachment:
         if self._run is not None:
             return True
         args = importlib.import_module("megatron.training").get_args()
-        ignored = ignored_arguments(drop_config(args))
+        ignored = ignored_arguments(drop_config(args), lr_schedule_by(args))
         if ignored and not args.skip_train and getattr(args, "rank", 0) == 0:
             _warn_of_ignored(ignored)
         if not _asks_for_something(args):

@@ -7,7 +7,8 @@ keeps what a resumed run needs in the scheduler's state dict, the only state tha
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,18 @@ from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
 
 logger = logging.getLogger(__name__)
+
+
+_RATE = "rate"
+"""In the drop state, where layer-tokens drive the learning rate."""
+
+
+class RateState(Protocol):
+    """What a run that goes on needs of a learning rate by layer-tokens."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None: ...
 
 
 class AttachedDrops:
@@ -55,6 +68,7 @@ class AttachedDrops:
             num_samples=micro_batch_size if drop.granularity == "sample" else None,
             replicas="shared" if drop.policy == "none" else drop.replicas,
         )
+        self._rate: RateState | None = None
         self._has_loaded = False  # the scheduler's state, of a run with layer dropping or without
         self._observer = LossObserver(drop, self.controller) if updates_sensitivity(drop) else None
         self._layers: list[int] = []
@@ -73,10 +87,15 @@ class AttachedDrops:
             self._layers += make_switchable(chunks, self.controller, unit=self.drop.unit)
         self._chunks += chunks
 
-    def attach(self, optimizer: Any, scheduler: Any) -> None:
+    def attach(self, optimizer: Any, scheduler: Any, rate: Callable[[], RateState] | None = None) -> None:
         """Attend to the optimizer, and let the scheduler's state dict hold the drop state. Collective.
 
         Call it once both are built, before a checkpoint is loaded.
+
+        Args:
+            optimizer: Megatron's.
+            scheduler: Megatron's, of the learning rate.
+            rate: makes what lets layer-tokens drive the scheduler, where they do, once the stages are known.
         """
         if not self.drops:
             return
@@ -87,6 +106,8 @@ class AttachedDrops:
             freeze_dropped_layers(self._chunks, optimizer)
         if self.drop.stages is not None:
             self._attend_to_stages(optimizer, scheduler)
+        if rate is not None:
+            self._rate = rate()
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
         scheduler.state_dict = lambda: {**state_dict(), CHECKPOINT_KEY: self._state_dict()}
 
@@ -151,10 +172,12 @@ class AttachedDrops:
 
     def _state_dict(self) -> dict[str, Any]:
         sensitivity = None if self._observer is None else self._observer.state_dict()
-        return {"drop": self.controller.state_dict(), "sensitivity": sensitivity}
+        rate = {} if self._rate is None else {_RATE: self._rate.state_dict()}
+        return {"drop": self.controller.state_dict(), "sensitivity": sensitivity, **rate}
 
     def _load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._has_loaded = True
+        self._load_rate(state)
         controller = self.controller
         if state is None:  # a checkpoint of a run without layer dropping, in which every layer has begun
             controller.policy, line = controller.growth.load_state_dict(None, controller.policy, next_iteration=1)
@@ -166,3 +189,14 @@ class AttachedDrops:
         if dist.get_rank() == 0:
             for difference in differences:
                 logger.warning("%s", difference)
+
+    def _load_rate(self, state: dict[str, Any] | None) -> None:
+        """Refuse to go on with a schedule that has counted otherwise; without layer dropping both counts are one."""
+        if state is not None and (_RATE in state) != (self._rate is not None):
+            saved, present = ("layer_tokens", "iterations") if self._rate is None else ("iterations", "layer_tokens")
+            raise ValueError(
+                f"lr_schedule_by (--sbld-lr-schedule-by in Megatron-LM) = {present!r} is not allowed: the parameter "
+                f"scheduler that is loaded has counted by {saved}; give {saved}, or start from the weights alone"
+            )
+        if self._rate is not None:
+            self._rate.load_state_dict(None if state is None else state[_RATE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,9 +12,10 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 
 from megatron_sbld.controller import DropController
-from megatron_sbld.megatron_lm.arguments import drop_config, named_as_arguments, policy_layers
+from megatron_sbld.megatron_lm.arguments import drop_config, lr_schedule_by, named_as_arguments, policy_layers
 from megatron_sbld.megatron_lm.attached import AttachedDrops
 from megatron_sbld.megatron_lm.checks import check_arguments
+from megatron_sbld.megatron_lm.layer_tokens import BY_LAYER_TOKENS, LayerTokenRate
 from megatron_sbld.megatron_lm.scalars import Scalars
 
 
@@ -35,6 +37,7 @@ class LayerDropping:
         check_arguments(args, train_iters, drop)
         with named_as_arguments():
             self._drops = AttachedDrops(drop, policy_layers(args, drop), train_iters, args.micro_batch_size)
+        self._rate: LayerTokenRate | None = None
         self._scalars = Scalars(args, self.controller, training, drop.unit)
 
     @property
@@ -52,8 +55,15 @@ class LayerDropping:
         """The stock scheduler, whose state dict holds the drop state as well. Model and optimizer are built by now."""
         scheduler = stock(optimizer)
         with named_as_arguments():
-            self._drops.attach(optimizer, scheduler)
+            by_layer_tokens = lr_schedule_by(self._args) == BY_LAYER_TOKENS
+            self._drops.attach(
+                optimizer, scheduler, functools.partial(self._drive, scheduler) if by_layer_tokens else None
+            )
         return scheduler
+
+    def _drive(self, scheduler: Any) -> LayerTokenRate:
+        self._rate = LayerTokenRate(self._args, self.controller, scheduler)
+        return self._rate
 
     def train_step(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """An iteration: decisions on every rank, the stock step, and what its loss says of the layers."""
@@ -65,6 +75,9 @@ class LayerDropping:
         if growth:
             self._scalars.note_growth(growth)
         result = stock(*args, **kwargs)
+        if self._rate is not None:
+            self._rate.count(get_current_global_batch_size())
+            self._scalars.note_layer_tokens(self._rate.consumed)
         self._scalars.note_step(time.perf_counter() - began, get_current_global_batch_size())
         self._drops.observe(result[0])
         return result

@@ -37,12 +37,17 @@ class Scalars:
         self._flops = np.zeros(2)  # of the undropped model, executed; since the last line on the console
         self._last_flops = np.zeros(2)  # of the last iteration
         self._growth = ""
+        self._layer_tokens: dict[str, float] = {}
 
     def note_step(self, seconds: float, batch_size: int) -> None:
         """Count an iteration, which the controller is still at."""
         self._seconds += seconds
         self._last_flops = np.array([self._undropped_flops(batch_size), self.executed_flops(batch_size)])
         self._flops += self._last_flops
+
+    def note_layer_tokens(self, consumed: int) -> None:
+        """Have the layer-tokens written that are consumed with this iteration."""
+        self._layer_tokens = {"consumed_layer_tokens": float(consumed)}
 
     def note_growth(self, text: str) -> None:
         """Have a line about layers that begin printed with this iteration's log."""
@@ -85,7 +90,7 @@ class Scalars:
     def _scalars(self) -> dict[str, float]:
         model_flops, executed_flops = self._last_flops.tolist()
         flops = {"model_flops": model_flops, "executed_flops": executed_flops}
-        return {**decision_scalars(self._controller), **flops}
+        return {**decision_scalars(self._controller), **self._layer_tokens, **flops}
 
     def _add(self, scalars: dict[str, float], iteration: int) -> None:
         global_vars = importlib.import_module("megatron.training.global_vars")

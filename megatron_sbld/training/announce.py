@@ -29,6 +29,8 @@ def announce(run: Run) -> None:
     weights = loss_weights_text(run.config)
     if weights is not None:
         run.note(weights)
+    if run.layer_tokens.drives_rate:
+        run.note(run.layer_tokens.text())
     if run.config.drop.policy != "none" and run.writer is not None:
         recompute = run.config.training.recompute_granularity == "full"
         phi = layer_share(run.config.model, run.vocab_size, recompute=recompute)

@@ -57,6 +57,7 @@ from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, up
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.training.changes import CHANGES_FILE, record_changes
+from megatron_sbld.training.layer_tokens import LayerTokens
 from megatron_sbld.training.metrics import MetricsWriter, set_aside
 from megatron_sbld.training.model import (
     build_model,
@@ -121,6 +122,7 @@ class Run:
                 copy_moments=config.drop.stage_copy_moments,
             )
         self.scheduler: OptimizerParamScheduler = build_param_scheduler(config, self.optimizer, self.length)
+        self.layer_tokens = LayerTokens(config, length, self.controller, self.scheduler)
         if policy.stages is not None and config.drop.stage_warmup:
             warm_up_after_growth(self.scheduler, self.controller, stage_warmup_iters(config.drop, self.train_iters))
         self.checkpoints: CheckpointManager | None = None
@@ -129,6 +131,8 @@ class Run:
         """What is due at this iteration and was interrupted by a request to stop (between.py)."""
         self.last_loss = math.nan
         """Mean loss per token of the last iteration."""
+        if start is None or not start.whole_state:
+            self.layer_tokens.begin()
         if start is not None:
             self._restore(start)
         self._train_data = data.train.facts
@@ -169,8 +173,11 @@ class Run:
         batches = itertools.tee(self.data.train_batches(num_microbatches), len(self.chunks))
         by_microbatch = self.sensitivity is not None and self.sensitivity.needs_microbatch_losses
         result = train_step(self.config, self.chunks, self.optimizer, batches, stop.requested, by_microbatch)
+        # A whole number, but for rounding that may differ where replicas run different layers.
+        layer_tokens = round(self.controller.layer_tokens(batch_size * self.config.model.seq_length))
+        increment = self.layer_tokens.count(layer_tokens, batch_size)
         if result.update_successful:
-            self.scheduler.step(increment=batch_size)
+            self.scheduler.step(increment=increment)
         step_time_s = time.perf_counter() - began
         self.iteration += 1
         self.consumed_samples += batch_size
@@ -215,6 +222,7 @@ class Run:
             "kept_fraction": controller.kept_fraction,
             "consumed_tokens": self.consumed_tokens,
             "consumed_samples": self.consumed_samples,
+            "consumed_layer_tokens": self.layer_tokens.consumed,
             "global_batch_size": batch_size,
             "keep_probs": [round(keep_prob, 6) for keep_prob in controller.keep_probs.tolist()],
             "kept": [round(share, 6) for share in controller.kept_shares.mean(axis=0).tolist()],
@@ -246,6 +254,7 @@ class Run:
         train_state = {
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
+            **self.layer_tokens.state_dict(),
             "train_time_s": self.train_time_s,
             "interrupted": self.interrupted,
             "drop": self.controller.state_dict(),
@@ -285,6 +294,8 @@ class Run:
                 )
             if self.sensitivity is not None and state.get("sensitivity") is not None:
                 lines += self.sensitivity.load_state_dict(state["sensitivity"])
+            rate_line = self.layer_tokens.restore(start.saved, start.changes, self.consumed_samples)
+            lines += [rate_line] * bool(rate_line)
         if self.config.drop.sampler == "balanced" and self.config.drop.balance_stages is not None:
             self.controller.stages = self.config.drop.balance_stages
         if any(change.field == "training.seed" for change in start.changes):

@@ -110,7 +110,8 @@ def saved_run(config: Config, iteration: int = 4, *, data: Any = DATA, replicas:
         optimizer_buckets=[],
         precision="fp32",
     )
-    train_state = {"config": dataclasses.asdict(config), "train_data": data, "consumed_samples": 32, **state}
+    counts = {"consumed_samples": 32, "consumed_layer_tokens": 32 * 2048 * 12}
+    train_state = {"config": dataclasses.asdict(config), "train_data": data, **counts, **state}
     return SavedRun(iteration, layout, files.encode_train_state(train_state))
 
 
@@ -294,13 +295,14 @@ OPTIMIZER_CHANGES: dict[str, dict[str, Any]] = {
     "clip_grad": {"clip_grad": 0.25},
     "log_num_zeros_in_grad": {"log_num_zeros_in_grad": True},
 }
-COUNTED_IN_SAMPLES = {"lr_decay_samples", "lr_warmup_samples"}
+COUNTED_OTHERWISE = {"lr_decay_samples", "lr_warmup_samples", "lr_schedule_by"}
+"""The last: tests/training/test_layer_tokens.py."""
 
 
 def test_the_optimizer_of_a_resumed_run_is_the_configs(config: Config, tmp_path: Path) -> None:
     """Oracle: an optimizer built from the changed config, at the same sample."""
     every = {field.name for field in dataclasses.fields(config.optimizer)}
-    assert set(OPTIMIZER_CHANGES) == every - COUNTED_IN_SAMPLES, "a field was added: say what it does on resume"
+    assert set(OPTIMIZER_CHANGES) == every - COUNTED_OTHERWISE, "a field was added: say what it does on resume"
     for use_distributed in (False, True):
         folder = tmp_path / f"distributed {use_distributed}"
         first = change(in_folder(config, folder), parallel={"use_distributed_optimizer": use_distributed})

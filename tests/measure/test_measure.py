@@ -523,3 +523,17 @@ def test_the_run_of_the_config_is_left_alone(config: Config, tmp_path: Path) -> 
     before = sorted(path for path in Path(config.logging.run_dir).rglob("*"))
     assert measure(config, tmp_path / "out", iterations=2, layers="1") == 0
     assert sorted(path for path in Path(config.logging.run_dir).rglob("*")) == before
+
+
+def test_all_runs_of_a_measurement_have_the_rate_of_their_iterations(config: Config, tmp_path: Path) -> None:
+    """By layer-tokens the run without a layer would have another one than the baseline, also behind a checkpoint."""
+    driven = change(config, drop={"policy": "layerdrop", "theta": 0.5}, optimizer={"lr_schedule_by": "layer_tokens"})
+    assert run_here(change(driven, training={"exit_after_iterations": 2})) == 75
+    by_iterations = change(driven, optimizer={"lr_schedule_by": "iterations"})
+    for load in (None, driven.logging.run_dir):
+        found = []
+        for name, case in {"driven": driven, "by iterations": by_iterations}.items():
+            out = tmp_path / f"{name} from {'checkpoint' if load else 'nothing'}"
+            assert measure(case, out, load, iterations=3, layers="1") == 0
+            found.append(values(out))
+        assert found[0] == found[1]

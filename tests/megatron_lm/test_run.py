@@ -60,7 +60,7 @@ def megatron_args(*sbld: str, **changed: Any) -> Namespace:
         **{"pipeline_model_parallel_size": 1, "overlap_grad_reduce": False, "fp8": None, "cuda_graph_impl": "none"},
         **{"skip_train": False, "num_experts": None, "world_size": 1, "curr_iteration": 0},
         **{"tensorboard_log_interval": 1, "log_interval": 1},
-        "params_dtype": torch.float32,
+        **{"seq_length": 16, "global_batch_size": MICROBATCHES, "params_dtype": torch.float32},
     }
     return Namespace(**{**known, **vars(parse(*sbld)), **changed})
 

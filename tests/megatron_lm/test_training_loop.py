@@ -57,6 +57,7 @@ STAGES: dict[str, Any] = {
     "stage_warmup": 0.25,
 }
 """Layers 1 and 3 run until HALF, one on each of two pipeline ranks."""
+BY_LAYER_TOKENS = ("--sbld-lr-schedule-by", "layer_tokens")
 TRAINING = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 1 --global-batch-size 8 --train-iters 8 --eval-interval 4 --eval-iters 1
@@ -160,10 +161,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Runs:
     runs.script("staged", any_depth=True, **staged)
     runs.script("shallow", "--num-layers", "2", stock=True, any_depth=True)
 
+    runs.script("by layer tokens", *BY_LAYER_TOKENS, **runs.drop)
+    runs.resume("by layer tokens resumed", "by layer tokens", *BY_LAYER_TOKENS, **runs.drop)
     config = trainer_config(runs, corpus)
     own = tiny_run(runs.folder / "pretrained", corpus, **config)
     tuned = change(own, logging={"run_dir": runs.path("tuned")}, checkpoint={"load": runs.checkpoint("dropping", HALF)})
     runs.cases += [own, tuned]
+    runs.cases.append(
+        change(
+            own,
+            logging={"run_dir": runs.path("pretrained by layer tokens")},
+            optimizer={"lr_schedule_by": "layer_tokens"},
+        )
+    )
+    runs.resume("from pretrained by layer tokens", "pretrained by layer tokens", *BY_LAYER_TOKENS, **runs.drop)
     runs.resume("from pretrained", "pretrained", **runs.drop)
     runs.resume("finetuned", "dropping", "--finetune", **runs.drop)
     file = runs.folder / "gpt.yaml"
@@ -278,6 +289,14 @@ def test_it_is_the_run_of_megatron_sbld_pretrain_and_continues_its_checkpoints(a
     config = DropConfig(**alone.drop)
     policy = build_policy(config, LAYERS, ITERATIONS)
     check_decisions(scalars(alone.path("from pretrained")), policy, config.seed, range(HALF + 1, ITERATIONS + 1))
+
+
+def test_layer_tokens_drive_its_learning_rate_as_they_do_the_trainers(alone: Runs) -> None:
+    alone.near("by layer tokens", "pretrained by layer tokens")
+    alone.same("by layer tokens", "by layer tokens resumed", first=HALF + 1)
+    alone.near("pretrained by layer tokens", "from pretrained by layer tokens", first=HALF + 1)
+    usual, driven = (scalars(alone.path(name))["learning-rate"] for name in ("dropping", "by layer tokens"))
+    assert driven[2] < usual[2]
 
 
 def test_megatron_sbld_pretrains_from_its_weights_as_finetuning_does(alone: Runs) -> None:

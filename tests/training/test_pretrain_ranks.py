@@ -25,6 +25,7 @@ from tests.training.trainer_helpers import (
     in_folder,
     losses,
     prepare_corpus,
+    rates,
     run_here,
     run_trainers,
     sbld,
@@ -35,6 +36,7 @@ from tests.training.trainer_helpers import (
     without_dropout,
 )
 
+BY_LAYER_TOKENS = {"lr_schedule_by": "layer_tokens"}
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 INTERLEAVED = {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2}
@@ -58,11 +60,15 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"precision": "bf16"},
         "drop": {"decision_scope": "microbatch"},
     },
-    "DP 2, distinct replicas": {"drop": {"sampler": "balanced", "replicas": "distinct"}},
+    "DP 2, distinct replicas": {
+        "drop": {"sampler": "balanced", "replicas": "distinct"},
+        "optimizer": BY_LAYER_TOKENS,
+    },
     "DP 2, both overlaps, samples of distinct replicas, frozen": {
         "parallel": BOTH_OVERLAPS,
         "training": {"micro_batch_size": 2},
         "drop": {"granularity": "sample", "replicas": "distinct", "dropped_update": "freeze"},
+        "optimizer": BY_LAYER_TOKENS,
     },
     "PP 2 interleaved": {"parallel": INTERLEAVED},
     "TP 2": {"parallel": TENSOR},
@@ -104,6 +110,7 @@ def from_common_weights(folder: Path, corpus: Path, name: str, **parallel: Any) 
         training={"train_iters": 20, "eval_interval": 7},
         checkpoint={"load": str(folder / "base")},
         data={"valid_data_path": [f"{corpus}_valid"]},
+        optimizer=BY_LAYER_TOKENS,
     )
 
 
@@ -118,7 +125,8 @@ def chain(folder: Path, corpus: Path, name: str) -> list[Config]:
     iterations = CHAIN_STOPS * len(CHAINS[name])
     stop = {"train_iters": iterations, "exit_after_iterations": CHAIN_STOPS}
     return [
-        without_dropout(folder, corpus, f"chain, {name}", parallel=layout, training=stop) for layout in CHAINS[name]
+        without_dropout(folder, corpus, f"chain, {name}", parallel=layout, training=stop, optimizer=BY_LAYER_TOKENS)
+        for layout in CHAINS[name]
     ]
 
 
@@ -206,6 +214,7 @@ def test_every_layout_takes_the_decisions_and_has_the_losses_of_one_process(
     assert outcomes["one process"] == [0]
     assert outcomes[f"on {name}"] == [0, 0]
     assert decisions(folder / f"on {name}") == decisions(folder / "one process")
+    assert rates(folder / f"on {name}") == rates(folder / "one process")
     np.testing.assert_allclose(losses(folder / f"on {name}"), losses(folder / "one process"), rtol=1e-4)
     expected = valid_losses(folder / "one process")
     assert list(expected) == [7, 14, 20]
@@ -266,6 +275,7 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
     assert outcomes[f"resumed {name}"] == [0, 0]
     assert losses(folder / name) == losses(folder / f"whole {name}")
     assert decisions(folder / name) == decisions(folder / f"whole {name}")
+    assert rates(folder / name) == rates(folder / f"whole {name}")
     assert updates(folder / name) == updates(folder / f"whole {name}")
     changed = {tuple(row["sensitivity"]) for row in updates(folder / name)}
     assert (len(changed) > 1) == ("dynamic" in name)
@@ -277,6 +287,7 @@ def test_a_run_that_changes_its_layout_keeps_its_decisions_and_losses(
 ) -> None:
     assert [outcomes[f"chain, {name}, {i}"] for i in range(4)] == [[75], [75, 75], [75, 75], [0, 0]]
     assert decisions(folder / f"chain, {name}") == decisions(folder / "chain in one process")
+    assert rates(folder / f"chain, {name}") == rates(folder / "chain in one process")
     np.testing.assert_allclose(losses(folder / f"chain, {name}"), losses(folder / "chain in one process"), rtol=1e-4)
 
 

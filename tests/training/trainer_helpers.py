@@ -260,6 +260,11 @@ def decisions(run_dir: Path | str) -> list[list[float]]:
     return [row["kept"] for row in train_rows(run_dir)]
 
 
+def rates(run_dir: Path | str) -> list[tuple[float, int]]:
+    """Learning rate after each iteration, and the layer-tokens that are consumed then."""
+    return [(row["lr"], row["consumed_layer_tokens"]) for row in train_rows(run_dir)]
+
+
 def updates(run_dir: Path | str) -> list[dict[str, Any]]:
     """The rows of updates of the sensitivity."""
     return [row for row in rows(run_dir) if "gap" in row]
