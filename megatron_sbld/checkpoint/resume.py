@@ -13,8 +13,10 @@ from typing import Any
 from megatron_sbld.checkpoint.files import Layout
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
+from megatron_sbld.config.tokens import strata_needed, tokens_of
+from megatron_sbld.method.build_tokens import with_strata
 from megatron_sbld.method.config import DropConfig, drop_field_names
-from megatron_sbld.method.in_force import dropped_update
+from megatron_sbld.method.in_force import dropped_update, drops
 
 BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
 """How many samples each iteration reads."""
@@ -89,9 +91,10 @@ class SavedRun:
 def find_changes(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list[Change]:
     """The fields that differ and concern the run; what the saved config does not know is not compared.
 
-    The drop section is compared as far as it is looked at: with policy none, before and now, nothing of it is.
+    The drop section is compared as far as it is looked at: if it drops nothing, before and now, nothing of it is.
     """
-    if saved.get("drop", {}).get("policy") == config.drop.policy == "none":
+    drop = saved.get("drop", {})
+    if drop.get("policy") == "none" and drop.get("granularity") != "token" and not drops(config.drop):
         saved = {**saved, "drop": {}}
     changes = []
     for section, name, present in _fields(config):
@@ -126,6 +129,7 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
     before = saved.train_state.get("train_data")
     if before not in (None, train_data):
         changes.append(Change(_TRAIN_DATA, before, train_data))
+    _check_strata(saved, config)
     planned = [change.text for change in changes if change.field in PLANNED_FIELDS]
     if planned and not config.checkpoint.replan:
         raise ValueError(
@@ -141,6 +145,14 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
             f"checkpoint has done {saved.iteration}; must be at least as many"
         )
     return changes
+
+
+def _check_strata(saved: SavedRun, config: Config) -> None:
+    """Refuse the checkpoint's strata where this layout cannot draw them; token_strata, if set, takes their place."""
+    strata = (saved.train_state.get("drop") or {}).get("token_strata")
+    tokens = tokens_of(config, 1)
+    if strata is not None and tokens is not None and config.drop.token_strata is None:
+        with_strata(tokens, strata, strata_needed(config))
 
 
 def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, config: Config) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_sbld.method.config import DropConfig, default_of
 from megatron_sbld.method.in_force import changed_fields, drops_tokens, named_as_fields
@@ -89,18 +91,22 @@ def check_tokens(config: DropConfig, num_layers: int) -> None:
         _table(config, train_iters=1)
 
 
+def _is_pair(step: Any) -> bool:
+    return isinstance(step, Sequence) and len(step) == 2 and all(isinstance(value, int | float) for value in step)
+
+
 def _table(config: DropConfig, train_iters: int) -> tuple[tuple[int, int], ...]:
     if config.token_schedule != "steps":
         assert config.token_steps == default_of("token_steps"), "checked before"
         return ()
     steps = config.token_steps
-    if not steps or any(len(step) != 2 for step in steps):
+    if not isinstance(steps, Sequence) or not steps or not all(_is_pair(step) for step in steps):
         raise ValueError(
             f"token_steps = {steps} is not allowed with token_schedule steps: it must be a list of [share, tokens]"
         )
     shares = [share for share, _ in steps]
     if shares != sorted(set(shares)) or shares[0] < 0 or shares[-1] != 1.0:
         raise ValueError(f"token_steps = {steps} is not allowed: the shares must ascend from above 0 to 1.0")
-    if any(tokens != int(tokens) or tokens < 1 for _, tokens in steps):
+    if any(tokens != tokens // 1 or tokens < 1 for _, tokens in steps):
         raise ValueError(f"token_steps = {steps} is not allowed: tokens are whole numbers of at least 1")
     return tuple((math.floor(round(share * train_iters, 6)), int(tokens)) for share, tokens in steps)
