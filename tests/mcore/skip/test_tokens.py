@@ -340,6 +340,10 @@ def test_samples_of_another_length_are_an_error_that_names_it() -> None:
         ({"apply_rope_fusion": True}, "granularity = 'token' does not work with apply_rope_fusion = True"),
         ({"multi_latent_attention": True}, "granularity = 'token' does not work with multi_latent_attention = True"),
         ({"window_size": (8, 0)}, r"granularity = 'token' does not work with window_size = \(8, 0\)"),
+        (
+            {"num_moe_experts": 4, "moe_router_load_balancing_type": "global_aux_loss"},
+            "granularity = 'token' does not work with moe_router_load_balancing_type = 'global_aux_loss'",
+        ),
         ({"tp_comm_overlap": True}, "granularity = 'token' does not work with tp_comm_overlap = True"),
         (
             {"fp8": "e4m3", "fp8_recipe": "tensorwise"},
