@@ -1,4 +1,4 @@
-"""The sensitivity of a width's model, for SBLD: measured once with `megatron-sbld profile`, then committed."""
+"""The sensitivity of a width's model, for SBLD: measured once with `sensitivity measure`, then committed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,15 @@ def measure(width: int, work: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     config = out.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(_config(width, work), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "megatron_sbld", "profile", "--config", str(config), "--out", str(out)]
-    command += ["--iterations", str(ITERATIONS), "--seeds", ",".join(map(str, SEEDS))]
-    subprocess.run(command, cwd=data.ROOT, check=True)
+    subprocess.run(command(config, out), cwd=data.ROOT, check=True)
     shutil.copyfile(out / "sensitivity.json", _FOLDER / f"sensitivity_w{width}.json")
+
+
+def command(config: Path, out: Path) -> list[str]:
+    """What measures it."""
+    measure = [sys.executable, "-m", "megatron_sbld", "sensitivity", "measure"]
+    options = {"config": config, "out": out, "iterations": ITERATIONS, "seeds": ",".join(map(str, SEEDS))}
+    return [*measure, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
 def _config(width: int, work: Path) -> dict[str, Any]:

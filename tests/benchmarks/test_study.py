@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.study import report
+from benchmarks.study import report, sensitivity
 from benchmarks.study.methods import METHODS, SENSITIVITY
 from benchmarks.study.plan import GRID, Measure, Plan, seconds
 from benchmarks.study.rows import Point, Results, append_row, curve, executed_flops, read_rows
@@ -192,6 +193,15 @@ def test_the_plan_names_each_run_once_and_none_takes_over_70_minutes() -> None:
     assert len(names) == len(set(names))
     assert max(seconds(spec) for spec in specs) < 70 * 60
     assert {"once", "epochs"} == {spec.regime for spec in specs}
+
+
+def test_the_command_that_measures_a_sensitivity_is_one_that_there_is(tmp_path: Path) -> None:
+    command = sensitivity.command(tmp_path / "no.yaml", tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    # It is the config alone that is refused.
+    assert result.returncode == 2
+    assert "no.yaml" in result.stderr
+    assert "cannot be read" in result.stderr
 
 
 def test_a_method_without_its_sensitivity_has_it_measured_first() -> None:
