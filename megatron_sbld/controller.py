@@ -35,6 +35,7 @@ from megatron_sbld.method.in_force import named_as_fields
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.stages import Stages
 from megatron_sbld.method.tokens import TokenDrop, check_granularity
+from megatron_sbld.method.work import Work
 
 CHECKPOINT_KEY = "sbld"
 """Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
@@ -131,6 +132,11 @@ class DropController:
         return self.policy.num_layers
 
     @property
+    def work(self) -> Work:
+        """What the policy and the tokens leave each layer to do."""
+        return Work(self.policy, self.tokens)
+
+    @property
     def theta(self) -> float:
         """The schedule's value at the present iteration."""
         return self.policy.theta(self.iteration)
@@ -139,14 +145,14 @@ class DropController:
     def kept_shares(self) -> NDArray[np.float64]:
         """Share of each microbatch's tokens that each layer runs, [num_microbatches, L]."""
         if self.sample_plan is None:
-            return self.plan * self._token_shares(self.iteration)
+            return self.plan * self.work.token_shares(self.iteration)
         return self.sample_plan.mean(axis=-1)
 
     @property
     def attended_shares(self) -> NDArray[np.float64]:
         """The same of the pairs of tokens in each layer's attention, whose scores grow as the square."""
         if self.sample_plan is None:
-            return self.plan * self._token_shares(self.iteration, power=2)
+            return self.plan * self.work.token_shares(self.iteration) ** 2
         return self.kept_shares
 
     @property
@@ -163,7 +169,7 @@ class DropController:
 
     def expected_shares(self, iteration: int) -> NDArray[np.float64]:
         """Share of its tokens that each layer is expected to run in an iteration (1..T) of the run, [L]."""
-        return self.policy.keep_probs(iteration) * self._token_shares(iteration)
+        return self.work.kept(iteration)
 
     @property
     def replicas_run_alike(self) -> bool:
@@ -214,7 +220,7 @@ class DropController:
         self._rows = counts.tolist()
         self.plan = counts > 0
         self.sample_plan = sample_plan
-        self.num_tokens = self._tokens_at(iteration)
+        self.num_tokens = self.work.num_tokens(iteration) or 0
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in keep_probs.tolist()]
 
@@ -387,19 +393,6 @@ class DropController:
             stages=self.stages,
             replica=0 if self.replicas_run_alike else replica,
         )
-
-    def _tokens_at(self, iteration: int) -> int:
-        """How many tokens of a sample the layers of `tokens` run in an iteration; 0 where there are none."""
-        if self.tokens is None:
-            return 0
-        recovers = iteration >= self.policy.first_recovery_iteration
-        return self.tokens.seq_length if recovers else self.tokens.tokens(iteration)
-
-    def _token_shares(self, iteration: int, power: int = 1) -> NDArray[np.float64]:
-        """What share of a sample's tokens, or of their pairs, each layer runs where it is kept, [L]."""
-        if self.tokens is None or iteration >= self.policy.first_recovery_iteration:
-            return np.ones(self.num_layers)
-        return self.tokens.shares(iteration, self.num_layers, power)
 
     def _is_verified(self, iteration: int, num_microbatches: int) -> bool:
         start, end, microbatches = self._verified or (0, 0, 0)

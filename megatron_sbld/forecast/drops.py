@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sbld.config.flops import ideal_speedup
-from megatron_sbld.forecast.work import Work
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.schedule import PWEGD
+from megatron_sbld.method.work import Work
 
 PARTS = 5
 MAX_SAMPLES = 1000

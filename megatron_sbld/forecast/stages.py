@@ -21,7 +21,6 @@ import numpy as np
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_of
 from megatron_sbld.forecast.drops import Forecast, Phase, spread_iterations
-from megatron_sbld.forecast.work import Work
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import (
     Placement,
@@ -36,6 +35,7 @@ from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.decisions import draw_sample_counts
 from megatron_sbld.method.in_force import drops
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.work import Work
 
 WORTH_SAYING = 0.01
 """Share of an iteration below which a better placement is not worth a line."""

@@ -16,6 +16,7 @@ from megatron_sbld.megatron_lm.attached import AttachedDrops
 from megatron_sbld.megatron_lm.checks import check_arguments, strata_of_arguments
 from megatron_sbld.megatron_lm.scalars import Scalars
 from megatron_sbld.method.build_tokens import build_tokens
+from megatron_sbld.method.in_force import drops_tokens
 
 
 class LayerDropping:
@@ -36,7 +37,9 @@ class LayerDropping:
         check_arguments(args, train_iters, drop)
         with named_as_arguments():
             num_layers = policy_layers(args, drop)
-            tokens = build_tokens(drop, num_layers, train_iters, args.seq_length, strata_of_arguments(args))
+            tokens = None
+            if drops_tokens(drop):
+                tokens = build_tokens(drop, num_layers, train_iters, args.seq_length, strata_of_arguments(args))
             self._drops = AttachedDrops(drop, num_layers, train_iters, args.micro_batch_size, tokens)
         self._scalars = Scalars(args, self.controller, training, drop.unit)
 

@@ -51,7 +51,7 @@ class Scalars:
     def executed_flops(self, batch_size: int) -> float:
         """FLOPs of the present iteration, by Megatron-LM's formula, without those of layers that did not run."""
         controller = self._controller
-        of_layers = self._layer_flops_per_sample(self._args.seq_length)
+        of_layers = self._layer_flops_per_sample()
         if controller.tokens is None:
             saved = float((1.0 - controller.kept_shares.mean(axis=0)) @ of_layers)
             return self._undropped_flops(batch_size) - batch_size * saved
@@ -108,10 +108,11 @@ class Scalars:
         return float(self._training.num_floating_point_operations(self._args, batch_size))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one object in a run; whole samples, and the present number of tokens)
-    def _layer_flops_per_sample(self, seq_length: int) -> NDArray[np.float64]:
-        """FLOPs for one sample of seq_length tokens of what each keep probability is of, [L]."""
+    def _layer_flops_per_sample(self, tokens: int | None = None) -> NDArray[np.float64]:
+        """FLOPs for one sample, or some tokens of it, of what each keep probability is of, [L]."""
         args = copy.copy(self._args)
-        args.seq_length = seq_length
+        if tokens is not None:
+            args.seq_length = tokens
         base = float(self._training.num_floating_point_operations(args, 1))
         hybrid = hybrid_pattern(args)
         if hybrid is not None:

@@ -82,10 +82,10 @@ class TokenDrop:
         grown = self.min_tokens + iteration * (self.seq_length - self.min_tokens) // self.iterations
         return min(grown - grown % self.step, self.seq_length)
 
-    def shares(self, iteration: int, num_layers: int, power: int = 1) -> NDArray[np.float64]:
-        """r(t) / s of each layer, to a power: 1 for what grows with the tokens, 2 for attention's scores, [L]."""
+    def shares(self, iteration: int, num_layers: int) -> NDArray[np.float64]:
+        """r(t) / s of `layers`, 1 of the others, [L]."""
         shares = np.ones(num_layers)
-        shares[np.array(self.layers, dtype=int) - 1] = (self.tokens(iteration) / self.seq_length) ** power
+        shares[np.array(self.layers, dtype=int) - 1] = self.tokens(iteration) / self.seq_length
         return shares
 
 

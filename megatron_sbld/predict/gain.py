@@ -27,13 +27,13 @@ from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.forecast.drops import spread_iterations
 from megatron_sbld.forecast.stages import drawn_shares
-from megatron_sbld.forecast.work import Work
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement, even_placement
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig, fields_of
 from megatron_sbld.method.in_force import dropped_update, drops, drops_tokens, uses_theta
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.work import Work
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 from megatron_sbld.predict.memory import most_memory
 

@@ -20,7 +20,6 @@ from megatron_sbld.config.validate import train_iterations, validate
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.forecast.drops import Forecast, forecast, forecast_text
 from megatron_sbld.forecast.stages import StageForecast, stage_forecast, stage_forecast_text
-from megatron_sbld.forecast.work import Work
 from megatron_sbld.layout.placement import layer_ranges
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
@@ -28,6 +27,7 @@ from megatron_sbld.method.in_force import drops
 from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.method.recipes import recipe_settings
 from megatron_sbld.method.stages import Stages
+from megatron_sbld.method.work import Work
 from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
 

@@ -7,9 +7,9 @@ from megatron.core.utils import get_model_config
 from megatron_sbld.config.flops import attention_share, layer_share
 from megatron_sbld.forecast.drops import forecast, forecast_text
 from megatron_sbld.forecast.stages import stage_forecast, stage_forecast_text
-from megatron_sbld.forecast.work import Work
 from megatron_sbld.growth import stages_text
 from megatron_sbld.method.in_force import drops
+from megatron_sbld.method.work import Work
 from megatron_sbld.training.model import (
     loss_weights_text,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def test_a_run_reports_its_tokens_and_the_flops_that_ran(config: Config, tmp_pat
     assert any(0.0 in row["kept"] for row in rows[:6])
     run = read_run(tmp_path / "both", "both")
     assert run.policy == "layerdrop, tokens"
-    assert all(kept_flops(run)[:4] < run.column("kept_fraction")[:4] + 1e-12)
+    saved = run.column("kept_fraction") - kept_flops(run)
+    assert saved.min() > -1e-6  # `kept` is rounded
+    assert saved.max() > 0.01
 
 
 def test_a_run_is_resumed_bit_for_bit_and_does_not_depend_on_the_size_of_a_microbatch(
@@ -101,7 +104,9 @@ def test_strata_of_a_checkpoint_are_drawn_on_another_layout_or_refused(
     sections = {name: vars(section) for name, section in vars(config).items()}
     drop = {"token_strata": saved, "growth": None}
     train_state = {"config": sections, "consumed_samples": 8, "drop": drop}
-    run = SavedRun(1, Layout(1, 1, 1, 1, 1, "not_distributed", []), train_state)
+    sizes = dict.fromkeys([field.name for field in dataclasses.fields(Layout)], 1)
+    layout = Layout(**{**sizes, "optimizer_format": "not_distributed", "optimizer_buckets": []})
+    run = SavedRun(1, layout, train_state)
     present = change(config, drop={"token_strata": own}, parallel=parallel)
     if message is None:
         check_resume(run, present, [])
