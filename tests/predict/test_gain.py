@@ -167,7 +167,7 @@ def test_tokens_take_their_share_of_a_layers_flops_and_of_its_memory():
     assert found.mean_keep_prob == 1.0
     assert found.kept_fraction == pytest.approx(expected)
     assert found.ideal_gain == pytest.approx(1 / (1 - predictor.phi * (1 - expected)) - 1)
-    assert 0.8 < found.gain / found.ideal_gain < 1.2
+    assert 0.6 < found.gain / found.ideal_gain < 1.0
     held = predictor.shares(drop, predictor.policy(drop), [1], predictor.setup.placement, held=True)[0]
     assert held.tolist() == [[[1.0, *[0.5] * (layers - 2), 1.0]]]
     both = dataclasses.replace(drop, policy="layerdrop", theta=0.7)

@@ -49,17 +49,18 @@ def draw_tokens(
     seed: int,
     iteration: int,
     samples: Sequence[int],
-    layers: Sequence[int],
-    device: torch.device,
+    layers: torch.Tensor,
 ) -> torch.Tensor:
     """Tokens of a context-parallel rank that run, ascending places in what it holds: int64 [layers, samples, n].
 
-    n is num_tokens / context_ranks. The other arguments are method/tokens.py's.
+    n is num_tokens / context_ranks. The other arguments are method/tokens.py's, but the layers' numbers are on the
+    device: from a list they would be copied there, and the host would wait.
     """
+    device = layers.device
     chunks = split.chunks(seq_length)
     size = seq_length // strata  # of a stratum; a chunk holds whole ones
     blocks = torch.cat([torch.arange(chunk.start // 4, -(-chunk.stop // 4), device=device) for chunk in chunks])
-    last = torch.tensor([layer << LAYER_SHIFT | TOKENS_STREAM for layer in layers], device=device)
+    last = layers << LAYER_SHIFT | TOKENS_STREAM
     numbers = torch.arange(samples[0], samples[-1] + 1, device=device)
     assert len(numbers) == len(samples), "the samples of a microbatch are consecutive"
     words = _philox(iteration, numbers[None, :, None], blocks, last[:, None, None], seed)

@@ -55,6 +55,7 @@ class TokenIndices:
         own = controller.tokens.seq_length // (self.split.context_ranks * self.split.sequence_ranks)
         self.whole = (0, own)
         """The dimension of hidden_states [s, b, h] that a layer runs a part of, and its whole size."""
+        self._numbers = torch.tensor(self._layers, dtype=torch.int64)
         self._rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each microbatch
         self._begun = 0
         """The controller's, whose tokens they are."""
@@ -91,6 +92,7 @@ class TokenIndices:
     def _draw(self, microbatch: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [layers, r * b] and places [layers, b, r] of all layers of the chunk."""
         controller, split, num_samples = self._controller, self.split, hidden_states.size(1)
+        self._numbers = self._numbers.to(hidden_states.device)  # copied once
         assert controller.tokens is not None, "made for granularity token alone"
         places = draw_tokens(
             controller.tokens.seq_length,
@@ -100,8 +102,7 @@ class TokenIndices:
             seed=controller.seed,
             iteration=controller.iteration,
             samples=samples_of(microbatch, num_samples),
-            layers=self._layers,
-            device=hidden_states.device,
+            layers=self._numbers,
         )
         own = places.size(-1) // split.sequence_ranks
         mine = places[..., split.sequence_rank * own : (split.sequence_rank + 1) * own]

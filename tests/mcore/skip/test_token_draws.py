@@ -10,8 +10,11 @@ from megatron_sbld.mcore.skip.token_draws import Split, draw_tokens
 from megatron_sbld.method import tokens
 from megatron_sbld.method.decisions import MAX_SEED
 
-CPU = torch.device("cpu")
 DRAW = {"seed": 1234, "iteration": 7, "samples": range(6, 9), "layers": [2, 3, 7]}
+
+
+def on_the_device(seq_length: int, num_tokens: int, strata: int, split: Split, drawn: dict) -> torch.Tensor:
+    return draw_tokens(seq_length, num_tokens, strata, split, **{**drawn, "layers": torch.tensor(drawn["layers"])})
 
 
 @pytest.mark.parametrize(
@@ -29,7 +32,7 @@ def test_the_device_draws_what_the_specification_draws(
     seq_length: int, num_tokens: int, strata: int, changed: dict
 ) -> None:
     drawn = {**DRAW, **changed}
-    found = draw_tokens(seq_length, num_tokens, strata, Split(), device=CPU, **drawn)
+    found = on_the_device(seq_length, num_tokens, strata, Split(), drawn)
     assert np.array_equal(found.numpy(), tokens.draw_tokens(seq_length, num_tokens, strata, **drawn))
 
 
@@ -44,7 +47,7 @@ def test_ranks_together_draw_what_one_process_draws(context_ranks: int, sequence
     for rank in range(context_ranks):
         split = Split(context_ranks, rank, sequence_ranks)
         order = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in split.chunks(seq_length)])
-        places = draw_tokens(seq_length, num_tokens, strata, split, device=CPU, **DRAW).numpy()
+        places = on_the_device(seq_length, num_tokens, strata, split, DRAW).numpy()
         assert places.shape[-1] == num_tokens // context_ranks
         pieces = places.reshape(*places.shape[:2], sequence_ranks, -1)
         piece = len(order) // sequence_ranks
