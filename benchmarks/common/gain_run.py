@@ -227,7 +227,7 @@ class Run:
 
     def time_empty_layers(self, switchable: bool) -> float:
         """Seconds that one sweep over this rank's layers takes when a stock layer's forward does nothing."""
-        hidden_states, sweeps = torch.zeros(1), 2000
+        hidden_states, sweeps = torch.zeros(self.config.model.seq_length, 1, 1), 2000
         with ExitStack() as stack:
             for cls in self.model.stock_classes:
                 stack.enter_context(unittest.mock.patch.object(cls, "forward", _do_nothing))

@@ -16,7 +16,7 @@ from megatron_sbld.config.sections import Config
 from megatron_sbld.config.tokens import strata_needed, tokens_of
 from megatron_sbld.method.build_tokens import with_strata
 from megatron_sbld.method.config import DropConfig, drop_field_names
-from megatron_sbld.method.in_force import dropped_update, drops
+from megatron_sbld.method.in_force import dropped_update, drops, drops_tokens
 
 BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
 """How many samples each iteration reads."""
@@ -156,10 +156,12 @@ def _check_strata(saved: SavedRun, config: Config) -> None:
 
 
 def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, config: Config) -> str | None:
-    """Why a change of the layers that begin together, or of those that are balanced, has no effect."""
+    """Why a change of the layers that begin together, of those that are balanced or of strata has no effect."""
     drop = config.drop
     if change.field == "drop.balance_stages" and drop.sampler == "balanced":
         return "the balanced sampler keeps the checkpoint's stages" if change.present is None else None
+    if change.field == "drop.token_strata" and drops_tokens(drop):
+        return "the run keeps the checkpoint's strata" if change.present is None else None
     staged = drop.stages is not None or saved.config.get("drop", {}).get("stages") is not None
     if not staged or change.field not in (*_STAGE_FIELDS, "drop.balance_stages"):
         return None
