@@ -129,7 +129,7 @@ def _random_ltd(num_layers: int) -> dict[str, Setting]:
     return {
         "policy": Setting("none", "random-LTD: no layer is dropped"),
         "granularity": Setting("token", "random-LTD"),
-        "token_layers": Setting(list(range(2, num_layers)), "random-LTD: all but the first and the last layer"),
+        "token_layers": Setting(None, "random-LTD: all but the first and the last layer, which null stands for"),
         "token_schedule": Setting("linear", "random-LTD, section 5: linear, until no token is dropped"),
         "min_tokens": Setting(None, "random-LTD: 128 of GPT-3's 2,048 tokens, 1/16, which null stands for"),
         "token_step": Setting(16, "DeepSpeed's configuration of GPT-3 1.3B: 16"),

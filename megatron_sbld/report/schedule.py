@@ -104,7 +104,7 @@ def recipe_text(drop: DropConfig, num_layers: int, explicit: Collection[str]) ->
         source = setting.source
         if field in explicit:
             source = f"set explicitly (the recipe has {setting.value})"
-        lines.append(f"  {field + ':':<17}{getattr(drop, field)!s:<33} {source}")
+        lines.append(f"  {field + ':':<18}{getattr(drop, field)!s:<33} {source}")
     return "\n".join(lines)
 
 
