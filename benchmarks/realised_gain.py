@@ -29,6 +29,10 @@ the dropped layers' time was saved. Several samplers share one run, their blocks
 cores, wall time says little about a pipeline, because a stage that waits gives its core away: the critical path over
 the even spread, computed from layer times alone, stands beside it.
 
+With --sampler tokens layers run some tokens of each sample (drop.granularity token), keep_prob of them rounded to a
+multiple of 16. A layer's ideal time is then its time by the share of its FLOPs that is left; attention's scores have
+the square of the tokens' share.
+
 With --overlap gradients are reduced while backward runs and, with --distributed-optimizer, parameters gathered while
 forward does. Megatron's default bucket holds all of a model as small as the default one on CPUs, which would leave
 nothing to overlap: there a bucket has the share of the model that it has in GPT-3 350M, 3.2 layers.
@@ -54,7 +58,16 @@ from benchmarks.common.gain import Pairs, PassTimes, even_ratio_difference, meas
 from benchmarks.common.gain_plan import Case
 from benchmarks.common.gain_report import LayoutResult, report
 from benchmarks.common.gain_run import RankMeasurement, Run, run_length
-from benchmarks.common.layouts import ALL_LAYOUTS, FIRST_STAGE, LAYOUTS, SAMPLERS, Layout, bucket_size, make_config
+from benchmarks.common.layouts import (
+    ALL_LAYOUTS,
+    FIRST_STAGE,
+    LAYOUTS,
+    SAMPLERS,
+    TOKENS,
+    Layout,
+    bucket_size,
+    make_config,
+)
 from benchmarks.common.options import (
     SHOWN,
     add_block_options,
@@ -130,10 +143,10 @@ def add_layout_options(layout: argparse._ArgumentGroup) -> None:
     add(
         "--sampler",
         nargs="+",
-        choices=(*SAMPLERS, FIRST_STAGE),
+        choices=(*SAMPLERS, FIRST_STAGE, TOKENS),
         default=["bernoulli"],
-        help="one, or several in one run; balanced balances the pipeline's stages; first-stage: always the same layers"
-        + SHOWN,
+        help="one, or several in one run; balanced balances the pipeline's stages; first-stage: always the same "
+        "layers; tokens: keep_prob of each sample's tokens, in all layers but the first and the last" + SHOWN,
     )
     add(
         "--layouts",

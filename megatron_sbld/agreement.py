@@ -24,7 +24,7 @@ class DropDisagreementError(RuntimeError):
 
 
 class Settings(NamedTuple):
-    """The integers of a record; num_samples is 0 for granularity `layer`."""
+    """The integers of a record; num_samples is 0 unless granularity is `sample`."""
 
     iteration: int
     num_microbatches: int
@@ -38,15 +38,15 @@ def record_of_window(
 ) -> np.ndarray:
     """A rank's view of a window as bytes: its integers, mean keep probability and a digest of all decisions.
 
-    The digest is of the decisions themselves, so it covers every setting without a list of them. Which samples run a
-    layer follows from how many do and the integers. Keep probabilities stay out of it, because their last bit may
-    differ between machines: their mean is compared with a tolerance.
+    The digest is of the decisions themselves, so it covers every setting without a list of them. Which samples or
+    tokens run a layer follows from how many do, the integers and `choices`. Keep probabilities stay out of it, because
+    their last bit may differ between machines: their mean is compared with a tolerance.
 
     Args:
         settings: of the first iteration.
         choices: what else decides how a layer runs.
         keep_probs: [L] of each iteration.
-        counts: samples that run each layer, or 1 and 0 for granularity `layer`, [microbatches, L] of each iteration.
+        counts: samples that run each layer, or 1 and 0 for other granularities, [microbatches, L] of each iteration.
     """
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     digest.update(choices.encode())
@@ -86,7 +86,9 @@ def _raise_on_disagreement(records: np.ndarray) -> None:
         if not np.isclose(means[rank], means[0], rtol=1e-9):
             differing.append(f"mean keep probability {means[rank]:.6f} instead of {means[0]:.6f}")
         elif not differing and not np.array_equal(digests[rank], digests[0]):
-            differing.append("different decisions at the same mean keep probability (sampler, scope, stages or lists)")
+            differing.append(
+                "different decisions at the same mean keep probability (sampler, scope, stages, lists or tokens)"
+            )
         if differing:
             findings.append(f"rank {rank}: " + ", ".join(differing))
     if findings:

@@ -29,10 +29,12 @@ from megatron_sbld.mcore.skip.decoder import decoder_units
 from megatron_sbld.megatron_lm.attached import AttachedDrops
 from megatron_sbld.megatron_lm.checks import check_fused_residual
 from megatron_sbld.megatron_lm.scalars import decision_scalars
+from megatron_sbld.method.build_tokens import build_tokens
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
-from megatron_sbld.method.in_force import drop_settings
+from megatron_sbld.method.in_force import drop_settings, drops, drops_tokens
 from megatron_sbld.method.recipes import with_recipe
+from megatron_sbld.method.tokens import strata_of_layout
 from megatron_sbld.method.validate import validate_drop
 
 logger = logging.getLogger(__name__)
@@ -135,7 +137,7 @@ class LayerDropping:
         drop = with_recipe(drop, num_layers, self._given.keys())
         # The balanced sampler takes the stages as they are built.
         validate_drop(drop, num_layers, cfg.train.train_iters, num_stages=None)
-        if drop.policy != "none":
+        if drops(drop):
             for path, reason in REFUSED.items():
                 value = _setting(cfg, path)
                 if value:
@@ -147,7 +149,12 @@ class LayerDropping:
             refuse_combinations(merged, lambda name: f"{sections[name]}.{name}", program="Megatron-Bridge")
         if drop.residual == "fused":
             check_fused_residual(model.params_dtype, "drop.residual")
-        return AttachedDrops(drop, num_layers, cfg.train.train_iters, cfg.train.micro_batch_size)
+        tokens = None
+        if drops_tokens(drop):
+            sequence_ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
+            strata = strata_of_layout(sequence_ranks, model.context_parallel_size)
+            tokens = build_tokens(drop, num_layers, cfg.train.train_iters, chunk.max_sequence_length, strata)
+        return AttachedDrops(drop, num_layers, cfg.train.train_iters, cfg.train.micro_batch_size, tokens)
 
     def _in_force(self) -> AttachedDrops:
         if self._drops is None:

@@ -1,6 +1,7 @@
 """The drop controller: draws the decisions of an iteration, and answers "kept?".
 
-A decision is about a layer in a microbatch, or with granularity `sample` about each of the microbatch's samples.
+A decision is about a layer in a microbatch, or with granularity `sample` about each of the microbatch's samples. With
+granularity `token` a kept layer may run some tokens of each sample, which are drawn where they are (mcore/skip/).
 
 Every rank draws from (seed, iteration, keep probabilities) alone (method/decisions.py), so a decision needs no
 communication; once a window of iterations the ranks compare what they drew (agreement.py). Knows nothing about models
@@ -10,6 +11,7 @@ communication; once a window of iterations the ranks compare what they drew (agr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -23,15 +25,17 @@ from megatron_sbld.method.choices import DroppedUpdate, Granularity, Replicas, R
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.decisions import (
     MAX_REPLICA,
-    MAX_SAMPLES,
     MAX_SEED,
     draw_sample_counts,
     draw_samples,
     plain_stages,
     replicas_run_alike,
 )
+from megatron_sbld.method.in_force import named_as_fields
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.stages import Stages
+from megatron_sbld.method.tokens import TokenDrop, check_granularity
+from megatron_sbld.method.work import Work
 
 CHECKPOINT_KEY = "sbld"
 """Of the drop state in the state dict of Megatron's parameter scheduler, which passes over unknown keys."""
@@ -47,9 +51,10 @@ class DropController:
         sampler: `bernoulli` or `balanced` (docs/method.md, section 6).
         stages: what the balanced sampler balances: a number of equal stages, or lists of 1-based layer numbers.
         granularity: `layer`: a layer runs a microbatch or not; `sample`: it runs some of the microbatch's samples, as
-            many on every rank.
+            many on every rank; `token`: a layer that runs a microbatch runs some tokens of each of its samples.
         num_samples: samples of a microbatch (Megatron's micro_batch_size), the same in the whole run; of granularity
             `sample`, and None otherwise.
+        tokens: which layers run how many tokens; of granularity `token`, and None otherwise.
         replicas: `shared`, or `distinct`: data-parallel replicas drop different layers, as many on each stage; with
             granularity `sample` the same layers on different samples.
         replica: this process's data-parallel rank; used with `distinct` only.
@@ -58,8 +63,8 @@ class DropController:
         group: process group whose ranks must agree; None is the default group.
 
     Raises:
-        ValueError: `distinct` without the balanced sampler and without samples to tell apart, num_samples with
-            granularity `layer`, or an argument out of range.
+        ValueError: `distinct` without the balanced sampler and without samples to tell apart, num_samples or tokens
+            with another granularity than theirs, or an argument out of range.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class DropController:
         stages: int | Sequence[Sequence[int]] | None = None,
         granularity: Granularity = "layer",
         num_samples: int | None = None,
+        tokens: TokenDrop | None = None,
         replicas: Replicas = "shared",
         replica: int = 0,
         residual_scale: ResidualScale | None = None,
@@ -84,7 +90,7 @@ class DropController:
         check_choice("sampler", sampler, get_args(Sampler))
         check_choice("replicas", replicas, get_args(Replicas))
         check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
-        _check_granularity(granularity, num_samples)
+        check_granularity(granularity, num_samples, tokens, policy.num_layers)
         self._replicas_run_alike = replicas_run_alike(replicas, granularity)
         self.policy = policy
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
@@ -93,6 +99,7 @@ class DropController:
         self.stages = stages
         self.granularity: Granularity = granularity
         self.num_samples = None if num_samples is None else int(num_samples)
+        self.tokens = tokens
         self.replicas: Replicas = replicas
         self.refuse({})
         self.replica = check_integer("replica", replica, 0, MAX_REPLICA)
@@ -108,6 +115,8 @@ class DropController:
         """Whether each layer runs in each microbatch, on one sample at least: [num_microbatches, L]."""
         self.sample_plan: NDArray[np.bool_] | None = None
         """With granularity `sample`: whether each sample runs each layer, [num_microbatches, L, num_samples]."""
+        self.num_tokens = 0
+        """With granularity `token`: how many tokens of a sample its layers run in the present iteration."""
         self._rows: list[list[int]] = []  # how many samples, or 1 and 0
         self._scales = [1.0] * policy.num_layers
         self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
@@ -123,20 +132,32 @@ class DropController:
         return self.policy.num_layers
 
     @property
+    def work(self) -> Work:
+        """What the policy and the tokens leave each layer to do."""
+        return Work(self.policy, self.tokens)
+
+    @property
     def theta(self) -> float:
         """The schedule's value at the present iteration."""
         return self.policy.theta(self.iteration)
 
     @property
     def kept_shares(self) -> NDArray[np.float64]:
-        """Share of each microbatch that each layer runs, [num_microbatches, L]: 0 or 1, or of its samples."""
+        """Share of each microbatch's tokens that each layer runs, [num_microbatches, L]."""
         if self.sample_plan is None:
-            return self.plan.astype(np.float64)
+            return self.plan * self.work.token_shares(self.iteration)
         return self.sample_plan.mean(axis=-1)
 
     @property
+    def attended_shares(self) -> NDArray[np.float64]:
+        """The same of the pairs of tokens in each layer's attention, whose scores grow as the square."""
+        if self.sample_plan is None:
+            return self.plan * self.work.token_shares(self.iteration) ** 2
+        return self.kept_shares
+
+    @property
     def kept_fraction(self) -> float:
-        """Share of (microbatch, layer) pairs, or of (sample, layer) pairs, that this iteration runs."""
+        """Share of (token, layer) pairs that this iteration runs: of all pairs of a microbatch and a layer, or less."""
         return float(self.kept_shares.mean())
 
     def layer_tokens(self, tokens: int) -> float:
@@ -148,7 +169,7 @@ class DropController:
 
     def expected_shares(self, iteration: int) -> NDArray[np.float64]:
         """Share of its tokens that each layer is expected to run in an iteration (1..T) of the run, [L]."""
-        return self.policy.keep_probs(iteration)
+        return self.work.kept(iteration)
 
     @property
     def replicas_run_alike(self) -> bool:
@@ -199,6 +220,7 @@ class DropController:
         self._rows = counts.tolist()
         self.plan = counts > 0
         self.sample_plan = sample_plan
+        self.num_tokens = self.work.num_tokens(iteration) or 0
         if self.scales_residual:
             self._scales = [1.0 / keep_prob if keep_prob > 0 else 1.0 for keep_prob in keep_probs.tolist()]
 
@@ -260,6 +282,12 @@ class DropController:
         kept = self._rows[self._row(layer_number, microbatch)][layer_number - 1]
         return self.num_samples is not None and 0 < kept < self.num_samples
 
+    def runs_some_tokens(self, layer_number: int) -> bool:
+        """Whether the layer (1-based), where it is kept, leaves tokens of the present iteration's samples out."""
+        return (
+            self.tokens is not None and layer_number in self.tokens.layers and self.num_tokens < self.tokens.seq_length
+        )
+
     def kept_samples(self, layer_number: int, microbatch: int) -> NDArray[np.int64] | None:
         """Which samples (0-based, sorted) of the microbatch run the layer; None is all of them."""
         row = self._row(layer_number, microbatch)
@@ -314,6 +342,7 @@ class DropController:
             "stages": plain_stages(self.stages),
             "granularity": self.granularity,
             "num_samples": self.num_samples,
+            **({} if self.tokens is None else {"token_strata": self.tokens.strata}),
             "replicas": self.replicas,
             "num_layers": self.num_layers,
             "iteration": self.iteration,
@@ -321,7 +350,7 @@ class DropController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Take over the stages of a saved run; return a line for each setting that now differs from the saved one.
+        """Take over a saved run's stages and token strata; return a line for each setting that now differs from it.
 
         Settings that a user changed on purpose (another seed, sampler or scope) stay as configured now.
 
@@ -338,6 +367,9 @@ class DropController:
             )
         if self.sampler == "balanced" and state["sampler"] == "balanced":
             self.stages = state["stages"]
+        if self.tokens is not None and "token_strata" in state:
+            with named_as_fields():
+                self.tokens = replace(self.tokens, strata=state["token_strata"])
         self._verified = None
         self.policy, line = self.growth.load_state_dict(state.get("growth"), self.policy, state["iteration"] + 1)
         state = {"granularity": "layer", "num_samples": None, **state}  # older states have neither
@@ -349,7 +381,7 @@ class DropController:
         ]
 
     def _draw(self, iteration: int, num_microbatches: int, keep_probs: np.ndarray, replica: int) -> NDArray[np.int64]:
-        """How many samples of each microbatch run each layer, or 1 and 0 for granularity `layer`, [microbatches, L]."""
+        """How many samples of each microbatch run each layer, or 1 and 0 of another granularity, [microbatches, L]."""
         return draw_sample_counts(
             keep_probs,
             num_samples=self.num_samples or 1,
@@ -381,20 +413,10 @@ class DropController:
             repr(
                 (
                     *(self.scope, self.sampler, self.granularity, self.replicas, self.scales_residual),
+                    *(() if self.tokens is None else (self.tokens,)),
                     *(self.growth.begins_as, sorted(self.growth.begun)),
                 )
             ),
             keep_probs,
             (self._draw(t, num_microbatches, probs, replica=0) for t, probs in zip(window, keep_probs, strict=True)),
         )
-
-
-def _check_granularity(granularity: str, num_samples: int | None) -> None:
-    check_choice("granularity", granularity, get_args(Granularity))
-    if granularity == "layer":
-        if num_samples is not None:
-            raise ValueError(
-                f"num_samples = {num_samples} is used by granularity 'sample' only, got granularity 'layer'"
-            )
-        return
-    check_integer("num_samples", num_samples, 1, MAX_SAMPLES)

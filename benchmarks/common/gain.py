@@ -49,7 +49,7 @@ class Pairs:
 
     undropped: Floats  # [R] seconds of a block
     dropped: Floats  # [R]
-    kept: NDArray[np.bool_]  # [R, iterations, L], the decisions in the dropped blocks
+    kept: NDArray[np.bool_] | Floats  # [R, iterations, L], the decisions in the dropped blocks, or shares of layers
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,26 @@ class Gain:
     """(ideal - 1) / (even_ideal - 1): what of the evenly spread gain the decisions leave on the critical path."""
 
 
-def saved_time(times: PassTimes, kept: NDArray[np.bool_], num_microbatches: int) -> Floats:
+def saved_time(times: PassTimes, kept: NDArray[np.bool_] | Floats, num_microbatches: int) -> Floats:
     """Seconds by which the schedule shortens when the layers that are not kept take no time.
 
     times: of the undropped model. kept: [..., L], the same in all microbatches; its leading dimensions and those of
     `times` broadcast. Layers are spread evenly over the stages, in order. Returns [...].
     """
     num_stages = times.stage_forward.shape[-1]
-    forward = by_stage(np.where(kept, 0.0, times.layer_forward), num_stages)
-    backward = by_stage(np.where(kept, 0.0, times.layer_backward), num_stages)
+    left_out = 1.0 - np.asarray(kept, dtype=np.float64)
+    forward = by_stage(left_out * times.layer_forward, num_stages)
+    backward = by_stage(left_out * times.layer_backward, num_stages)
     return _shortening(times, forward, backward, num_microbatches)
 
 
-def evenly_saved_time(times: PassTimes, kept: NDArray[np.bool_], num_microbatches: int) -> Floats:
+def evenly_saved_time(times: PassTimes, kept: NDArray[np.bool_] | Floats, num_microbatches: int) -> Floats:
     """The same if every stage dropped that share of its layers' time which `kept` drops of the whole model's."""
     num_stages = times.stage_forward.shape[-1]
     dropped = []
     for layer_times in (times.layer_forward, times.layer_backward):
-        share = np.where(kept, 0.0, layer_times).sum(axis=-1) / layer_times.sum(axis=-1)
+        left_out = 1.0 - np.asarray(kept, dtype=np.float64)
+        share = (left_out * layer_times).sum(axis=-1) / layer_times.sum(axis=-1)
         dropped.append(share[..., None] * by_stage(layer_times, num_stages))
     return _shortening(times, *dropped, num_microbatches)
 
@@ -127,7 +129,7 @@ def measure_gain(pairs: Pairs, times: PassTimes, num_microbatches: int, *, sampl
     value, drawn = _bootstrap(pairs, times, num_microbatches, samples, seed)
 
     def ratio(numerator: int, denominator: int) -> Interval | None:
-        if pairs.kept.all():
+        if (pairs.kept == 1).all():
             return None
         informative = drawn[denominator] != 1  # rounds drawn in which nothing was dropped say nothing about the ratio
         values = (drawn[numerator][informative] - 1) / (drawn[denominator][informative] - 1)
@@ -151,8 +153,8 @@ def even_ratio_difference(
 
     Rounds are drawn together, so that what slowed both in a round does not widen the interval. Both must drop layers.
     """
-    assert not pairs.kept.all(), "without a drop there is no ratio"
-    assert not others.kept.all(), "without a drop there is no ratio"
+    assert not (pairs.kept == 1).all(), "without a drop there is no ratio"
+    assert not (others.kept == 1).all(), "without a drop there is no ratio"
     (value, drawn), (other_value, other_drawn) = (
         _bootstrap(measured, times, num_microbatches, samples, seed) for measured in (pairs, others)
     )

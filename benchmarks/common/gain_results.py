@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common.gain_plan import Case, all_cases, plan_rounds
-from benchmarks.common.layouts import FIRST_STAGE, SAMPLERS
+from benchmarks.common.layouts import FIRST_STAGE, SAMPLERS, TOKENS
 from benchmarks.common.report import RESULTS
 
 MEASURED = (
@@ -84,7 +84,7 @@ def read_results(file: str) -> tuple[dict[str, Any], list[Section]]:
 
 def read_row(file: str, title: str, line: str) -> Row:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    sampler = cells.pop(1) if cells[1] in (*SAMPLERS, FIRST_STAGE) else "bernoulli"
+    sampler = cells.pop(1) if cells[1] in (*SAMPLERS, FIRST_STAGE, TOKENS) else "bernoulli"
     percent = [float(number) / 100 for number in re.findall(r"[+-]?[\d.]+(?=%)", " | ".join(cells))]
     # kept, then one ideal gain or (even, critical path), then realised with its limits; ratios have no percent sign.
     kept, *ideals, realised, low, high = percent

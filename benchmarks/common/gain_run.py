@@ -20,18 +20,21 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from benchmarks.common.gain_plan import Case, Pair, all_cases, count_iterations, plan_rounds
 from benchmarks.common.gain_report import Overhead
 from benchmarks.common.layer_times import ModuleTimer
-from benchmarks.common.layouts import FIRST_STAGE
+from benchmarks.common.layouts import FIRST_STAGE, TOKENS
 from benchmarks.common.model import DISTINCT_BATCHES, SwitchedModel, random_batches
 from benchmarks.common.rounds import Deadline, progress_bar
+from megatron_sbld.config.flops import attention_share
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
-from megatron_sbld.method.policy import LayerDropPolicy, Policy
+from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, Policy
 from megatron_sbld.method.stages import Stages
+from megatron_sbld.method.tokens import TokenDrop
 from megatron_sbld.training.model import build_optimizer, build_param_scheduler
 from megatron_sbld.training.step import train_step
 
+TOKEN_STEP = 16
 OVERHEAD_ITERATIONS = 256  # a multiple of the controller's window, so that its share of exchanges is counted
 
 
@@ -49,11 +52,22 @@ class RankMeasurement:
     rounds: int = 0
     undropped: dict[Case, list[float]] = field(default_factory=dict)  # block times, [rounds]
     dropped: dict[Case, list[float]] = field(default_factory=dict)
-    kept: dict[Case, list[list[list[bool]]]] = field(default_factory=dict)  # [rounds, iterations, L]
+    kept: dict[Case, list[list[list[float]]]] = field(default_factory=dict)  # [rounds, iterations, L]
     timed_iterations: list[float] = field(default_factory=list)
     # [rounds * pairs, layers on this stage + 1, 2]: layers and then the whole stage; forward and backward
     pass_times: list[list[tuple[float, float]]] = field(default_factory=list)
     overhead: Overhead = field(default_factory=lambda: Overhead(0.0, 0.0, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenTokens(TokenDrop):
+    """As many tokens as is listed for an iteration, and all of them in the others."""
+
+    counts: tuple[tuple[int, int], ...]
+
+    def tokens(self, iteration: int) -> int:
+        """r(t)"""
+        return dict(self.counts).get(iteration, self.seq_length)
 
 
 class FirstStage(Policy):
@@ -99,11 +113,36 @@ class Run:
 
     def build_controller(self, sampler: str) -> DropController:
         """The keep probabilities are the same for all samplers; the balanced one balances the pipeline's stages."""
+        if sampler == TOKENS:
+            return self.build_token_controller()
         kind = FirstStage if sampler == FIRST_STAGE else LayerDropPolicy
         policy = kind(lambda t: self.theta.get(t, 1.0), self.config.model.num_layers)
         stages = self.config.parallel.pipeline_model_parallel_size if sampler == "balanced" else None
         drawn = "bernoulli" if sampler == FIRST_STAGE else sampler
         return DropController(policy, seed=self.args.seed, sampler=drawn, stages=stages)
+
+    def build_token_controller(self) -> DropController:
+        """keep_prob is the share of each sample's tokens that all layers but the first and the last run."""
+        num_layers, length = self.config.model.num_layers, self.config.model.seq_length
+        counts = {t: round(share * length / TOKEN_STEP) * TOKEN_STEP for t, share in self.theta.items()}
+        tokens = GivenTokens(
+            seq_length=length,
+            layers=tuple(range(2, num_layers)),
+            min_tokens=TOKEN_STEP,
+            step=TOKEN_STEP,
+            iterations=1,
+            counts=tuple(sorted(counts.items())),
+        )
+        policy = FullDepthPolicy(num_layers)
+        return DropController(policy, seed=self.args.seed, granularity="token", tokens=tokens)
+
+    def kept(self) -> list[float]:
+        """Share of its time that each layer should take in the present iteration, by FLOPs."""
+        if self.controller.tokens is None:
+            return [float(kept) for kept in self.controller.plan[0]]
+        share = attention_share(self.config.model)
+        kept, attended = (shares[0] for shares in (self.controller.kept_shares, self.controller.attended_shares))
+        return [float(value) for value in (1.0 - share) * kept + share * attended]
 
     def measure(self, name: str) -> RankMeasurement:
         """Warm up, run all rounds, and time the calls that switchable layers add."""
@@ -141,7 +180,7 @@ class Run:
             self.controller = self.controllers[sampler]
             make_switchable(self.model.chunks, self.controller)
 
-    def block(self, iterations: int, switchable: bool) -> tuple[float, list[list[bool]]]:
+    def block(self, iterations: int, switchable: bool) -> tuple[float, list[list[float]]]:
         """Seconds of a block, and the decisions of its iterations: none if its layers are stock ones."""
         self.model.switch(switchable)
         kept = []
@@ -151,7 +190,7 @@ class Run:
             self.iteration += 1
             if switchable:
                 self.controller.begin_iteration(self.iteration, self.num_microbatches)
-                kept.append(self.controller.plan[0].tolist())
+                kept.append(self.kept())
             batches = itertools.islice(self.batches, self.num_microbatches)
             # It ends with the losses on the CPU, so a GPU has then done everything.
             outcome = train_step(self.config, self.model.chunks, self.optimizer, [batches], stop_requested=False)
@@ -188,7 +227,7 @@ class Run:
 
     def time_empty_layers(self, switchable: bool) -> float:
         """Seconds that one sweep over this rank's layers takes when a stock layer's forward does nothing."""
-        hidden_states, sweeps = torch.zeros(1), 2000
+        hidden_states, sweeps = torch.zeros(self.config.model.seq_length, 1, 1), 2000
         with ExitStack() as stack:
             for cls in self.model.stock_classes:
                 stack.enter_context(unittest.mock.patch.object(cls, "forward", _do_nothing))

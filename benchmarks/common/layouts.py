@@ -38,6 +38,7 @@ class Layout:
 
 SAMPLERS = ("bernoulli", "balanced")
 FIRST_STAGE = "first-stage"
+TOKENS = "tokens"
 """In the place of a sampler: the same layers always run, keep_prob of them, as in the first stage of a staged run."""
 LAYOUTS = {
     "single": Layout(1),

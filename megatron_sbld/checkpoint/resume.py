@@ -13,8 +13,10 @@ from typing import Any
 from megatron_sbld.checkpoint.files import Layout
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
+from megatron_sbld.config.tokens import strata_needed, tokens_of
+from megatron_sbld.method.build_tokens import with_strata
 from megatron_sbld.method.config import DropConfig, drop_field_names
-from megatron_sbld.method.in_force import dropped_update
+from megatron_sbld.method.in_force import dropped_update, drops, drops_tokens
 
 BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
 """How many samples each iteration reads."""
@@ -97,9 +99,10 @@ class SavedRun:
 def find_changes(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list[Change]:
     """The fields that differ and concern the run; what the saved config does not know is not compared.
 
-    The drop section is compared as far as it is looked at: with policy none, before and now, nothing of it is.
+    The drop section is compared as far as it is looked at: if it drops nothing, before and now, nothing of it is.
     """
-    if saved.get("drop", {}).get("policy") == config.drop.policy == "none":
+    drop = saved.get("drop", {})
+    if drop.get("policy") == "none" and drop.get("granularity") != "token" and not drops(config.drop):
         saved = {**saved, "drop": {}}
     changes = []
     for section, name, present in _fields(config):
@@ -134,6 +137,7 @@ def check_resume(saved: SavedRun, config: Config, train_data: list[list[float]])
     before = saved.train_state.get("train_data")
     if before not in (None, train_data):
         changes.append(Change(_TRAIN_DATA, before, train_data))
+    _check_strata(saved, config)
     planned = [change.text for change in changes if change.field in PLANNED_FIELDS]
     if planned and not config.checkpoint.replan:
         raise ValueError(
@@ -162,11 +166,21 @@ def check_layer_tokens(saved: SavedRun, config: Config) -> None:
         )
 
 
+def _check_strata(saved: SavedRun, config: Config) -> None:
+    """Refuse the checkpoint's strata where this layout cannot draw them; token_strata, if set, takes their place."""
+    strata = (saved.train_state.get("drop") or {}).get("token_strata")
+    tokens = tokens_of(config, 1)
+    if strata is not None and tokens is not None and config.drop.token_strata is None:
+        with_strata(tokens, strata, strata_needed(config))
+
+
 def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, config: Config) -> str | None:
-    """Why a change of the layers that begin together, or of those that are balanced, has no effect."""
+    """Why a change of the layers that begin together, of those that are balanced or of strata has no effect."""
     drop = config.drop
     if change.field == "drop.balance_stages" and drop.sampler == "balanced":
         return "the balanced sampler keeps the checkpoint's stages" if change.present is None else None
+    if change.field == "drop.token_strata" and drops_tokens(drop):
+        return "the run keeps the checkpoint's strata" if change.present is None else None
     staged = drop.stages is not None or saved.config.get("drop", {}).get("stages") is not None
     if not staged or change.field not in (*_STAGE_FIELDS, "drop.balance_stages"):
         return None

@@ -95,10 +95,27 @@ def training_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size
     return model_flops_per_token(model, padded_vocab_size) * global_batch_size * model.seq_length
 
 
-def executed_flops(model: ModelConfig, padded_vocab_size: int, global_batch_size: float, layers_run: float) -> float:
-    """FLOPs of an iteration that runs `layers_run` layers in the mean over its samples; the rest as training_flops."""
+def executed_flops(
+    model: ModelConfig,
+    padded_vocab_size: int,
+    global_batch_size: float,
+    layers_run: float,
+    attention_run: float | None = None,
+) -> float:
+    """FLOPs of an iteration that runs `layers_run` layers in the mean over its tokens; the rest as training_flops.
+
+    attention_run: the same over pairs of tokens, where layers run some tokens of a sample; None is as many.
+    """
     skipped = (model.num_layers - layers_run) * _FORWARD_AND_BACKWARD * layer_flops_per_token(model)
+    if attention_run is not None:
+        skipped += (layers_run - attention_run) * _FORWARD_AND_BACKWARD * layer_flops_by_part(model).attention
     return (model_flops_per_token(model, padded_vocab_size) - skipped) * global_batch_size * model.seq_length
+
+
+def attention_share(model: ModelConfig) -> float:
+    """The part of a layer's FLOPs that grows as the square of the tokens, counted as `layer_share` does."""
+    parts = layer_flops_by_part(model, causal=False)
+    return parts.attention / parts.total
 
 
 def layer_share(model: ModelConfig, padded_vocab_size: int, recompute: bool = False) -> float:

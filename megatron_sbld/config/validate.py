@@ -10,6 +10,7 @@ from megatron_sbld.config.flops import ffn_hidden_size
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_problems, recomputed_layers_problems
+from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.fields import problems as field_problems
 from megatron_sbld.method.validate import validate_drop
 
@@ -53,6 +54,7 @@ def validate(config: Config, world_size: int | None, *, trains: bool = True) -> 
             even = parallel.pipeline_model_parallel_layout is None
             stages = parallel.pipeline_model_parallel_size if even else None
             validate_drop(config.drop, config.model.num_layers, train_iterations(config), stages)
+            tokens_of(config, train_iterations(config))
         except ValueError as error:
             problems = [str(error)]
     if problems:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_sbld.config.flops import ideal_speedup
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.schedule import PWEGD
+from megatron_sbld.method.work import Work
 
 PARTS = 5
 MAX_SAMPLES = 1000
@@ -40,6 +42,10 @@ class Phase:
     """How many layers have begun by its end; None without stages."""
     mean_keep_prob: float
     """Over layers and iterations."""
+    tokens: tuple[int, int] | None
+    """How many tokens of a sample the layers that drop tokens run, fewest and most; None unless some do."""
+    mean_flops: float
+    """Share of the layers' FLOPs, over layers and iterations: mean_keep_prob unless tokens are dropped."""
     ideal_gain: float | None
     """Ideal speed-up over the undropped model, less 1; None where the layers' share of an iteration is not known."""
 
@@ -56,21 +62,24 @@ class Forecast:
     """Ideal share of the undropped run's time that is saved."""
 
 
-def forecast(policy: Policy, train_iters: int, phi: float | None) -> Forecast:
+def forecast(policy: Policy, train_iters: int, phi: float | None, work: Work | None = None) -> Forecast:
     """The forecast for a run of T = train_iters iterations.
 
     phi: the layers' share of an iteration (flops.layer_share), or None if it is not known.
+    work: of the policy, where tokens are dropped too.
     """
+    work = work or Work(policy)
     last_dropping = int(min(policy.first_recovery_iteration - 1, train_iters))
-    phases = [_phase(policy, name, first, last, phi) for name, first, last in _parts(policy, last_dropping)]
+    phases = [_phase(work, name, first, last, phi) for name, first, last in _parts(policy, last_dropping)]
     if last_dropping < train_iters:
-        phases.append(_recovery(policy, last_dropping + 1, train_iters, phi))
+        phases.append(_recovery(work, last_dropping + 1, train_iters, phi))
     peak_iteration = _peak_iteration(policy, last_dropping)
-    peak = None if peak_iteration is None else _phase(policy, "peak", peak_iteration, peak_iteration, phi)
+    peak = None if peak_iteration is None else _phase(work, "peak", peak_iteration, peak_iteration, phi)
     parts = [*phases, *([] if peak is None else [peak])]
     lows = [part.theta_low for part in parts if part.theta_low is not None]
     highs = [part.theta_high for part in parts if part.theta_high is not None]
     mean = math.fsum(phase.mean_keep_prob * (phase.last - phase.first + 1) for phase in phases) / train_iters
+    flops = math.fsum(phase.mean_flops * (phase.last - phase.first + 1) for phase in phases) / train_iters
     total = Phase(
         name="whole run",
         first=1,
@@ -79,9 +88,11 @@ def forecast(policy: Policy, train_iters: int, phi: float | None) -> Forecast:
         theta_high=max(highs, default=None),
         begun_layers=_begun(policy, train_iters),
         mean_keep_prob=mean,
-        ideal_gain=_ideal_gain(phi, mean),
+        tokens=_tokens(work, [1, last_dropping, train_iters]),
+        mean_flops=flops,
+        ideal_gain=_ideal_gain(phi, flops),
     )
-    time_saved = None if phi is None else phi * (1.0 - mean)
+    time_saved = None if phi is None else phi * (1.0 - flops)
     return Forecast(phases=phases, peak=peak, total=total, time_saved=time_saved)
 
 
@@ -104,14 +115,21 @@ def forecast_text(outlook: Forecast) -> str:
         f"{'phase':<10}{'iterations':>19}"
         + (f"{'layers':>8}" if staged else "")
         + (f"{'theta':>{_theta_width(staged)}}" if has_theta else "")
+        + (f"{'tokens':>14}" if outlook.total.tokens is not None else "")
         + f"{'mean keep_prob':>{16 if staged else 17}}{'ideal gain':>{12 if staged else 13}}"
     ]
     lines += [_text_row(row, has_theta) for row in [*rows, outlook.total]]
     if outlook.time_saved is not None:
         lines.append(
-            f"time saved: {outlook.time_saved:.1%} of the undropped run's, if a dropped layer cost nothing at all"
+            f"time saved: {outlook.time_saved:.1%} of the undropped run's, if a dropped "
+            + ("layer" if outlook.total.tokens is None else "token")
+            + " cost nothing at all"
         )
     return "\n".join(lines)
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} - {high}"
 
 
 def _theta_width(staged: bool) -> int:
@@ -131,6 +149,7 @@ def _text_row(phase: Phase, has_theta: bool) -> str:
         f"{phase.name:<10}{iterations:>19}"
         + (f"{phase.begun_layers:>8}" if staged else "")
         + (f"{theta:>{_theta_width(staged)}}" if has_theta else "")
+        + ("" if phase.tokens is None else f"{_span(*phase.tokens):>14}")
         + f"{phase.mean_keep_prob:>{16 if staged else 17}.3f}{gain:>{12 if staged else 13}}"
     )
 
@@ -152,10 +171,12 @@ def _equal_parts(length: int) -> list[tuple[int, int]]:
     return [(int(start) + 1, int(end)) for start, end in itertools.pairwise(edges)]
 
 
-def _phase(policy: Policy, name: str, first: int, last: int, phi: float | None) -> Phase:
+def _phase(work: Work, name: str, first: int, last: int, phi: float | None) -> Phase:
+    policy = work.policy
     sampled = spread_iterations(first, last, MAX_SAMPLES).tolist()
     thetas = [policy.theta(iteration) for iteration in {first, *sampled, last}]
     mean = math.fsum(float(policy.keep_probs(iteration).mean()) for iteration in sampled) / len(sampled)
+    flops = math.fsum(float(work.flops(iteration).mean()) for iteration in sampled) / len(sampled)
     return Phase(
         name=name,
         first=first,
@@ -164,23 +185,32 @@ def _phase(policy: Policy, name: str, first: int, last: int, phi: float | None) 
         theta_high=max(thetas) if policy.uses_theta else None,
         begun_layers=_begun(policy, last),
         mean_keep_prob=mean,
-        ideal_gain=_ideal_gain(phi, mean),
+        tokens=_tokens(work, [first, *sampled, last]),
+        mean_flops=flops,
+        ideal_gain=_ideal_gain(phi, flops),
     )
+
+
+def _tokens(work: Work, iterations: Iterable[int]) -> tuple[int, int] | None:
+    counts = [count for iteration in iterations if (count := work.num_tokens(iteration)) is not None]
+    return (min(counts), max(counts)) if counts else None
 
 
 def _begun(policy: Policy, iteration: int) -> int | None:
     return None if policy.stages is None else len(policy.begun_layers(iteration))
 
 
-def _recovery(policy: Policy, first: int, last: int, phi: float | None) -> Phase:
+def _recovery(work: Work, first: int, last: int, phi: float | None) -> Phase:
     return Phase(
         name="recovery",
         first=first,
         last=last,
         theta_low=None,
         theta_high=None,
-        begun_layers=_begun(policy, last),
+        begun_layers=_begun(work.policy, last),
         mean_keep_prob=1.0,
+        tokens=_tokens(work, [first, last]),
+        mean_flops=1.0,
         ideal_gain=_ideal_gain(phi, 1.0),
     )
 

@@ -1,8 +1,8 @@
 """What layer dropping will leave each pipeline stage to do, and a placement of the layers that evens it.
 
-Times are counted in layers' worth: a kept layer is 1, a dropped one 0, one that some samples of a microbatch run their
-share, and the output layer with its loss, on the last stage, as many as its FLOPs are (docs/method.md 7). What a
-placement is worth is not read off expectations: the decisions that the run will take are drawn for some of its
+Times are counted in layers' worth: a kept layer is 1, a dropped one 0, one that some samples or tokens of a microbatch
+run their share, and the output layer with its loss, on the last stage, as many as its FLOPs are (docs/method.md 7).
+What a placement is worth is not read off expectations: the decisions that the run will take are drawn for some of its
 iterations, and each of these takes as long as the 1F1B schedule does with them (pipeline.py), the bubble included. With
 independent draws (sampler bernoulli) some stage is late in most iterations on any placement, so that even expectations
 gain less. Transfers, the embedding, the optimizer and memory are not counted.
@@ -33,7 +33,9 @@ from megatron_sbld.layout.placement import (
 )
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.decisions import draw_sample_counts
+from megatron_sbld.method.in_force import drops
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.work import Work
 
 WORTH_SAYING = 0.01
 """Share of an iteration below which a better placement is not worth a line."""
@@ -79,6 +81,7 @@ def stage_forecast(
     phi: float | None,
     replicas: int = 1,
     balanced: int | Sequence[Sequence[int]] | None = None,
+    work: Work | None = None,
 ) -> StageForecast | None:
     """The forecast for a run on several pipeline stages; None for one that has a single stage or drops nothing.
 
@@ -89,18 +92,20 @@ def stage_forecast(
         phi: the layers' share of an iteration (flops.layer_share), or None if it is not known.
         replicas: data-parallel size.
         balanced: what the balanced sampler evens; None is drop.balance_stages, or the pipeline's stages.
+        work: of the policy, where tokens are dropped too: layers count by their share of the FLOPs then.
     """
+    work = work or Work(policy)
     placement = placement_of(config)
-    if placement.num_ranks == 1 or config.drop.policy == "none":
+    if placement.num_ranks == 1 or not drops(config.drop):
         return None
-    keep_probs = np.array([_mean_keep_probs(policy, phase) for phase in outlook.phases])  # [phases, L]
+    keep_probs = np.array([_mean_flops(work, phase) for phase in outlook.phases])  # [phases, L]
     lengths = [phase.last - phase.first + 1 for phase in outlook.phases]
     in_run = np.average(keep_probs, axis=0, weights=lengths)
     dropping = [i for i, phase in enumerate(outlook.phases) if phase.first < policy.first_recovery_iteration]
     training = config.training
     run = _Run(
         drop=config.drop,
-        policy=policy,
+        work=work,
         train_iters=outlook.total.last,
         num_microbatches=max(1, training.global_batch_size // (training.micro_batch_size * replicas)),
         num_samples=training.micro_batch_size if config.drop.granularity == "sample" else 1,
@@ -154,10 +159,10 @@ def stage_forecast_text(stages: StageForecast) -> str:
     return "\n".join(lines)
 
 
-def _mean_keep_probs(policy: Policy, phase: Phase) -> Floats:
-    """Mean keep probability of each layer over a phase, [L]."""
+def _mean_flops(work: Work, phase: Phase) -> Floats:
+    """Mean expected share of each layer's FLOPs over a phase, [L]."""
     iterations = spread_iterations(phase.first, phase.last, _PROBED).tolist()
-    return np.mean([policy.keep_probs(iteration) for iteration in iterations], axis=0)
+    return np.asarray(np.mean([work.flops(iteration) for iteration in iterations], axis=0))
 
 
 def _begun(policy: Policy, phase: Phase, placement: Placement) -> list[list[int]]:
@@ -170,7 +175,7 @@ class _Run:
     """What decides how long iterations take, but for the placement."""
 
     drop: DropConfig
-    policy: Policy
+    work: Work
     train_iters: int
     num_microbatches: int
     num_samples: int
@@ -195,7 +200,7 @@ def _fixed_stages(
 
 def _propose(run: _Run, placement: Placement, keep_probs: Floats) -> tuple[str | None, float]:
     """(layout, share of the run's time that it saves) where that is worth saying, else (None, 0)."""
-    if placement.is_interleaved or placement.num_ranks > len(keep_probs) or run.policy.stages is not None:
+    if placement.is_interleaved or placement.num_ranks > len(keep_probs) or run.work.policy.stages is not None:
         return None, 0.0
     best = best_placement(keep_probs, placement.num_ranks, run.output_layers or 0.0)
     if best == placement:
@@ -214,8 +219,9 @@ def _iteration_times(run: _Run, iterations: list[int], placement: Placement) -> 
     stages = run.balanced or placement.stages
     kept = [
         drawn_shares(
-            run.drop, run.policy.keep_probs(iteration), iteration, run.num_microbatches, stages, run.num_samples
+            run.drop, run.work.policy.keep_probs(iteration), iteration, run.num_microbatches, stages, run.num_samples
         )
+        * run.work.flops_of(run.work.token_shares(iteration))
         for iteration in iterations
     ]
     return iteration_times(np.array(kept), placement.stages, run.output_layers or 0.0)

@@ -28,7 +28,7 @@ from megatron_sbld.data.blend import RunData, check_data
 from megatron_sbld.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sbld.measure.options import MeasureOptions, check_options, parse_layers, parse_numbers
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.in_force import dropped_update
+from megatron_sbld.method.in_force import dropped_update, drops_tokens
 from megatron_sbld.sensitivity.lists import choose_lists
 from megatron_sbld.sensitivity.measurement import Method, Request
 from megatron_sbld.sensitivity.stats import window_length
@@ -172,6 +172,8 @@ def build_request(plan: MeasurePlan, world_size: int, command: str, fractions: t
 def _measuring_config(config: Config, out: str) -> Config:
     """The config with the measurement's own drop section and folder, and without validation."""
     own = {name: getattr(config.drop, name) for name in _DROP_FIELDS}
+    if drops_tokens(config.drop):  # layers are measured, which run all of their tokens
+        own["granularity"] = "layer"
     if config.drop.stages is not None:  # the measurement has none, but what they decide holds
         own["dropped_update"] = dropped_update(config.drop)
         if config.drop.sampler == "bernoulli":

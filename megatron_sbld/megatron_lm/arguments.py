@@ -27,6 +27,7 @@ from megatron_sbld.files.paths import CONFIG_PATHS, expand_option
 from megatron_sbld.layout.units import num_units
 from megatron_sbld.mcore.compat import hybrid_pattern
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import drops
 from megatron_sbld.method.recipes import with_recipe
 
 RATE_FIELD = "lr_schedule_by"
@@ -127,7 +128,7 @@ def lr_schedule_by(args: Namespace) -> str:
 
 def ignored_arguments(config: DropConfig, schedule_by: str = OptimizerConfig.lr_schedule_by) -> tuple[str, ...]:
     """What was given although there is no policy that it could be of: --sbld-policy may have been forgotten."""
-    if config.policy != "none":
+    if drops(config):
         return ()
     needs_no_policy = DropConfig(residual=config.residual)
     names = [field.name for field in dataclasses.fields(DropConfig)]

@@ -9,8 +9,8 @@
     scalars             around `training_log`
 
 The last three are functions of megatron.training.training, which has no hook there: they are replaced while `pretrain`
-runs, and only when the arguments ask for something. With `--sbld-policy none` and `--sbld-residual stock`, the
-defaults, nothing but the arguments is added.
+runs, and only when the arguments ask for something. With `--sbld-policy none`, `--sbld-granularity layer` and
+`--sbld-residual stock`, the defaults, nothing but the arguments is added.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_sbld.megatron_lm.arguments import (
     lr_schedule_by,
 )
 from megatron_sbld.megatron_lm.run import LayerDropping
+from megatron_sbld.method.in_force import drops
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class _Attachment:
 
 def _asks_for_something(args: Namespace) -> bool:
     config = drop_config(args)
-    return not args.skip_train and (config.policy != "none" or config.residual != "stock")
+    return not args.skip_train and (drops(config) or config.residual != "stock")
 
 
 @functools.cache  # once in a process, however many chunks the model has

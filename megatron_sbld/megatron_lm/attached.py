@@ -26,7 +26,8 @@ from megatron_sbld.mcore import (
 from megatron_sbld.megatron_lm.observer import LossObserver
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, drops, stage_warmup_iters, updates_sensitivity
+from megatron_sbld.method.tokens import TokenDrop
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,20 @@ class AttachedDrops:
         num_layers: of the policy: those of the whole model, or of a HybridModel its units.
         train_iters: iterations of the run.
         micro_batch_size: samples of a microbatch.
+        tokens: of granularity token.
 
     Raises:
         ValueError: naming the field of the section, its value and what is allowed.
     """
 
-    def __init__(self, drop: DropConfig, num_layers: int, train_iters: int, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        drop: DropConfig,
+        num_layers: int,
+        train_iters: int,
+        micro_batch_size: int,
+        tokens: TokenDrop | None = None,
+    ) -> None:
         self.drop, self._num_layers, self._train_iters = drop, num_layers, train_iters
         self.controller = DropController(
             build_policy(drop, num_layers, train_iters),
@@ -66,6 +75,7 @@ class AttachedDrops:
             stages=drop.balance_stages,
             granularity=drop.granularity,
             num_samples=micro_batch_size if drop.granularity == "sample" else None,
+            tokens=tokens,
             replicas="shared" if drop.policy == "none" else drop.replicas,
         )
         self._rate: RateState | None = None
@@ -76,8 +86,8 @@ class AttachedDrops:
 
     @property
     def drops(self) -> bool:
-        """Whether there is a policy; without one the residual add alone is changed."""
-        return self.drop.policy != "none"
+        """Whether layers or tokens are dropped; else the residual add alone is changed."""
+        return drops(self.drop)
 
     def add(self, chunks: list[torch.nn.Module]) -> None:
         """Make chunks of the model on this rank switchable, once they are built."""
@@ -102,9 +112,9 @@ class AttachedDrops:
         self.controller.replica = parallel_state.get_data_parallel_rank()
         if self.drop.sampler == "balanced" and self.drop.balance_stages is None:
             self.controller.stages = self._layers_of_pipeline_ranks()
-        if dropped_update(self.drop) == "freeze":
+        if self.drop.policy != "none" and dropped_update(self.drop) == "freeze":
             freeze_dropped_layers(self._chunks, optimizer)
-        if self.drop.stages is not None:
+        if self.controller.policy.stages is not None:
             self._attend_to_stages(optimizer, scheduler)
         if rate is not None:
             self._rate = rate()
@@ -124,7 +134,7 @@ class AttachedDrops:
             ValueError: it does not, and has stages: nobody knows which layers have begun.
         """
         lost = iteration > 0 and self.drops and not self._has_loaded
-        if lost and self.drop.stages is not None:
+        if lost and self.controller.policy.stages is not None:
             raise ValueError(
                 f"drop.stages = {self.drop.stages} is not allowed: the run goes on after iteration {iteration}, and "
                 "which layers have begun is in the parameter scheduler's state, which was not loaded; load it, or "
@@ -183,7 +193,10 @@ class AttachedDrops:
             controller.policy, line = controller.growth.load_state_dict(None, controller.policy, next_iteration=1)
             differences = [line] * bool(line)
         else:
+            tokens = controller.tokens
             differences = controller.load_state_dict(state["drop"])
+            if self.drop.token_strata is not None:
+                controller.tokens = tokens
             if self._observer is not None and state["sensitivity"] is not None:
                 differences += self._observer.load_state_dict(state["sensitivity"])
         if dist.get_rank() == 0:

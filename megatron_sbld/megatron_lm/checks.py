@@ -12,7 +12,8 @@ from megatron_sbld.mcore.skip.refusals import REASONS, is_on
 from megatron_sbld.megatron_lm.arguments import argument_name, named_as_arguments, policy_layers
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
-from megatron_sbld.method.in_force import drop_settings
+from megatron_sbld.method.in_force import drop_settings, drops
+from megatron_sbld.method.tokens import strata_of_layout
 from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.residual.choice import library_for
 
@@ -37,16 +38,23 @@ def check_arguments(args: Namespace, train_iters: int, config: DropConfig) -> No
     even = args.pipeline_model_parallel_size if _stages_are_even(args) else None
     with named_as_arguments():
         validate_drop(config, policy_layers(args, config), train_iters, even)
-    if config.policy != "none":
+    if drops(config):
         for name, reason in _REASONS.items():
             if is_on(args, name):
+                field = "granularity" if config.policy == "none" else "policy"
                 raise ValueError(
-                    f"{_argument(name)} = {getattr(args, name)!r} does not work with {argument_name('policy')} "
-                    f"{config.policy}: {reason}; switch it off"
+                    f"{_argument(name)} = {getattr(args, name)!r} does not work with {argument_name(field)} "
+                    f"{getattr(config, field)}: {reason}; switch it off"
                 )
         refuse_combinations(_settings(args, config), _name, program="Megatron-LM")
     if config.residual == "fused":
         check_fused_residual(args.params_dtype, argument_name("residual"))
+
+
+def strata_of_arguments(args: Namespace) -> int:
+    """The number of token strata that Megatron-LM's layout needs, or a multiple of it."""
+    sequence_ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return strata_of_layout(sequence_ranks, args.context_parallel_size)
 
 
 def check_fused_residual(dtype: torch.dtype, name: str) -> None:

@@ -14,9 +14,11 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_sbld.controller import DropController
 from megatron_sbld.megatron_lm.arguments import drop_config, lr_schedule_by, named_as_arguments, policy_layers
 from megatron_sbld.megatron_lm.attached import AttachedDrops
-from megatron_sbld.megatron_lm.checks import check_arguments
+from megatron_sbld.megatron_lm.checks import check_arguments, strata_of_arguments
 from megatron_sbld.megatron_lm.layer_tokens import BY_LAYER_TOKENS, LayerTokenRate
 from megatron_sbld.megatron_lm.scalars import Scalars
+from megatron_sbld.method.build_tokens import build_tokens
+from megatron_sbld.method.in_force import drops_tokens
 
 
 class LayerDropping:
@@ -36,7 +38,11 @@ class LayerDropping:
         drop = drop_config(args)
         check_arguments(args, train_iters, drop)
         with named_as_arguments():
-            self._drops = AttachedDrops(drop, policy_layers(args, drop), train_iters, args.micro_batch_size)
+            num_layers = policy_layers(args, drop)
+            tokens = None
+            if drops_tokens(drop):
+                tokens = build_tokens(drop, num_layers, train_iters, args.seq_length, strata_of_arguments(args))
+            self._drops = AttachedDrops(drop, num_layers, train_iters, args.micro_batch_size, tokens)
         self._rate: LayerTokenRate | None = None
         self._scalars = Scalars(args, self.controller, training, drop.unit)
 

@@ -55,8 +55,16 @@ class Scalars:
 
     def executed_flops(self, batch_size: int) -> float:
         """FLOPs of the present iteration, by Megatron-LM's formula, without those of layers that did not run."""
-        dropped = 1.0 - self._controller.kept_shares.mean(axis=0)
-        return self._undropped_flops(batch_size) - batch_size * float(dropped @ self._layer_flops_per_sample)
+        controller = self._controller
+        of_layers = self._layer_flops_per_sample()
+        if controller.tokens is None:
+            saved = float((1.0 - controller.kept_shares.mean(axis=0)) @ of_layers)
+            return self._undropped_flops(batch_size) - batch_size * saved
+        kept = controller.plan.mean(axis=0)
+        ran = of_layers.copy()
+        some = np.array(controller.tokens.layers) - 1
+        ran[some] = self._layer_flops_per_sample(controller.num_tokens)[some]
+        return self._undropped_flops(batch_size) - batch_size * float((of_layers - kept * ran).sum())
 
     def write(self) -> None:
         """Add this iteration's scalars where a writer is, at Megatron-LM's intervals."""
@@ -104,14 +112,16 @@ class Scalars:
     def _undropped_flops(self, batch_size: int) -> float:
         return float(self._training.num_floating_point_operations(self._args, batch_size))
 
-    @functools.cached_property
-    def _layer_flops_per_sample(self) -> NDArray[np.float64]:
-        """FLOPs for one sample of what each keep probability is of, [L]."""
-        args = self._args
-        base = self._undropped_flops(1)
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one object in a run; whole samples, and the present number of tokens)
+    def _layer_flops_per_sample(self, tokens: int | None = None) -> NDArray[np.float64]:
+        """FLOPs for one sample, or some tokens of it, of what each keep probability is of, [L]."""
+        args = copy.copy(self._args)
+        if tokens is not None:
+            args.seq_length = tokens
+        base = float(self._training.num_floating_point_operations(args, 1))
         hybrid = hybrid_pattern(args)
         if hybrid is not None:
-            return self._hybrid_flops_per_sample(hybrid, base)
+            return self._hybrid_flops_per_sample(args, hybrid, base)
         pattern = _moe_pattern(args)
         costs = {}
         for kind in set(pattern):
@@ -122,14 +132,14 @@ class Scalars:
             costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
         return np.array([costs[kind] for kind in pattern])
 
-    def _hybrid_flops_per_sample(self, pattern: str, base: float) -> NDArray[np.float64]:
+    def _hybrid_flops_per_sample(self, args: Namespace, pattern: str, base: float) -> NDArray[np.float64]:
         """The same of a HybridModel, whose pattern gets one layer more of a kind in front."""
-        kinds, field = layer_kinds(pattern), hybrid_pattern_field(self._args)
+        kinds, field = layer_kinds(pattern), hybrid_pattern_field(args)
         assert field is not None, "asked for with a pattern alone"
         costs = {}
         for kind in set(kinds):
-            more = copy.copy(self._args)
-            more.num_layers = self._args.num_layers + 1
+            more = copy.copy(args)
+            more.num_layers = args.num_layers + 1
             setattr(more, field, kind + pattern)
             costs[kind] = float(self._training.num_floating_point_operations(more, 1)) - base
         units = np.array(unit_numbers(pattern, self._unit)) - 1
@@ -143,6 +153,8 @@ def decision_scalars(controller: DropController) -> dict[str, float]:
         "mean_keep_prob": float(controller.keep_probs.mean()),
         "kept_fraction": controller.kept_fraction,
     }
+    if controller.tokens is not None:
+        scalars["kept_tokens"] = controller.num_tokens
     if controller.policy.stages is not None:
         scalars["begun_layers"] = len(controller.growth.begun)
     return scalars

@@ -17,6 +17,7 @@ from megatron_sbld.method.in_force import (
     SCHEDULED_POLICIES,
     changed_fields,
     drop_settings,
+    drops,
     named_as_fields,
     stages_by_sensitivity,
     updates_sensitivity,
@@ -47,8 +48,10 @@ def build_policy(
     Raises ValueError naming the field, also for a sensitivity file that cannot be used.
     """
     validate_drop(config, num_layers, train_iters)
-    if config.policy == "none":
+    if not drops(config):
         return FullDepthPolicy(num_layers)
+    if config.policy == "none":
+        return FullDepthPolicy(num_layers, recovery_fraction=config.recovery_fraction, train_iters=train_iters)
     schedule = build_schedule(config, train_iters)
     common: dict[str, Any] = {
         "residual_scale": config.residual_scale,

@@ -8,7 +8,7 @@ PolicyName = Literal["none", "sbld", "pld", "layerdrop", "stochastic_depth", "st
 """Where keep probabilities come from."""
 ScheduleName = Literal["pwegd", "exponential", "linear", "polynomial", "constant", "steps", "plateau"]
 """theta over training."""
-RecipeName = Literal["sbld-paper", "pld-paper", "raptr", "ddd", "staged"]
+RecipeName = Literal["sbld-paper", "pld-paper", "raptr", "ddd", "staged", "random-ltd"]
 """Settings of a published method."""
 Depth = Literal["uniform", "linear", "exponential"]
 """How LayerDrop's rate 1 - theta(t) grows with depth."""
@@ -24,8 +24,10 @@ ResidualAdd = Literal["stock", "fused"]
 """Who adds a branch to the residual stream."""
 Scope = Literal["iteration", "microbatch"]
 """How long one draw holds."""
-Granularity = Literal["layer", "sample"]
+Granularity = Literal["layer", "sample", "token"]
 """What a decision is about."""
+TokenSchedule = Literal["linear", "steps"]
+"""How many tokens a layer runs over training, with granularity token."""
 Unit = Literal["layer", "block"]
 """Whether the layers of one block of a hybrid model are decided about by themselves or as one."""
 Sampler = Literal["bernoulli", "balanced"]

@@ -51,7 +51,7 @@ def _is_global_aux_loss(value: Any) -> bool:
 
 def _distinct_layers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Data-parallel replicas run different layers, and `settings`."""
-    return {"replicas": "distinct", **settings, "granularity": "layer"}
+    return {"replicas": "distinct", **settings, "granularity": other_than("sample")}
 
 
 def _keeps_stepping(value: Any) -> bool:
@@ -105,6 +105,36 @@ COMBINATIONS = (
         "set {granularity} layer",
     ),
     Combination(
+        {"granularity": "token", "moe_router_load_balancing_type": _is_global_aux_loss, "num_moe_experts": given},
+        "it averages counts of tokens over passes as if all had as many",
+        "set {granularity} layer",
+    ),
+    Combination(
+        {"granularity": "token", "tp_comm_overlap": True},
+        "its buffers have room for whole samples alone",
+        "set {granularity} layer",
+    ),
+    Combination(
+        {"granularity": "token", "apply_rope_fusion": True},
+        "its kernel takes one position for all samples, and each sample has its own tokens",
+        "switch {apply_rope_fusion} off",
+    ),
+    Combination(
+        {"granularity": "token", "multi_latent_attention": True},
+        "it makes its rotary embeddings inside of attention, where nothing says which tokens these are",
+        "set {granularity} layer",
+    ),
+    Combination(
+        {"granularity": "token", "window_size": given},
+        "a window would count the tokens that are left, not those of the sequence",
+        "set {granularity} layer",
+    ),
+    Combination(
+        {"granularity": "token", "torch_compile": True},
+        "each number of tokens would be compiled anew",
+        "set {granularity} layer, or {torch_compile} false",
+    ),
+    Combination(
         {"granularity": "sample", "sensitivity_update": "dynamic"},
         "a layer runs nearly the same share of every microbatch, so that losses say nothing about it",
         "set {granularity} layer",
@@ -153,11 +183,15 @@ COMBINATIONS = (
     ),
     *(
         Combination(
-            {"decision_scope": "microbatch", narrow: switched_on, "recompute_granularity": "full"},
+            {**by_microbatch, narrow: switched_on, "recompute_granularity": "full"},
             "Transformer Engine's recomputation does not tell its passes apart",
-            "set {decision_scope} iteration",
+            instead,
         )
         for narrow in ("fp8", "fp4")
+        for by_microbatch, instead in (
+            ({"decision_scope": "microbatch"}, "set {decision_scope} iteration"),
+            ({"granularity": "token"}, "set {granularity} layer"),
+        )
     ),
     Combination(
         {"torch_compile": True, "residual": "fused", "residual_scale": "inverse_keep_prob"},

@@ -38,13 +38,14 @@ from megatron_sbld.method.choices import (
     SensitivityUpdate,
     StageInit,
     StageRule,
+    TokenSchedule,
     Unit,
 )
 from megatron_sbld.method.decisions import MAX_SEED
 
 
 class Of:
-    """What alone uses a field: policies, schedules, "dynamic" (the estimate of the sensitivity), or "stages"."""
+    """What alone uses a field: policies, schedules, "dynamic" (sensitivity), "stages", "token" (granularity)."""
 
     def __init__(self, *owners: str) -> None:
         self.owners = owners
@@ -59,8 +60,8 @@ class DropConfig:
     it is set to its default.
     `megatron-sbld schedule show` prints where each value came from."""
     policy: PolicyName = "none"
-    """Where the keep probability of each layer comes from; none drops nothing, staged runs every layer that has
-    begun."""
+    """Where the keep probability of each layer comes from; none drops no layer, staged runs every layer that has
+    begun. With policy none the section is in force for granularity token alone."""
     schedule: ScheduleName | None = None
     """theta over training; None takes the policy's own: sbld pwegd, pld exponential, the others constant."""
     theta: PositiveShare = 0.9
@@ -164,7 +165,28 @@ class DropConfig:
     keep_prob * micro_batch_size samples of a microbatch in expectation, rounded down or up, as many on every rank; the
     others pass it by. With micro_batch_size 1 it takes the very decisions of layer. Take layer where whole dropped
     layers should cost nothing, their communication included; take sample where iterations should be equally long, or
-    each gradient come from most layers."""
+    each gradient come from most layers. token: random-LTD; the decisions of layer, and of each sample the layers of
+    token_layers run some tokens alone, drawn anew for each layer and sample; the others pass them by. Policy none with
+    token drops tokens and no layers."""
+    token_layers: Annotated[list[int] | None, Of("token")] = None
+    """Token: layers that run some tokens of a sample; None is all but the first and the last."""
+    token_schedule: Annotated[TokenSchedule, Of("token")] = "linear"
+    """Token: how many tokens a layer runs at iteration t. linear: from min_tokens at t = 0 to all of them at
+    token_iterations, as random-LTD; steps: token_steps."""
+    min_tokens: Annotated[Count | None, Of("token")] = None
+    """Token, linear: tokens of a sample that a layer runs at first, a multiple of token_step; None is 1/16 of
+    seq_length, as random-LTD's 128 of 2,048, rounded down to one, at least token_step."""
+    token_step: Annotated[Count, Of("token")] = 16
+    """Token: the number of tokens is rounded down to a multiple of it, as GPUs like."""
+    token_iterations: Annotated[Count | None, Of("token")] = None
+    """Token, linear: iteration from which on all tokens are kept; None is 70 % of the iterations, as random-LTD."""
+    token_steps: Annotated[list[list[float]] | None, Of("token")] = None
+    """Token, steps: [share of the iterations, tokens], ...: until when a layer runs how many tokens of a sample, each a
+    multiple of token_step or all; ends with [1.0, tokens]."""
+    token_strata: Annotated[Count | None, Of("token")] = None
+    """Token: equal parts of the sequence, of each of which as many tokens are drawn, so that ranks which hold parts of
+    a sequence run as many; divides token_step. None is what the layout needs: 1, with sequence parallelism
+    tensor_model_parallel_size, with context parallelism more. Set it to draw the same on another layout."""
     unit: Unit = "layer"
     """What counts as one layer of a HybridModel (`*-*-`, in Megatron-LM and in your own code). layer: each attention,
     MLP, MoE or Mamba layer has a keep probability of its own; block: attention and the MLP or experts behind it have

@@ -31,16 +31,35 @@ _CLASSES: dict[PolicyName, type[policy.Policy]] = {
 }
 
 
+_OF_POLICIES = {
+    *("schedule", "theta", "keep_layers", "depth", "stages", "residual_scale", "decision_scope", "sampler"),
+    *("balance_stages", "replicas", "dropped_update"),
+}
+"""Fields of every policy, which say nothing where no layer is dropped."""
+
+
+def drops(config: DropConfig) -> bool:
+    """Whether the section is in force: it has a policy, or drops tokens."""
+    return config.policy != "none" or drops_tokens(config)
+
+
+def drops_tokens(config: DropConfig) -> bool:
+    """Whether layers run some of a sample's tokens."""
+    return config.granularity == "token"
+
+
 def drop_settings(config: DropConfig) -> dict[str, Any]:
-    """What is in force of the section, as combinations.py asks for it: nothing with policy none, and no field of
+    """What is in force of the section, as combinations.py asks for it: nothing if it drops nothing, and no field of
     another policy or schedule; residual_scale is the policy's own where the section has none.
     """
-    if config.policy == "none":
+    if not drops(config):
         return {}
     unused = unused_fields(config)
     used = {name: getattr(config, name) for name in drop_field_names() if name not in unused}
     if config.stages is not None and config.sampler == "bernoulli":
-        del used["balance_stages"]  # it shares out the stages' layers, and the sampler has none
+        used.pop("balance_stages", None)  # it shares out the stages' layers, and the sampler has none
+    if config.policy == "none":  # no layer is ever dropped
+        return used
     return {**used, "residual_scale": residual_scale(config), "dropped_update": dropped_update(config)}
 
 
@@ -95,8 +114,12 @@ def unused_fields(config: DropConfig) -> set[str]:
     unused |= frozenset().union(*(fields_of(name) for name in get_args(PolicyName) if name != config.policy))
     if config.stages is None:
         unused |= fields_of("stages")
+    if not drops_tokens(config):
+        unused |= fields_of("token")
     if config.policy == "staged":
         unused |= {"schedule", "theta", "residual_scale"}
+    if config.policy == "none":
+        return unused | fields_of("stages") | _OF_POLICIES
     return unused - {"sensitivity", "interpolate"} if stages_by_sensitivity(config) else unused
 
 

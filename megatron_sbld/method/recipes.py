@@ -120,10 +120,28 @@ def _staged(num_layers: int) -> dict[str, Setting]:
     }
 
 
+def _random_ltd(num_layers: int) -> dict[str, Setting]:
+    if num_layers < 3:
+        raise ValueError(
+            f"drop.recipe = 'random-ltd' needs 3 layers: the first and the last run all tokens, and the model has "
+            f"{num_layers}"
+        )
+    return {
+        "policy": Setting("none", "random-LTD: no layer is dropped"),
+        "granularity": Setting("token", "random-LTD"),
+        "token_layers": Setting(None, "random-LTD: all but the first and the last layer, which null stands for"),
+        "token_schedule": Setting("linear", "random-LTD, section 5: linear, until no token is dropped"),
+        "min_tokens": Setting(None, "random-LTD: 128 of GPT-3's 2,048 tokens, 1/16, which null stands for"),
+        "token_step": Setting(16, "DeepSpeed's configuration of GPT-3 1.3B: 16"),
+        "token_iterations": Setting(None, "random-LTD: about 70 % of the iterations, which null stands for"),
+    }
+
+
 _RECIPES: dict[RecipeName, Callable[[int], dict[str, Setting]]] = {
     "sbld-paper": _sbld_paper,
     "pld-paper": _pld_paper,
     "raptr": _raptr,
     "ddd": _ddd,
     "staged": _staged,
+    "random-ltd": _random_ltd,
 }

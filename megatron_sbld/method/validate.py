@@ -3,10 +3,10 @@
 Shared by the trainer and by whatever attaches layer dropping to another training program.
 
 What is refused, what is tolerated: a value out of range is refused always. Beyond that, with policy none nothing is
-looked at, so that `--drop.policy none` switches any config off. With another policy, a setting that contradicts another
-or that nothing could use is refused. The settings of other policies (SBLD's fields, and PWEGD's and PLD's parameters as
-long as `schedule` is left to the policy) are tolerated with a warning, so that one file can hold several policies for
-`--drop.policy` to choose from.
+looked at, so that `--drop.policy none` switches any config off, unless granularity is token. Otherwise a setting that
+contradicts another or that nothing could use is refused. The settings of other policies (SBLD's fields, and PWEGD's and
+PLD's parameters as long as `schedule` is left to the policy) are tolerated with a warning, so that one file can hold
+several policies for `--drop.policy` to choose from.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import get_args
 from megatron_sbld.checks import check_integer, check_layers
 from megatron_sbld.fields import check_fields
 from megatron_sbld.method.build_schedule import build_schedule
+from megatron_sbld.method.build_tokens import check_tokens
 from megatron_sbld.method.choices import ScheduleName
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, fields_of
@@ -24,6 +25,8 @@ from megatron_sbld.method.in_force import (
     POLICY_SCHEDULES,
     changed_fields,
     drop_settings,
+    drops,
+    drops_tokens,
     named_as_fields,
     schedule_fields,
     schedule_name,
@@ -55,10 +58,34 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
     check_integer("num_layers", num_layers, 1)
     check_integer("train_iters", train_iters, 1)
     check_fields(config, "drop.")
-    if config.policy == "none":
+    if not drops(config):
         return
     refuse_combinations(drop_settings(config), "drop.{}".format)
     changed = changed_fields(config)
+    if drops_tokens(config):
+        check_tokens(config, num_layers)
+    if config.policy != "none":
+        _check_policy(config, changed, num_layers, train_iters, num_stages)
+    unused = sorted(changed & unused_fields(config))
+    if unused:
+        names = ", ".join(f"drop.{name}" for name in unused)
+        warnings.warn(f"no effect with {_chosen(config, unused)}: {names}", stacklevel=2)
+
+
+def _chosen(config: DropConfig, unused: list[str]) -> str:
+    """The settings that leave fields without effect."""
+    chosen = f"drop.policy {config.policy}"
+    if config.policy == "sbld" and not updates_sensitivity(config):
+        chosen += f" and drop.sensitivity_update {config.sensitivity_update}"
+    if fields_of("token").intersection(unused):
+        chosen += f" and drop.granularity {config.granularity}"
+    return chosen
+
+
+def _check_policy(
+    config: DropConfig, changed: set[str], num_layers: int, train_iters: int, num_stages: int | None
+) -> None:
+    """Refuse settings of a policy that do not fit each other."""
     _check_balanced(config, num_layers, num_stages)
     _check_schedule_fields(config, changed)
     for first, second in _EXCLUSIVE_FIELDS:
@@ -73,13 +100,6 @@ def validate_drop(config: DropConfig, num_layers: int, train_iters: int, num_sta
         check_layers("keep_layers", config.keep_layers or (), num_layers)
     if config.policy == "sbld":
         _check_sbld(config, num_layers)
-    unused = sorted(changed & unused_fields(config))
-    if unused:
-        names = ", ".join(f"drop.{name}" for name in unused)
-        chosen = f"drop.policy {config.policy}"
-        if config.policy == "sbld" and not updates_sensitivity(config):
-            chosen += f" and drop.sensitivity_update {config.sensitivity_update}"
-        warnings.warn(f"no effect with {chosen}: {names}", stacklevel=2)
 
 
 def _check_growth(config: DropConfig, num_layers: int, train_iters: int) -> None:

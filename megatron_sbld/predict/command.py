@@ -18,7 +18,7 @@ from megatron_sbld.fields import Count, In, Positive, PositiveShare, check_field
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.in_force import uses_theta
+from megatron_sbld.method.in_force import drops, uses_theta
 from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.predict.cost import Attention
 from megatron_sbld.predict.gain import (
@@ -83,12 +83,12 @@ def predict(config: Config, options: PredictOptions, config_files: Sequence[str]
         files = [Path(options.out) / name for name in ("predict.json", "timeline.png", "gain.png")]
         refuse_inputs("--out", files, [*config_files, options.hardware, config.drop.sensitivity, config.data.tokenizer])
     predictor, assumed_mfu = build_predictor(config, options)
-    drop, drops = predictor.setup.config.drop, predictor.setup.config.drop.policy != "none"
+    drop = predictor.setup.config.drop
     if options.target_gain is not None:
         check_has_theta(drop)
-    sections = _own_sections(predictor) if drops else []
+    sections = _own_sections(predictor) if drops(drop) else []
     proposals = [found for section in sections if (found := propose_placement(predictor, section)) is not None]
-    nothing = dataclasses.replace(drop, policy="none")
+    nothing = dataclasses.replace(drop, policy="none", granularity="layer")
     compared = [predictor.predict(section) for section in compared_sections(drop)] if options.compare_policies else []
     outcome = Outcome(
         setup=predictor.setup,
@@ -104,7 +104,9 @@ def predict(config: Config, options: PredictOptions, config_files: Sequence[str]
         proposals=proposals,
         undropped_proposal=propose_placement(predictor, nothing),
         compared=compared,
-        memory=rank_memory(predictor.model, _some_shares(predictor) if drops and drop.stages is None else None),
+        memory=rank_memory(
+            predictor.model, _some_shares(predictor) if drops(drop) and predictor.policy(drop).stages is None else None
+        ),
         target=None if options.target_gain is None else find_target(predictor, drop, options.target_gain),
     )
     print_report(outcome)
@@ -175,7 +177,7 @@ def _own_sections(predictor: Predictor) -> list[DropConfig]:
     """
     drop, placement = predictor.setup.config.drop, predictor.setup.placement
     sections = [drop]
-    if placement.num_ranks > 1 and drop.replicas == "shared" and drop.policy != "staged":
+    if placement.num_ranks > 1 and drop.replicas == "shared" and drop.policy not in ("none", "staged"):
         balanced = drop if drop.sampler == "balanced" else dataclasses.replace(drop, sampler="balanced")
         # Stages share out their layers among balance_stages whatever the sampler.
         stages = None if drop.stages is None else drop.balance_stages
@@ -202,7 +204,7 @@ def _predictions(
 def _some_shares(predictor: Predictor) -> Floats:
     drop = predictor.setup.config.drop
     iterations = predictor.sampled(drop)[:: max(1, len(predictor.sampled(drop)) // _MEMORY_ITERATIONS)]
-    return predictor.shares(drop, predictor.policy(drop), iterations, predictor.setup.placement)[0]
+    return predictor.shares(drop, predictor.policy(drop), iterations, predictor.setup.placement, held=True)[0]
 
 
 def _write(predictor: Predictor, outcome: Outcome, folder: Path) -> None:

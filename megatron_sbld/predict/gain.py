@@ -21,17 +21,19 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from megatron_sbld.checks import check_number
-from megatron_sbld.config.flops import ideal_speedup, layer_share, model_flops_per_token
+from megatron_sbld.config.flops import attention_share, ideal_speedup, layer_share, model_flops_per_token
 from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.config.validate import train_iterations
 from megatron_sbld.forecast.drops import spread_iterations
 from megatron_sbld.forecast.stages import drawn_shares
 from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.layout.placement import Placement, even_placement
 from megatron_sbld.method.build import build_policy
-from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.in_force import dropped_update, uses_theta
+from megatron_sbld.method.config import DropConfig, fields_of
+from megatron_sbld.method.in_force import dropped_update, drops, drops_tokens, uses_theta
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.work import Work
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 from megatron_sbld.predict.memory import most_memory
 
@@ -82,7 +84,7 @@ class Prediction:
     """Which layers the stages hold, in Megatron's notation."""
     mean_keep_prob: float
     kept_fraction: float
-    """Of the sampled iterations' layers."""
+    """Of the sampled iterations' layers; where tokens are dropped, of their FLOPs."""
     ideal_gain: float
     """If a dropped layer cost nothing and the rest stayed as it is by FLOPs (docs/method.md section 7)."""
     gain: float
@@ -113,6 +115,8 @@ class _Part:
     drawn: float
     """Mean seconds as drawn."""
     mean_keep_prob: float
+    mean_flops: float
+    """Expected share of the layers' FLOPs: mean_keep_prob unless tokens are dropped."""
     kept_fraction: float
     waiting: float
 
@@ -156,6 +160,11 @@ class Predictor:
             ranks = (placement or placement_of(config)).stages
             return build_policy(drop, config.model.num_layers, self.train_iters, ranks=ranks)
 
+    def work(self, drop: DropConfig, policy: Policy) -> Work:
+        """What a drop section's policy and tokens leave the layers to do in this run."""
+        config = self.setup.config
+        return Work(policy, tokens_of(config, self.train_iters, drop), attention_share(config.model))
+
     def predict(self, drop: DropConfig, placement: Placement | None = None) -> Prediction:
         """What a drop section gains over the undropped model on the setup's placement.
 
@@ -173,15 +182,16 @@ class Predictor:
         stderr = math.hypot(*(weight * part.stderr for weight, part in zip(weights, parts, strict=True)))
         gain = self.baseline_s / mean - 1.0
         mean_keep_prob = min(over_run(part.mean_keep_prob for part in parts), 1.0)
+        mean_flops = min(over_run(part.mean_flops for part in parts), 1.0)
         sampler = drop.sampler + (f" {drop.balance_stages}" if drop.balance_stages else "")
         return Prediction(
-            policy=drop.policy,
+            policy="tokens" if drop.policy == "none" and drops_tokens(drop) else drop.policy,
             theta=drop.theta if uses_theta(drop) else None,
-            sampler=None if drop.policy == "staged" else sampler,
+            sampler=None if drop.policy in ("none", "staged") and drops(drop) else sampler,
             layout=model.setup.placement.layout,
             mean_keep_prob=mean_keep_prob,
             kept_fraction=over_run(part.kept_fraction for part in parts),
-            ideal_gain=ideal_speedup(self.phi, mean_keep_prob) - 1.0,
+            ideal_gain=ideal_speedup(self.phi, mean_flops) - 1.0,
             gain=gain,
             gain_stderr=(1.0 + gain) * stderr / mean,
             lost_to_imbalance=1.0 - over_run(part.even for part in parts) / over_run(part.drawn for part in parts),
@@ -200,7 +210,8 @@ class Predictor:
         found = []
         for first, last in spans(policy, self.train_iters):
             share = (last - first + 1) / self.train_iters
-            count = 1 if drop.policy == "staged" else max(_FEWEST_SAMPLED, round(share * len(sampled)))
+            draws = drop.policy != "staged" or drops_tokens(drop)
+            count = 1 if not draws else max(_FEWEST_SAMPLED, round(share * len(sampled)))
             found.append((first, last, spread_iterations(first, last, count).tolist()))
         return found
 
@@ -213,8 +224,10 @@ class Predictor:
         times = even = found.total
         if model.num_ranks > 1:
             even = model.times(replicas, evenly=True, freezes=freezes, waiting=waiting).total
-        means, kept = [policy.keep_probs(iteration) for iteration in iterations], _kept(replicas)
-        mean, stderr = _expected(times, kept - np.mean(means, axis=1))
+        work, kept = self.work(drop, policy), _kept(replicas)
+        means = [policy.keep_probs(iteration) for iteration in iterations]
+        flops = [work.flops(iteration) for iteration in iterations]
+        mean, stderr = _expected(times, kept - np.mean(flops, axis=1))
         busy = found.run.busy.sum(axis=-1) / model.num_ranks
         return _Part(
             first=first,
@@ -224,6 +237,7 @@ class Predictor:
             even=float(even.mean()),
             drawn=float(times.mean()),
             mean_keep_prob=float(np.mean(means)),
+            mean_flops=float(np.mean(flops)),
             kept_fraction=float(kept.mean()),
             waiting=float((1.0 - busy / found.run.end).mean()),
         )
@@ -236,7 +250,7 @@ class Predictor:
             last=part.last,
             begun_layers=len(begun),
             mean_keep_prob=part.mean_keep_prob,
-            ideal_gain=ideal_speedup(self.phi, min(part.mean_keep_prob, 1.0)) - 1.0,
+            ideal_gain=ideal_speedup(self.phi, min(part.mean_flops, 1.0)) - 1.0,
             gain=gain,
             gain_stderr=(1.0 + gain) * part.stderr / part.mean,
             lost_to_imbalance=1.0 - part.even / part.drawn,
@@ -250,7 +264,8 @@ class Predictor:
         """Mean seconds of some iterations of the run on a placement."""
         model, policy = self.on(placement), self.policy(drop, placement)
         replicas = self.shares(drop, policy, iterations, placement)
-        means = [policy.keep_probs(iteration) for iteration in iterations]
+        work = self.work(drop, policy)
+        means = [work.flops(iteration) for iteration in iterations]
         freezes = dropped_update(drop) == "freeze"
         times = model.times(replicas, freezes=freezes, waiting=_waiting(policy, iterations)).total
         return _expected(times, _kept(replicas) - np.mean(means, axis=1))[0]
@@ -263,9 +278,14 @@ class Predictor:
         """The same hardware with other stages."""
         return IterationModel(dataclasses.replace(self.setup, placement=placement), self.efficiency)
 
-    def shares(self, drop: DropConfig, policy: Policy, iterations: list[int], placement: Placement) -> list[Floats]:
-        """What share of each microbatch the layers run, [n, m or 1, L] for each replica that decides for itself."""
-        config = self.setup.config
+    def shares(
+        self, drop: DropConfig, policy: Policy, iterations: list[int], placement: Placement, *, held: bool = False
+    ) -> list[Floats]:
+        """What share of each microbatch the layers run, [n, m or 1, L] for each replica that decides for itself.
+
+        Where tokens are dropped it is their share of the layer's FLOPs, or of what the layer holds (`held`).
+        """
+        config, work = self.setup.config, self.work(drop, policy)
         stages = placement.stages
         if drop.balance_stages is not None:
             stages = even_placement(config.model.num_layers, drop.balance_stages).stages
@@ -276,6 +296,7 @@ class Predictor:
             np.array(
                 [
                     drawn_shares(drop, policy.keep_probs(iteration), iteration, rows, stages, samples, replica)
+                    * (work.token_shares(iteration) if held else work.flops_of(work.token_shares(iteration)))
                     for iteration in iterations
                 ]
             )
@@ -368,8 +389,10 @@ def compared_sections(drop: DropConfig, thetas: tuple[float, ...] = (0.9, 0.7, 0
     names = ["sampler", "decision_scope", "granularity", "dropped_update", "recovery_fraction", "seed"]
     if drop.sampler == "balanced":  # else it shares out the layers of stages, which the others have not
         names.append("balance_stages")
+    if drops_tokens(drop):
+        names += sorted(fields_of("token"))
     common = {name: getattr(drop, name) for name in names}
-    sections = [drop] if drop.policy != "none" and not uses_theta(drop) else []
+    sections = [drop] if drops(drop) and not uses_theta(drop) else []
     for policy in ("sbld", "pld", "layerdrop", "stochastic_depth"):
         if policy == drop.policy:
             if not uses_theta(drop):

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from megatron_sbld.layout.pipeline import Floats
+from megatron_sbld.method.in_force import drops
 from megatron_sbld.predict.gain import LOWEST_THETA, Predictor, spans
 from megatron_sbld.predict.simulate import Run
 from megatron_sbld.report.plots import DPI
@@ -48,7 +49,7 @@ def _timeline_cases(predictor: Predictor) -> list[tuple[str, Floats, NDArray[np.
     drop, num_layers = predictor.setup.config.drop, predictor.setup.config.model.num_layers
     cases: list[tuple[str, Floats, NDArray[np.bool_] | None]]
     cases = [("nothing dropped", np.ones((1, 1, num_layers)), None)]
-    if drop.policy == "none":
+    if not drops(drop):
         return cases
     policy = predictor.policy(drop)
     for first, last in spans(policy, predictor.train_iters):
@@ -57,7 +58,7 @@ def _timeline_cases(predictor: Predictor) -> list[tuple[str, Floats, NDArray[np.
         if drop.policy == "staged" and len(begun) == num_layers:
             continue  # as with nothing dropped
         shares = predictor.shares(drop, policy, [iteration], predictor.setup.placement)[0]
-        sampler = "" if drop.policy == "staged" else f", sampler {drop.sampler}"
+        sampler = "" if drop.policy in ("none", "staged") else f", sampler {drop.sampler}"
         title = f"{drop.policy}{sampler}, iteration {iteration}: {shares.mean():.0%} of the layers run"
         waiting = None if policy.stages is None else policy.stages.gate(iteration)[None] == 0
         cases.append((title, shares, waiting))

@@ -109,7 +109,8 @@ def _search(predictor: Predictor, drop: DropConfig, even: Placement) -> Placemen
 def _even_work(predictor: Predictor, drop: DropConfig) -> Placement:
     """The placement that evens the expected work of the stages."""
     policy, piece = predictor.policy(drop), _piece(predictor.setup.config)
-    keep_probs = np.mean([policy.keep_probs(iteration) for iteration in predictor.sampled(drop)], axis=0)
+    work = predictor.work(drop, policy)
+    keep_probs = np.mean([work.flops(iteration) for iteration in predictor.sampled(drop)], axis=0)
     costs = predictor.model.costs
     layer = costs.layer_forward.total + float(predictor.model.layer_backward.mean())
     output = (costs.output_forward + costs.output_backward).total / layer

@@ -73,7 +73,10 @@ def _parts(outcome: Outcome) -> str:
 def _gains(outcome: Outcome) -> str:
     lines = [prediction_table(outcome.predictions, outcome)]
     if not outcome.predictions:
-        lines.append("drop.policy none drops nothing: set drop.policy, or compare all with --compare_policies")
+        lines.append(
+            "drop.policy none drops nothing: set drop.policy or drop.granularity token, or compare all with "
+            "--compare_policies"
+        )
     config = outcome.setup.config
     freezes = config.drop.policy not in ("none", "staged") and dropped_update(config.drop) == "freeze"
     if freezes and config.parallel.overlap_param_gather:

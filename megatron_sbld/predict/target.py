@@ -96,7 +96,7 @@ def check_has_theta(drop: DropConfig) -> None:
     """Raise ValueError for a section whose gain theta cannot set."""
     needed = "--target_gain needs drop.policy sbld, pld, layerdrop or stochastic_depth"
     if drop.policy == "none":
-        raise ValueError(f"{needed}: none drops nothing")
+        raise ValueError(f"{needed}: none drops no layers")
     if drop.policy == "staged":
         raise ValueError(f"{needed}: it proposes theta, and the gain of staged is set by drop.stages")
     if not uses_theta(drop):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_sbld.config.flops import executed_flops, padded_vocab_size
+from megatron_sbld.config.flops import attention_share, executed_flops, padded_vocab_size
 from megatron_sbld.config.sections import Config
 from megatron_sbld.data.tokenizer import load_tokenizer
+from megatron_sbld.method.in_force import drops_tokens
+from megatron_sbld.method.tokens import token_layers
 from megatron_sbld.report.runs import FloatArray, RunData
 
 
@@ -37,6 +39,20 @@ def total_flops(run: RunData) -> float | None:
     """FLOPs of all iterations; None where they are not known."""
     flops = _flops_of_rows(run)
     return None if flops is None else float(flops.sum())
+
+
+def kept_flops(run: RunData) -> FloatArray:
+    """Share of the layers' FLOPs that each iteration ran, attention counted whole as in docs/method.md section 7."""
+    drop, model = run.config.drop, run.config.model
+    kept = run.column("kept_fraction")
+    if not drops_tokens(drop):
+        return kept
+    layers = np.array(token_layers(drop.token_layers, model.num_layers)) - 1
+    by_layer = np.array([row["kept"] for row in run.train])  # [iterations, L], in tokens
+    attended = by_layer.copy()
+    attended[:, layers] *= run.column("kept_tokens")[:, None] / model.seq_length
+    share = attention_share(model)
+    return np.asarray((1.0 - share) * kept + share * attended.mean(axis=1))
 
 
 def _flops_of_rows(run: RunData) -> FloatArray | None:

@@ -18,6 +18,7 @@ import yaml
 
 from megatron_sbld.config.sections import Config
 from megatron_sbld.evaluation.results import EVALUATIONS_FILE, Evaluation, read_evaluations
+from megatron_sbld.method.in_force import drops_tokens
 from megatron_sbld.training.changes import CHANGES_FILE, SettingChange, read_changes
 
 Row = dict[str, Any]
@@ -46,8 +47,11 @@ class RunData:
 
     @property
     def policy(self) -> str:
-        """Name of the drop policy."""
-        return self.config.drop.policy
+        """Name of the drop policy, with "tokens" where tokens are dropped; none where nothing is."""
+        policy = self.config.drop.policy
+        if not drops_tokens(self.config.drop):
+            return policy
+        return "tokens" if policy == "none" else f"{policy}, tokens"
 
     @property
     def seed(self) -> int:

@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sbld.config.flops import attention_share
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.config.validate import train_iterations, validate
 from megatron_sbld.files.outputs import refuse_inputs
 from megatron_sbld.forecast.drops import Forecast, forecast, forecast_text
 from megatron_sbld.forecast.stages import StageForecast, stage_forecast, stage_forecast_text
+from megatron_sbld.layout.placement import layer_ranges
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.method.in_force import drops
 from megatron_sbld.method.policy import Policy, SBLDPolicy
 from megatron_sbld.method.recipes import recipe_settings
 from megatron_sbld.method.stages import Stages
+from megatron_sbld.method.work import Work
 from megatron_sbld.report.schedule_plots import plot_schedule
 from megatron_sbld.report.summary import layers_share
 
@@ -36,6 +41,9 @@ class LayerTable:
     """theta(t), None where the recovery or the policy ignores it."""
     keep_probs: NDArray[np.float64]
     """[iterations, L]"""
+    tokens: list[int] | None
+    """How many tokens of a sample the layers that drop tokens run; None unless some do."""
+    token_layers: tuple[int, ...]
     listed: list[str]
     """Block, Allow, Keep (drop.keep_layers) or nothing, by layer."""
     begins: list[int] | None
@@ -60,17 +68,18 @@ def show_schedule(
     if out is not None:
         files = [Path(out) / name for name in ("schedule.png", "schedule.json")]
         refuse_inputs("--out", files, [*config_files, config.drop.sensitivity, config.data.tokenizer])
-    if config.drop.policy == "none":
+    if not drops(config.drop):
         raise ValueError(
             "drop.policy = 'none' is not allowed: it drops nothing and has no schedule; "
-            "choose sbld, pld, layerdrop, stochastic_depth or staged"
+            "choose sbld, pld, layerdrop, stochastic_depth or staged, or set drop.granularity to token"
         )
     train_iters = train_iterations(config)
     policy = build_policy(config.drop, config.model.num_layers, train_iters, ranks=placement_of(config).stages)
     phi = layers_share(config)
-    outlook = forecast(policy, train_iters, phi)
-    stages = stage_forecast(config, policy, outlook, phi)
-    table = layer_table(policy, outlook)
+    work = Work(policy, tokens_of(config, train_iters), attention_share(config.model))
+    outlook = forecast(policy, train_iters, phi, work)
+    stages = stage_forecast(config, policy, outlook, phi, work=work)
+    table = layer_table(policy, outlook, work)
     print(f"policy {config.drop.policy}, {policy.num_layers} layers, {train_iters} iterations\n")
     if config.drop.recipe is not None:
         print(recipe_text(config.drop, policy.num_layers, explicit), end="\n\n")
@@ -95,12 +104,13 @@ def recipe_text(drop: DropConfig, num_layers: int, explicit: Collection[str]) ->
         source = setting.source
         if field in explicit:
             source = f"set explicitly (the recipe has {setting.value})"
-        lines.append(f"  {field + ':':<17}{getattr(drop, field)!s:<33} {source}")
+        lines.append(f"  {field + ':':<18}{getattr(drop, field)!s:<33} {source}")
     return "\n".join(lines)
 
 
-def layer_table(policy: Policy, outlook: Forecast) -> LayerTable:
+def layer_table(policy: Policy, outlook: Forecast, work: Work | None = None) -> LayerTable:
     """The layers at the first iteration, the peak, and the end of each phase."""
+    work = work or Work(policy)
     ends = [phase.last for phase in outlook.phases]
     peak = [] if outlook.peak is None else [outlook.peak.first]
     iterations = sorted({1, *peak, *ends})
@@ -117,6 +127,8 @@ def layer_table(policy: Policy, outlook: Forecast) -> LayerTable:
             for i, full in zip(iterations, recovers, strict=True)
         ],
         keep_probs=np.array([policy.keep_probs(iteration) for iteration in iterations]),
+        tokens=None if work.tokens is None else [int(work.num_tokens(iteration) or 0) for iteration in iterations],
+        token_layers=() if work.tokens is None else work.tokens.layers,
         listed=listed,
         begins=None if policy.stages is None else _first_iterations(policy.stages),
     )
@@ -143,6 +155,9 @@ def layer_table_text(table: LayerTable) -> str:
     if any(theta is not None for theta in table.theta):
         thetas = "".join("        -" if theta is None else f"{theta:9.3f}" for theta in table.theta)
         lines.append(f"{'theta':<17}" + " " * wide + thetas)
+    if table.tokens is not None:
+        lines.append(f"{'tokens':<17}" + " " * wide + "".join(f"{tokens:>9}" for tokens in table.tokens))
+        lines.append(f"{'':<17}" + " " * wide + f"of layers {layer_ranges(table.token_layers)}; the others run all")
     means = "".join(f"{mean:9.3f}" for mean in table.keep_probs.mean(axis=1))
     lines.append(f"{'mean keep_prob':<17}" + " " * wide + means)
     for layer, (listed, begin, keep_probs) in enumerate(

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_sbld.config.flops import ideal_speedup, layer_share
 from megatron_sbld.config.sections import Config
-from megatron_sbld.report.compute import flops_until, total_flops, vocab_size_of
+from megatron_sbld.report.compute import flops_until, kept_flops, total_flops, vocab_size_of
 from megatron_sbld.report.evaluation import EvaluationFigure, Series, find_series, group_figures, last_evaluations
 from megatron_sbld.report.evaluation import run_figures as evaluation_figures
 from megatron_sbld.report.groups import RunGroup
@@ -60,6 +60,8 @@ class RunFigures:
     model_tflops_per_gpu: float | None
     mean_keep_prob: float
     kept_fraction: float
+    kept_flops: float
+    """Share of the layers' FLOPs that ran, over the same iterations: kept_fraction unless tokens are dropped."""
     train_time_s: float
     training_flops: float | None
     """As in RunSummary."""
@@ -108,7 +110,7 @@ class RunSummary:
     mean_keep_prob: float
     """Over layers and iterations, the warm-up left out."""
     kept_fraction: float
-    """Share of layers that really ran, over the same iterations."""
+    """Share of layers, or of their tokens, that really ran, over the same iterations."""
     ideal_gain: float | None
     """None where the run cannot be compared with the baseline."""
     realised_gain: float | None
@@ -236,6 +238,7 @@ def _run_figures(
         model_tflops_per_gpu=float(np.median(steady(run.column("model_tflops_per_gpu")))) if has_tflops else None,
         mean_keep_prob=float(steady(run.column("mean_keep_prob")).mean()),
         kept_fraction=float(steady(run.column("kept_fraction")).mean()),
+        kept_flops=float(steady(kept_flops(run)).mean()),
         train_time_s=float(run.column("step_time_s").sum()),
         training_flops=total_flops(run),
         time_to_baseline_loss=time_to_baseline_loss,
@@ -300,7 +303,7 @@ def _gains(
     phi, baseline_phi = layers_share(group.config), layers_share(baseline.config)
     if phi is None or baseline_phi is None:
         return None, realised
-    kept, baseline_kept = (_mean([run.kept_fraction for run in runs]) for runs in (figures, reference))
+    kept, baseline_kept = (_mean([run.kept_flops for run in runs]) for runs in (figures, reference))
     return ideal_speedup(phi, kept) / ideal_speedup(baseline_phi, baseline_kept) - 1, realised
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from megatron.core.utils import get_model_config
 
-from megatron_sbld.config.flops import layer_share
+from megatron_sbld.config.flops import attention_share, layer_share
 from megatron_sbld.forecast.drops import forecast, forecast_text
 from megatron_sbld.forecast.stages import stage_forecast, stage_forecast_text
 from megatron_sbld.growth import stages_text
+from megatron_sbld.method.in_force import drops
+from megatron_sbld.method.work import Work
 from megatron_sbld.training.model import (
     loss_weights_text,
 )
@@ -31,14 +33,16 @@ def announce(run: Run) -> None:
         run.note(weights)
     if run.layer_tokens.drives_rate:
         run.note(run.layer_tokens.text())
-    if run.config.drop.policy != "none" and run.writer is not None:
+    if drops(run.config.drop) and run.writer is not None:
         recompute = run.config.training.recompute_granularity == "full"
         phi = layer_share(run.config.model, run.vocab_size, recompute=recompute)
-        outlook = forecast(run.controller.policy, run.train_iters, phi)
+        policy = run.controller.policy
+        work = Work(policy, run.controller.tokens, attention_share(run.config.model))
+        outlook = forecast(policy, run.train_iters, phi, work)
         run.note(forecast_text(outlook))
         balanced = run.controller.stages
-        if run.controller.policy.stages is not None:
-            run.note(stages_text(run.controller.policy.stages))
-        stages = stage_forecast(run.config, run.controller.policy, outlook, phi, run.replicas, balanced)
+        if policy.stages is not None:
+            run.note(stages_text(policy.stages))
+        stages = stage_forecast(run.config, policy, outlook, phi, run.replicas, balanced, work)
         if stages is not None:
             run.note(stage_forecast_text(stages))

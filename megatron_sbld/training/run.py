@@ -34,6 +34,7 @@ from megatron_sbld.config.flops import executed_flops, padded_vocab_size, traini
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
 from megatron_sbld.config.stages import placement_of
+from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.config.validate import data_parallel_size
 from megatron_sbld.controller import DropController
 from megatron_sbld.data.batches import TrainingData
@@ -53,8 +54,9 @@ from megatron_sbld.mcore import (
 )
 from megatron_sbld.mcore.compat import init_microbatches
 from megatron_sbld.mcore.rng_state import reseed
-from megatron_sbld.method.in_force import dropped_update, stage_warmup_iters, updates_sensitivity
+from megatron_sbld.method.in_force import dropped_update, drops, stage_warmup_iters, updates_sensitivity
 from megatron_sbld.method.policy import Policy
+from megatron_sbld.method.tokens import TokenDrop
 from megatron_sbld.ranks import on_rank_0
 from megatron_sbld.training.changes import CHANGES_FILE, record_changes
 from megatron_sbld.training.layer_tokens import LayerTokens
@@ -103,10 +105,10 @@ class Run:
         self.train_time_s = 0.0
         self.vocab_size = padded_vocab_size(tokenizer.vocab_size, config) if start is None else start.vocab_size
         self.replicas = data_parallel_size(config, dist.get_world_size())
-        self.controller = build_controller(config, policy)
+        self.controller = build_controller(config, policy, tokens_of(config, self.train_iters))
         self.sensitivity = SensitivityUpdate(config.drop, self.controller) if updates_sensitivity(config.drop) else None
         self.chunks: list[DistributedDataParallel] = build_model(config, self.vocab_size)
-        if config.drop.policy != "none":
+        if drops(config.drop):
             make_switchable(self.chunks, self.controller)
         if config.drop.residual == "fused":
             fuse_residual(self.chunks)
@@ -229,6 +231,8 @@ class Run:
             "update_skipped": not result.update_successful,
             "executed_flops": self._executed_flops(batch_size),
         }
+        if controller.tokens is not None:
+            row["kept_tokens"] = controller.num_tokens
         if controller.policy.stages is not None:
             row["begun_layers"] = len(controller.growth.begun)
         if result.num_zeros is not None:
@@ -244,9 +248,12 @@ class Run:
 
     def _executed_flops(self, batch_size: int) -> float:
         """FLOPs of the iteration on all ranks: of what ran, embeddings and logits included."""
-        return executed_flops(
-            self.config.model, self.vocab_size, batch_size, float(self.controller.kept_shares.mean(axis=0).sum())
+        ran, attended = (
+            float(shares.mean(axis=0).sum())
+            for shares in (self.controller.kept_shares, self.controller.attended_shares)
         )
+        attended_run = None if self.controller.tokens is None else attended
+        return executed_flops(self.config.model, self.vocab_size, batch_size, ran, attended_run)
 
     def save(self) -> None:
         """Save a checkpoint of this moment. Collective."""
@@ -298,6 +305,8 @@ class Run:
             lines += [rate_line] * bool(rate_line)
         if self.config.drop.sampler == "balanced" and self.config.drop.balance_stages is not None:
             self.controller.stages = self.config.drop.balance_stages
+        if self.config.drop.token_strata is not None:
+            self.controller.tokens = tokens_of(self.config, self.train_iters)
         if any(change.field == "training.seed" for change in start.changes):
             reseed(self.config.training.seed, self.iteration)
         lines += warnings_of_decisions(start.saved, self.config, self.replicas)
@@ -325,7 +334,7 @@ class Run:
             self.writer.note(text)
 
 
-def build_controller(config: Config, policy: Policy) -> DropController:
+def build_controller(config: Config, policy: Policy, tokens: TokenDrop | None = None) -> DropController:
     """The controller of this run; the balanced sampler's stages are this layout's unless the config says how many."""
     drop = config.drop
     stages = None
@@ -343,6 +352,7 @@ def build_controller(config: Config, policy: Policy) -> DropController:
         stages=stages,
         granularity=drop.granularity,
         num_samples=config.training.micro_batch_size if drop.granularity == "sample" else None,
+        tokens=tokens,
         replicas="shared" if drop.policy == "none" else drop.replicas,  # nothing of it is checked with policy none
         replica=parallel_state.get_data_parallel_rank(),
         window=window,

@@ -54,6 +54,7 @@ def test_a_drop_on_the_idle_stage_saves_less_than_its_layers_time_and_on_the_bus
     on_idle_stage, on_busy_stage = np.array([False, True, True, True]), np.array([True, True, False, True])
     # The first stage waits for the second but for its first forward and last backward pass.
     assert saved_time(pass_times(2), on_idle_stage, 4) == pytest.approx(1 + 2)
+    assert saved_time(pass_times(2), (1 + on_idle_stage) / 2, 4) == pytest.approx((1 + 2) / 2), "half of its tokens"
     assert saved_time(pass_times(2), on_busy_stage, 4) == pytest.approx(4 * (3 + 6))
 
 

@@ -26,6 +26,8 @@ OTHER_VALUES = {
     },
     **{"dropped_update": "freeze", "interpolate": True, "release_block": True, "balance_stages": 2, "seed": 7},
     **{"update_interval": 50, "update_memory": 500},
+    **{"min_tokens": 32, "token_step": 8, "token_iterations": 50, "token_strata": 2, "token_schedule": "steps"},
+    **{"token_layers": [2, 3], "token_steps": [[0.5, 32], [1.0, 64]]},
     **{"stages": [[0.5, 1], [1.0, 8]], "steps": [[0.5, 0.7], [1.0, 1.0]], "stage_layers": "first"},
     **{"stage_init": "copy", "stage_copy_moments": True, "keep_layers": [1, 8], "depth": "linear"},
 }
@@ -57,7 +59,7 @@ def test_arguments_that_are_not_there_leave_the_default_section() -> None:
 def test_every_field_has_an_argument_that_sets_it_alone(name: str) -> None:
     value = OTHER_VALUES.get(name, 0.25)
     words = [str(item) for item in value] if isinstance(value, list) else [] if value is True else [str(value)]
-    if name in ("stages", "steps"):
+    if name in ("stages", "steps", "token_steps"):
         words = [json.dumps(value)]
     assert drop_config(parse(argument_name(name), *words)) == dataclasses.replace(DropConfig(), **{name: value})
 

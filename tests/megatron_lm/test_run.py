@@ -29,7 +29,7 @@ from megatron_sbld.megatron_lm import attach, with_layer_dropping
 from megatron_sbld.megatron_lm.run import LayerDropping
 from megatron_sbld.method.decisions import draw_plan
 from megatron_sbld.sensitivity.file import SensitivityFile
-from tests.mcore.helpers import build_optimizer, tiny_config, tiny_gpt, wrap_ddp
+from tests.mcore.helpers import SEQUENCE, build_optimizer, tiny_config, tiny_gpt, wrap_ddp
 from tests.mcore.hybrid import tiny_hybrid
 from tests.megatron_lm.test_arguments import parse
 
@@ -66,9 +66,12 @@ def megatron_args(*sbld: str, **changed: Any) -> Namespace:
 
 
 def flops(args: Namespace, batch_size: int) -> float:
-    """A layer of a GPT as LAYER_FLOPS; of a hybrid model's pattern each kind by itself."""
+    """A layer of a GPT as LAYER_FLOPS, by the square of its tokens; of a hybrid model's pattern each kind by itself."""
     pattern = getattr(args, "hybrid_layer_pattern", None)
-    layers = args.num_layers * LAYER_FLOPS if pattern is None else sum(map(HYBRID_FLOPS.__getitem__, pattern))
+    of_tokens = (getattr(args, "seq_length", SEQUENCE) / SEQUENCE) ** 2
+    layers = (
+        args.num_layers * LAYER_FLOPS * of_tokens if pattern is None else sum(map(HYBRID_FLOPS.__getitem__, pattern))
+    )
     return float(batch_size * (layers + LOGITS_FLOPS))
 
 
@@ -94,10 +97,12 @@ def scheduler(optimizer: Any) -> OptimizerParamScheduler:
     )
 
 
-def attached(*sbld: str, pattern: str | None = None) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
+def attached(
+    *sbld: str, pattern: str | None = None, **changed: Any
+) -> tuple[LayerDropping, OptimizerParamScheduler, Any]:
     """A run whose model (with a pattern a HybridModel), optimizer and scheduler are built, in Megatron-LM's order."""
     num_layers = LAYERS if pattern is None else len(pattern)
-    args = megatron_args(*sbld, hybrid_layer_pattern=pattern, num_layers=num_layers)
+    args = megatron_args(*sbld, hybrid_layer_pattern=pattern, num_layers=num_layers, **changed)
     run = LayerDropping(args, ITERATIONS, training_module())
     config = tiny_config(num_layers=num_layers)
     chunks = tiny_gpt(config) if pattern is None else tiny_hybrid(config, pattern)
@@ -256,6 +261,21 @@ def test_a_hybrid_models_recipe_and_lists_count_its_units() -> None:
     assert run.controller.keep_probs.tolist() == [1.0] * 8
     with pytest.raises(ValueError, match="hybrid layers of kind 'D'"):
         attached("--sbld-policy", "layerdrop", pattern="D-D-")
+
+
+def test_tokens_alone_are_dropped_with_policy_none() -> None:
+    words = ("--sbld-granularity", "token", "--sbld-token-step", "4", "--sbld-token-iterations", "6")
+    layout = {"seq_length": SEQUENCE, "sequence_parallel": False, "tensor_model_parallel_size": 1}
+    run, hooked, model = attached(*words, **layout, context_parallel_size=1)
+    assert all(isinstance(layer, SwitchableLayer) for layer in decoder_layers(model))
+    for iteration, tokens in ((1, 4), (2, 8), (4, 12), (6, 16)):
+        step(run, iteration)
+        assert run.controller.num_tokens == tokens
+        executed = (2 + (LAYERS - 2) * (tokens / SEQUENCE) ** 2) * LAYER_FLOPS + LOGITS_FLOPS
+        assert run._scalars.executed_flops(MICROBATCHES) == pytest.approx(MICROBATCHES * executed)
+    assert hooked.state_dict()["sbld"]["drop"]["token_strata"] == 1
+    with pytest.raises(ValueError, match=r"--sbld-token-step = 32 is not allowed: at most model\.seq_length, 16"):
+        attached("--sbld-granularity", "token", "--sbld-token-step", "32", **layout, context_parallel_size=1)
 
 
 def test_freeze_and_the_fused_residual_are_put_in_force() -> None:

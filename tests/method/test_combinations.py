@@ -18,6 +18,7 @@ DISTINCT = {"replicas": "distinct", "granularity": "layer"}
 MEGATRON = {
     *("overlap_grad_reduce", "micro_batch_size", "num_moe_experts", "expert_model_parallel_size", "tp_comm_overlap"),
     *("moe_router_load_balancing_type", "recompute_granularity", "fp8", "fp4", "torch_compile"),
+    *("apply_rope_fusion", "multi_latent_attention", "window_size"),
     *("optimizer", "use_layer_wise_distributed_optimizer", "optimizer_cuda_graph"),
 }
 """Settings beside those of the drop section."""

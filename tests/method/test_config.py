@@ -252,7 +252,12 @@ OUT_OF_RANGE = {
     "residual": "own",
     "recovery_fraction": 1.1,
     "decision_scope": "step",
-    "granularity": "token",
+    "granularity": "tokens",
+    "token_schedule": "cosine",
+    "min_tokens": 0,
+    "token_step": 0,
+    "token_iterations": 0,
+    "token_strata": 0,
     "unit": "blocks",
     "sampler": "uniform",
     "balance_stages": 0,
@@ -266,6 +271,7 @@ def test_the_table_of_values_out_of_range_has_every_field():
     assert set(drop_field_names()) - set(OUT_OF_RANGE) == {
         *("block_layers", "allow_layers", "keep_layers"),
         *("stages", "stage_layers", "steps"),  # test_stages.py
+        *("token_layers", "token_steps"),  # test_tokens.py
     }
 
 

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_sbld.config.flops import model_flops_per_token
+from megatron_sbld.config.flops import attention_share, model_flops_per_token
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.predict.gain import Predictor, calibrate, compared_sections, mfu_tokens_per_s
 from megatron_sbld.predict.iteration import IterationModel
@@ -153,6 +153,25 @@ def test_samples_of_a_microbatch_take_their_share_of_a_layer():
     by_layer = predictor.predict(LAYERDROP)
     by_sample = predictor.predict(dataclasses.replace(LAYERDROP, granularity="sample"))
     assert by_sample.gain == pytest.approx(by_layer.gain, rel=1e-6)
+
+
+def test_tokens_take_their_share_of_a_layers_flops_and_of_its_memory():
+    predictor = make_predictor()
+    s = predictor.setup.config.model.seq_length
+    drop = DropConfig(granularity="token", token_schedule="steps", token_steps=[[1.0, s // 2]])
+    found = predictor.predict(drop)
+    layers = predictor.setup.config.model.num_layers
+    attention = attention_share(predictor.setup.config.model)
+    expected = (2 + (layers - 2) * (0.5 * (1 - attention) + 0.25 * attention)) / layers
+    assert found.policy == "tokens"
+    assert found.mean_keep_prob == 1.0
+    assert found.kept_fraction == pytest.approx(expected)
+    assert found.ideal_gain == pytest.approx(1 / (1 - predictor.phi * (1 - expected)) - 1)
+    assert 0.6 < found.gain / found.ideal_gain < 1.0
+    held = predictor.shares(drop, predictor.policy(drop), [1], predictor.setup.placement, held=True)[0]
+    assert held.tolist() == [[[1.0, *[0.5] * (layers - 2), 1.0]]]
+    both = dataclasses.replace(drop, policy="layerdrop", theta=0.7)
+    assert predictor.predict(both).gain > max(found.gain, predictor.predict(LAYERDROP).gain)
 
 
 def test_distinct_replicas_wait_for_the_slowest_where_their_chunks_differ():

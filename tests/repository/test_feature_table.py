@@ -111,6 +111,7 @@ def test_messages_of_other_refusals_are_those_of_the_code() -> None:
             "mcore/skip/decoder.py",
             "layout/units.py",
             "mcore/skip/samples.py",
+            "mcore/skip/tokens.py",
             "method/combinations.py",
             "config/combinations.py",
         )

@@ -9,8 +9,8 @@ sum, so that mean is too small by the share of dropped layers. Here it is divide
 
 The gradients need no correction: a kept layer's router gets those of its own auxiliary loss, as at full depth, and a
 dropped one gets none, so a layer sees its auxiliary loss as often as its part of the language-model loss. With
-granularity `sample` SampledRouter corrects their weights; in the logged means a layer that ran some samples of a
-microbatch ran.
+granularity `sample` or `token` SampledRouter corrects their weights; in the logged means a layer that ran some samples
+or tokens of a microbatch ran.
 """
 
 from __future__ import annotations
@@ -105,35 +105,37 @@ def announce_moe_losses(layers: Iterable[torch.nn.Module]) -> None:
 
 
 class SampledRouter(TopKRouter):
-    """Goes in front of a built router's own class: auxiliary losses of n of b samples count n / b.
+    """Goes in front of a built router's own class: auxiliary losses of n of b samples count n / b, of tokens likewise.
 
     Megatron takes them as means over what a router sees, however much that is. Full weight for a part of the samples
     would set them b / n too high against the language-model loss.
     """
 
     config: TransformerConfig
-    _drop_num_samples: int | None
+    _drop_whole: tuple[int, int] | None
+    """The dimension of [s, b, h] of which it may see a part, and its whole size."""
 
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """logits [s, n, experts] -> the stock routing."""
-        if self._drop_num_samples in (None, logits.size(1)) or not self.training:
+        whole = self._drop_whole
+        if whole is None or logits.size(whole[0]) == whole[1] or not self.training:
             return super().routing(logits, *args, **kwargs)
         stock = self.config
-        self.config = _with_scaled_losses(stock, logits.size(1) / self._drop_num_samples)
+        self.config = _with_scaled_losses(stock, logits.size(whole[0]) / whole[1], of_tokens=whole[0] == 0)
         try:
             return super().routing(logits, *args, **kwargs)
         finally:
             self.config = stock
 
 
-def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerConfig:
+def _with_scaled_losses(config: TransformerConfig, share: float, of_tokens: bool) -> TransformerConfig:
     """The config with the coefficients of its auxiliary losses multiplied; what is logged is divided by them again.
 
     With calculate_per_token_loss Megatron multiplies the losses by the number of tokens, which does the same, but that
-    of sequences (seq_aux_loss) in some versions by the tokens of one sequence.
+    of sequences (seq_aux_loss) in some versions by the tokens of one sequence, as many as are kept of it.
     """
     by_tokens = config.calculate_per_token_loss
-    sequences_by_tokens = by_tokens and sequence_loss_counts_all_tokens()
+    sequences_by_tokens = by_tokens and (of_tokens or sequence_loss_counts_all_tokens())
     scaled = copy.copy(config)
     kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(kinds, list) and isinstance(coefficients, list):
@@ -152,16 +154,17 @@ def _with_scaled_losses(config: TransformerConfig, share: float) -> TransformerC
 _classes: dict[type, type] = {}
 
 
-def weigh_router_losses(layer: torch.nn.Module, num_samples: int | None) -> None:
-    """Let a layer's routers weigh their auxiliary losses by the share of num_samples samples that they see.
+def weigh_router_losses(layer: torch.nn.Module, whole: tuple[int, int] | None) -> None:
+    """Let a layer's routers weigh their auxiliary losses by the share of samples or tokens that they see.
 
-    None, of granularity `layer`, leaves them stock.
+    whole: the dimension of [s, b, h] of which they may see a part, and its size. None, of granularity `layer`, leaves
+    them stock.
     """
     for router in [module for module in layer.modules() if isinstance(module, TopKRouter)]:
-        if num_samples is not None and not isinstance(router, SampledRouter):
+        if whole is not None and not isinstance(router, SampledRouter):
             cls = type(router)
             if cls not in _classes:
                 _classes[cls] = type(f"Sampled{cls.__name__}", (SampledRouter, cls), {"__module__": cls.__module__})
             router.__class__ = _classes[cls]
         if isinstance(router, SampledRouter):
-            router._drop_num_samples = num_samples
+            router._drop_whole = whole

@@ -9,6 +9,7 @@ device in one copy an iteration that the host does not wait for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,21 @@ class SampleIndices:
     """The kept samples of each layer and microbatch, on the device. Shared by the layers of one model."""
 
     def __init__(self, controller: DropController) -> None:
+        assert controller.num_samples is not None, "made for granularity sample alone"
         self._controller = controller
+        self.whole = (1, controller.num_samples)
+        """The dimension of hidden_states [s, b, h] that a layer runs a part of, and its whole size."""
         self._plan: np.ndarray | None = None
         """The plan whose indices are on the device."""
         self._indices = torch.empty(0, dtype=torch.int64)
         self._offsets: list[list[int]] = []
+
+    def narrowed(
+        self, forward: Callable[..., Any], layer_number: int, microbatch: int, hidden_states: torch.Tensor
+    ) -> Callable[..., Any]:
+        """A layer's forward on its kept samples; the stock one where it runs all of them."""
+        samples = self.of(layer_number, microbatch, hidden_states)
+        return forward if samples is None else partial(run_on_samples, forward, samples)
 
     def of(self, layer_number: int, microbatch: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Sorted indices of the samples that run a kept layer, int64 [n]; None where all of [s, b, h] do.

@@ -2,9 +2,9 @@
 
 A layer becomes switchable by changing its class to a subclass of its own class that overrides `forward` alone, so
 parameter names, state dicts and every other method stay Megatron's. A kept layer runs the stock forward; a dropped one
-hands its input on; one that only some samples of a microbatch run is samples.py's. Evaluation never asks and never
-drops, but for layers that have not begun. What a skip must take care of is listed at `_SkippedLayer` and in
-layer_buckets.py.
+hands its input on; one that only some samples of a microbatch run is samples.py's, one that runs some tokens of each
+sample tokens.py's. Evaluation never asks and never drops, but for layers that have not begun. What a skip must take
+care of is listed at `_SkippedLayer` and in layer_buckets.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from megatron_sbld.mcore.skip.layer_buckets import LayerBuckets, note_wrappers, 
 from megatron_sbld.mcore.skip.moe import announce_moe_losses, weigh_router_losses
 from megatron_sbld.mcore.skip.recompute import Checkpoint, ForwardPass, in_backward_pass, running_checkpoint
 from megatron_sbld.mcore.skip.refusals import refuse_unsupported_switches, refuse_wrapped_layers
-from megatron_sbld.mcore.skip.samples import SampleIndices, run_on_samples
+from megatron_sbld.mcore.skip.samples import SampleIndices
+from megatron_sbld.mcore.skip.tokens import TokenIndices, check_layer_of_tokens, check_strata
 from megatron_sbld.method.choices import Unit
 from megatron_sbld.method.combinations import refuse_combinations
 
@@ -67,7 +68,7 @@ class SwitchableLayer(torch.nn.Module):
     _drop_number: int  # the controller's: of the layer, or with unit `block` of its block
     _drop_buckets: LayerBuckets | None
     _drop_record: LayerRecord
-    _drop_samples: SampleIndices | None  # None: granularity layer
+    _drop_part: SampleIndices | TokenIndices | None  # None: granularity layer, or a layer that runs all tokens
     _drop_last_begun: int  # the controller's at the last pass that was no recomputation; 0: there was none
     _branch_scale: float
 
@@ -85,11 +86,9 @@ class SwitchableLayer(torch.nn.Module):
         if not controller.kept(self._drop_number, microbatch):
             return self._returned(self._skip(hidden_states), kwargs)
         self._drop_record.ran = True
-        run = super().forward
-        if self._drop_samples is not None:
-            samples = self._drop_samples.of(self._drop_number, microbatch, hidden_states)
-            if samples is not None:
-                run = partial(run_on_samples, run, samples)
+        run: Any = super().forward
+        if self._drop_part is not None:
+            run = self._drop_part.narrowed(run, self._drop_number, microbatch, hidden_states)
         if not controller.scales_residual:
             return run(*args, **kwargs)
         self._branch_scale = controller.branch_scale(self._drop_number)
@@ -128,7 +127,7 @@ class SwitchableLayer(torch.nn.Module):
         controller = self._drop_controller
         # Set by Megatron's schedules; a loop without them has to have one microbatch an iteration.
         microbatch = 0
-        if controller.scope != "iteration":
+        if controller.scope != "iteration" or controller.tokens is not None:
             microbatch = getattr(self, "current_microbatch", 0 if controller.num_microbatches == 1 else -1)
         checkpoint = running_checkpoint() if is_checkpointing() else None
         if checkpoint is not None and checkpoint.recomputes:
@@ -154,11 +153,12 @@ class SwitchableLayer(torch.nn.Module):
         """Refuse a recomputation that is not Megatron's where the present decision may not be the forward pass's."""
         controller, begun = self._drop_controller, self._drop_last_begun
         self._check_pass(ForwardPass(controller, begun, 0) if begun else None)
-        if controller.scope == "microbatch" and controller.num_microbatches > 1:
+        by_microbatch = controller.scope == "microbatch" or controller.runs_some_tokens(self._drop_number)
+        if by_microbatch and controller.num_microbatches > 1:
             raise RuntimeError(
                 f"layer {self.layer_number} is recomputed by something else than Megatron's recompute_granularity, "
                 "which does not tell of which microbatch (torch.utils.checkpoint, for one): use recompute_granularity, "
-                "or scope 'iteration'"
+                "or scope 'iteration' with granularity 'layer' or 'sample'"
             )
 
     def _recomputed_microbatch(self, checkpoint: Checkpoint) -> int:
@@ -237,8 +237,10 @@ def make_switchable(
     for units in found:
         _check_units(units, controller)
     samples = SampleIndices(controller) if controller.granularity == "sample" else None
-    for layer, number in numbers.items():
-        _attach(layer, number, controller, samples)
+    for units in found:
+        part = samples if controller.tokens is None else _token_indices(units, controller)
+        for layer, number in units.numbers.items():
+            _attach(layer, number, controller, part)
     announce_moe_losses(numbers)
     controller.check_once(
         partial(_refuse_wrapped, chunks, list(numbers))
@@ -246,6 +248,16 @@ def make_switchable(
     controller.check_once(partial(_refuse_equal_replicas, controller))
     controller.check_once(partial(_refuse_unattended_growth, controller))
     return list(dict.fromkeys(numbers.values()))
+
+
+def _token_indices(units: DecoderUnits, controller: DropController) -> TokenIndices:
+    layers: list[Any] = list(units.numbers)
+    sequence_parallel = any(layer.config.sequence_parallel for layer in layers)
+    indices = TokenIndices(controller, list(units.numbers.values()), sequence_parallel=sequence_parallel)
+    check = partial(check_strata, controller, indices.split)
+    check()
+    controller.check_once(check)  # a checkpoint may bring other ones
+    return indices
 
 
 def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
@@ -271,11 +283,11 @@ def fuse_residual(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
 def _check_units(units: DecoderUnits, controller: DropController) -> None:
     if units.total != controller.num_layers:
         raise ValueError(f"the policy is for {controller.num_layers} layers, the model has {units.name}")
-    for layer in units.numbers:
-        _check_layer(layer, controller)
+    for layer, number in units.numbers.items():
+        _check_layer(layer, number, controller)
 
 
-def _check_layer(layer: Any, controller: DropController) -> None:
+def _check_layer(layer: Any, number: int, controller: DropController) -> None:
     if not isinstance(getattr(layer, "cross_attention", None), IdentityOp | None):
         raise ValueError(
             f"layer {layer.layer_number} has cross-attention, and only decoder-only models can be made switchable"
@@ -283,6 +295,8 @@ def _check_layer(layer: Any, controller: DropController) -> None:
     refuse_unsupported_switches(layer.config, controller)
     if controller.scales_residual and are_fused(layer):
         _refuse_compiled_scales(layer)
+    if controller.tokens is not None and number in controller.tokens.layers:
+        check_layer_of_tokens(layer, number, controller.tokens)
 
 
 def _refuse_wrapped(chunks: Iterable[torch.nn.Module], layers: Iterable[torch.nn.Module]) -> None:
@@ -326,15 +340,15 @@ def _let_buckets_be_skipped(wrapper: DistributedDataParallel | None) -> None:
         make_skippable(wrapper, {param: layer._drop_record for layer in layers for param in layer.parameters()})
 
 
-def _attach(layer: Any, number: int, controller: DropController, samples: SampleIndices | None) -> None:
+def _attach(layer: Any, number: int, controller: DropController, part: SampleIndices | TokenIndices | None) -> None:
     if not isinstance(layer, SwitchableLayer):
         layer.__class__ = _switchable_class(type(layer))
     if "_drop_record" not in layer.__dict__:  # bucket groups hold it
         layer._drop_record = LayerRecord()
     layer._drop_controller = controller
     layer._drop_number = number
-    layer._drop_samples = samples
-    weigh_router_losses(layer, controller.num_samples)
+    layer._drop_part = part
+    weigh_router_losses(layer, None if part is None else part.whole)
     layer._drop_buckets = None
     layer._drop_last_begun = 0
     layer._branch_scale = 1.0

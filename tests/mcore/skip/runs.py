@@ -27,10 +27,12 @@ from megatron_sbld.mcore import fuse_residual, make_switchable
 from megatron_sbld.mcore.skip.moe import moe_loss_scale
 from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy, Policy
 from megatron_sbld.method.schedule import Constant, Exponential
+from megatron_sbld.method.tokens import TokenDrop
 from tests.harness import model_parallel, single_process
 from tests.mcore.helpers import (
     GLOBAL_MICROBATCHES,
     MICRO_BATCH,
+    SEQUENCE,
     build_optimizer,
     forget_moe_losses,
     forward_backward,
@@ -129,6 +131,12 @@ class Case:
         )
 
 
+def tokens_of(num_layers: int) -> TokenDrop:
+    """4 of 16 tokens at first, all of them from iteration 5 on, in strata that each layout of 4 processes can draw."""
+    layers = tuple(range(2, num_layers))
+    return TokenDrop(seq_length=SEQUENCE, layers=layers, min_tokens=4, step=4, iterations=5, strata=4)
+
+
 # Megatron replaces it in the whole process when one model asks for reduce_scatter_with_fp32_accumulation; the gradients
 # of other models are then not reduced at all.
 _stock_reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
@@ -162,6 +170,7 @@ def run_case(case: Case) -> Result:
             scope=case.scope,
             granularity=case.granularity,
             num_samples=MICRO_BATCH if case.granularity == "sample" else None,
+            tokens=tokens_of(case.layers) if case.granularity == "token" else None,
             replicas=case.replicas,
             replica=parallel_state.get_data_parallel_rank(),
         )

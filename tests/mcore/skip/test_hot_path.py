@@ -14,6 +14,7 @@ from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import make_switchable
 from megatron_sbld.mcore.skip.switchable import _SkippedLayer
 from megatron_sbld.method.decisions import Granularity
+from megatron_sbld.method.tokens import TokenDrop
 from tests.harness import model_parallel, single_process
 from tests.mcore.helpers import (
     GLOBAL_MICROBATCHES,
@@ -37,15 +38,27 @@ def _one_process() -> Iterator[None]:
 
 
 def training_operations(
-    keep_probs: Sequence[float] | None, ddp: dict[str, Any], granularity: Granularity = "layer"
+    keep_probs: Sequence[float] | None,
+    ddp: dict[str, Any],
+    granularity: Granularity = "layer",
+    tokens_until: int = 1,
 ) -> Counter[str]:
-    """What the third of an optimizer's iterations runs; None leaves the layers stock."""
+    """What the third of an optimizer's iterations runs; None leaves the layers stock.
+
+    tokens_until: with granularity token, the iteration from which on layers run all tokens.
+    """
     with model_parallel():
         chunks = tiny_gpt(tiny_config(num_layers=4))
         begin = None
         if keep_probs is not None:
             num_samples = MICRO_BATCH if granularity == "sample" else None
-            controller = DropController(Listed(*keep_probs), granularity=granularity, num_samples=num_samples)
+            drop = TokenDrop(seq_length=SEQUENCE, layers=(2, 3), min_tokens=4, step=4, iterations=tokens_until)
+            controller = DropController(
+                Listed(*keep_probs),
+                granularity=granularity,
+                num_samples=num_samples,
+                tokens=drop if granularity == "token" else None,
+            )
             make_switchable(chunks, controller)
             begin = controller.begin_iteration
         models = wrap_ddp(chunks, **ddp)
@@ -76,7 +89,7 @@ def pass_operations(num_layers: int, kept: Sequence[int]) -> Counter[str]:
 WRAPPERS = [pytest.param({}, id="plain", marks=pytest.mark.slow), pytest.param(OVERLAPPED, id="overlapped")]
 
 
-@pytest.mark.parametrize("granularity", ["layer", "sample"])
+@pytest.mark.parametrize("granularity", ["layer", "sample", "token"])
 @pytest.mark.parametrize("ddp", WRAPPERS)
 def test_an_iteration_that_drops_nothing_runs_what_stock_layers_run(
     ddp: dict[str, Any], granularity: Granularity
@@ -128,6 +141,20 @@ def test_an_iteration_with_dropped_layers_runs_nothing_new_but_identities(ddp: d
     assert new == expected
     more = {name for name, count in difference(dropped, stock).items() if count > 0}
     assert more <= identity_operations().keys()
+
+
+@pytest.mark.parametrize("ddp", WRAPPERS)
+def test_leaving_tokens_out_never_waits_for_the_device(ddp: dict[str, Any]) -> None:
+    """Half of the tokens in two layers, in every microbatch; nothing of a size that the device alone knows."""
+    stock, some = training_operations(None, ddp), training_operations((1, 1, 1, 1), ddp, "token", tokens_until=6)
+    for name in SYNCHRONISATIONS:
+        assert some[name] <= stock[name], name
+    more = difference(some, stock)
+    passes = 2 * GLOBAL_MICROBATCHES
+    assert more["aten::topk"] == GLOBAL_MICROBATCHES, "one draw serves all layers"
+    assert more["aten::index_copy_"] == 2 * passes
+    assert more["aten::index_select"] == 2 * passes
+    assert not {"aten::nonzero", "aten::masked_select"} & more.keys()
 
 
 @pytest.mark.parametrize("ddp", WRAPPERS)
