@@ -299,3 +299,19 @@ def test_tensorboard_and_the_console_tell(config: Config, capfd: pytest.CaptureF
     events.Reload()
     shown = [event.value for event in events.Scalars("consumed_layer_tokens")]
     assert shown == [row["consumed_layer_tokens"] for row in train_rows(config.logging.run_dir)]
+
+
+def test_tokens_count_by_what_each_layer_runs(config: Config, tmp_path: Path) -> None:
+    """The first and the last of four layers run all 32 tokens, the others 16 and later 24 of them."""
+    steps = {"token_schedule": "steps", "token_steps": [[0.5, 16], [0.75, 24], [1.0, 32]], "token_step": 8}
+    config = change(config, drop={"policy": "none", "theta": 0.9, "granularity": "token", **steps})
+    assert run_here(config) == 0
+    shares = [0.75] * 4 + [0.875] * 2 + [1.0] * 2
+    counted = [row["consumed_layer_tokens"] for row in train_rows(config.logging.run_dir)]
+    assert counted == [round(share) for share in np.cumsum(shares) * LAYERS * BATCH * SEQUENCE]
+    consumed = np.cumsum(shares) * BATCH
+    assert rates(config) == pytest.approx([cosine(value, consumed[-1]) for value in consumed.tolist()])
+    first, second = stop_and_resume(in_folder(config, tmp_path / "resumed"), 3)
+    assert run_here(first) == 75
+    assert run_here(second) == 0
+    assert [row["lr"] for row in train_rows(tmp_path / "resumed")] == rates(config)
