@@ -61,7 +61,7 @@ def tokens_of(work: Path, name: str, width: int) -> int:
 def data_section(work: Path, regime: str, width: int) -> dict[str, object]:
     """The data section of a run's config."""
     vocabulary = VOCABULARY[width]
-    train = {"once": "train", "epochs": "small"}[regime]
+    train = {"once": "train", "epochs": "small", "tokens": "train"}[regime]
     return {
         "tokenizer": str(work / f"tokenizer_{vocabulary}.json"),
         "train_data_path": [str(work / f"{train}_{vocabulary}_train")],

@@ -126,4 +126,17 @@ REPLICAS = (
         processes=2,
     ),
 )
-METHODS = {method.name: method for method in (UNDROPPED, *CORE, *PUBLISHED, *VARIANTS, *COMBINED, *REPLICAS)}
+TOKENS = (
+    Method(
+        "random-ltd",
+        "random-LTD: all layers but the first and the last run 1/4 of the tokens at first, all of them from 70 % on",
+        {"policy": "none", "granularity": "token", "min_tokens": 128},
+    ),
+    Method(
+        "random-ltd-sbld",
+        "random-LTD in the layers that SBLD (theta 0.5) keeps",
+        {"policy": "sbld", "theta": 0.5, "sensitivity": SENSITIVITY, "granularity": "token", "min_tokens": 128},
+    ),
+)
+"""With samples of 512 tokens; beside them SBLD alone."""
+METHODS = {method.name: method for method in (UNDROPPED, *CORE, *PUBLISHED, *VARIANTS, *COMBINED, *TOKENS, *REPLICAS)}

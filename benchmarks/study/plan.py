@@ -20,6 +20,7 @@ from benchmarks.study.methods import (
     METHODS,
     PUBLISHED,
     REPLICAS,
+    TOKENS,
     UNDROPPED,
     VARIANTS,
     Method,
@@ -37,10 +38,14 @@ BEYOND = 30.0
 SEEDS = (2, 3)
 CLAIMED = 2
 EPOCH_BUDGETS = (2.5, 5.0, 10.0)
+TOKENS_BUDGET, TOKENS_LR = 10.0, 8e-3
+"""Of token dropping: the undropped run's best rate of shorter samples at 20 tokens a parameter."""
 DROPOUTS = (0.0, 0.1, 0.2)
 WEIGHT_DECAYS = (0.3, 1.0)
 _SECONDS = {32: (0.004, 0.0108), 64: (0.015, 0.0196)}
 """Of an iteration, by width: without layers, and of each layer; user CPU time of one thread (Intel Xeon, model 207)."""
+_SECONDS_OF_LONG = (0.006, 0.0185)
+"""The same at width 32 of samples of 512 tokens, from one short run beside others."""
 _START_SECONDS = 7.0
 _FINAL_BATCHES = 200  # forward passes alone, as those of the curve
 
@@ -71,7 +76,7 @@ Planned = Spec | Waiting | Measure
 
 def seconds(spec: Spec) -> float:
     """About how long a run takes on one core, as it was measured before the study."""
-    fixed, per_layer = _SECONDS[spec.width]
+    fixed, per_layer = _SECONDS_OF_LONG if spec.regime == "tokens" else _SECONDS[spec.width]
     finals = CURVE_POINTS if spec.regime == "epochs" else 1
     forward = (CURVE_POINTS * CURVE_BATCHES + finals * _FINAL_BATCHES) / 3 * (fixed + per_layer * LAYERS)
     return _START_SECONDS + forward + spec.iterations * (fixed + per_layer * spec.expected_layers)
@@ -99,6 +104,7 @@ class Plan:
         yield from self._claims(64)
         yield from self._cosine(32)
         yield from self._epochs(32)
+        yield from self._tokens(32)
         for method in REPLICAS:
             yield from self._halving(32, method)
 
@@ -233,6 +239,20 @@ class Plan:
             for regular in (best, {**best, "dropout": 0.0}):
                 for budget in EPOCH_BUDGETS[1:]:
                     yield self._spec(width, METHODS[name], budget, point.lr, **common, **regular)
+
+    def _tokens(self, width: int) -> Iterator[Planned]:
+        """Token dropping, 12 runs with one learning rate: the undropped run, whose seeds say what noise is; then each
+        method by both ways of driving the rate at equal FLOPs, and by layer-tokens at equal iterations.
+
+        With nothing dropped both ways are one.
+        """
+        common: dict[str, Any] = {"regime": "tokens"}
+        for seed in (1, *SEEDS):
+            yield self._spec(width, UNDROPPED, TOKENS_BUDGET, TOKENS_LR, seed, **common)
+        methods = (*TOKENS, METHODS["sbld"])
+        for equal, lr_by in (("flops", "layer_tokens"), ("flops", "iterations"), ("iterations", "layer_tokens")):
+            for method in methods:
+                yield self._spec(width, method, TOKENS_BUDGET, TOKENS_LR, equal=equal, lr_by=lr_by, **common)
 
     def _about(self, width: int, method: Method, budget: float) -> float:
         """Seconds of one such run; of the undropped one where the method cannot be built yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -30,6 +31,28 @@ def draw(results: Results, widths: Sequence[int], file: Path) -> None:
             found, labels = axis.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
+        figure.set_layout_engine("constrained")
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Write the validation losses of runs against their FLOPs, a line for each, as an SVG."""
+    with mpl.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
+        figure, axis = plt.subplots(figsize=(8, 4.5))
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        for row in rows:
+            colour = "black" if row["method"] == "undropped" else plt.get_cmap("tab10")(methods.index(row["method"]))
+            equal = "" if row["method"] == "undropped" else f", equal {row['equal']}, by {row['lr_by']}"
+            style = {"iterations": "--", "layer_tokens": "-"}[row["lr_by"]] if equal else "-"
+            x, y = zip(*row["curve"], strict=True)
+            width = 0.8 if row["equal"] == "flops" else 1.6
+            label = f"{row['method']}{equal}, seed {row['seed']}"
+            axis.plot(x, y, label=label, color=colour, linestyle=style, linewidth=width)
+        axis.set_xlabel("training FLOPs of what ran")
+        axis.set_ylabel("validation loss at full depth, nats a token")
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize=7)
         figure.set_layout_engine("constrained")
         figure.savefig(file, metadata={"Date": None})
         plt.close(figure)

@@ -7,6 +7,7 @@ begins with a sentence that the figures choose.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from benchmarks.study import plots
 from benchmarks.study.data import ROOT
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plan import LAST, SECOND
-from benchmarks.study.rows import Point, Results
+from benchmarks.study.rows import Point, Results, loss_of
 from benchmarks.study.saving import Estimate, saving, seed_deviation, share_needed
 from benchmarks.study.settings import LAYERS, VOCABULARY, iteration_flops, parameters
 
@@ -42,7 +43,8 @@ def write(rows: Sequence[dict[str, Any]], page: Path = PAGE, header: Path = HEAD
     parts += [f"![loss against training FLOPs]({plot.name})", _facts(used, len(rows) - len(used))]
     for width in widths:
         parts += _width_section(results, width)
-    parts += _decay_section(results, widths) + _epochs_section(results) + [_negative(results, widths)]
+    parts += _decay_section(results, widths) + _epochs_section(results)
+    parts += [*_tokens_section(results, page.with_name(f"{page.stem}_tokens.svg")), _negative(results, widths)]
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return page
 
@@ -196,6 +198,45 @@ def _epochs_section(results: Results) -> list[str]:
         cells += [f"{row['iterations']:,}", str(row["stopped_at"]), loss]
         lines.append(f"| {' | '.join(cells)} |")
     return ["## Many epochs of a small text, one seed, early stopping", "\n".join(lines)]
+
+
+def _tokens_section(results: Results, plot: Path) -> list[str]:
+    """Token dropping: all runs, their difference from the undropped mean, and loss against FLOPs as they train."""
+    rows = results.of(regime="tokens")
+    if not rows:
+        return []
+    undropped = [loss_of(row) for row in rows if row["method"] == "undropped"]
+    lines = [
+        "| method | equal | rate by | seed | iterations | FLOPs | loss | change |",
+        "| :--- | :--- | :--- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        shared = ["-", "-"] if row["method"] == "undropped" else [row["equal"], row["lr_by"].replace("_", "-")]
+        loss = "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
+        change = ""
+        if undropped and row["loss"] is not None and row["method"] != "undropped":
+            change = f"{row['loss'] - statistics.fmean(undropped):+.4f}"
+        cells = [
+            row["method"],
+            *shared,
+            str(row["seed"]),
+            f"{row['iterations']:,}",
+            f"{row['flops']:.3g}",
+            loss,
+            change,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    plots.draw_curves(rows, plot)
+    (width,) = {row["width"] for row in rows}
+    layers = 1 - iteration_flops(width, 0, seq_length=512) / iteration_flops(width, LAYERS, seq_length=512)
+    noise = ""
+    if len(undropped) > 1:
+        noise = f" Standard deviation between the seeds of the undropped run: {statistics.stdev(undropped):.4f}."
+    about = (
+        f"Width {width}, samples of 512 tokens, iterations of as many tokens as above; layers {layers:.0%} of FLOPs. "
+        f"One learning rate, {rows[0]['lr']:g}, for all. Change: from the undropped mean.{noise}"
+    )
+    return ["## Token dropping", about, "\n".join(lines), f"![loss while training]({plot.name})"]
 
 
 def _negative(results: Results, widths: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ Slurm would: it saves, and the run goes on from there later.
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import signal
@@ -23,7 +24,7 @@ import yaml
 from benchmarks.study import data
 from benchmarks.study.plan import seconds
 from benchmarks.study.rows import curve, executed_flops, read_metrics
-from benchmarks.study.settings import LAYERS, SAMPLES, SEQ_LENGTH, Spec, iteration_flops, parameters, settings
+from benchmarks.study.settings import LAYERS, TOKENS, Spec, iteration_flops, parameters, settings
 from megatron_sbld.exit_status import EXIT_TO_BE_CONTINUED
 
 _POLL_SECONDS = 2.0
@@ -95,9 +96,12 @@ def run_folder(spec: Spec, work: Path) -> Path:
 def make_row(spec: Spec, run_dir: Path, text: str | None, *, diverged: bool = False) -> dict[str, Any]:
     """The row of a run that has ended."""
     metrics = read_metrics(run_dir)
-    fixed, full = iteration_flops(spec.width, 0), iteration_flops(spec.width, LAYERS)
-    flops = executed_flops(metrics, fixed, (full - fixed) / LAYERS)
-    tokens = len(flops) * SAMPLES * SEQ_LENGTH
+    if spec.regime == "tokens":  # the trainer counts what grows with the square of the tokens by itself
+        flops = list(itertools.accumulate(row["executed_flops"] for row in metrics if "kept" in row))
+    else:
+        fixed, full = iteration_flops(spec.width, 0), iteration_flops(spec.width, LAYERS)
+        flops = executed_flops(metrics, fixed, (full - fixed) / LAYERS)
+    tokens = len(flops) * TOKENS
     return {
         **{name: value for name, value in asdict(spec).items() if name != "drop"},
         "key": spec.key,
@@ -105,8 +109,8 @@ def make_row(spec: Spec, run_dir: Path, text: str | None, *, diverged: bool = Fa
         "settings": settings(spec),
         "iterations": len(flops),
         "tokens": tokens,
-        "parameters": parameters(spec.width),
-        "tokens_a_parameter": round(tokens / parameters(spec.width), 3),
+        "parameters": parameters(spec.width, spec.seq_length),
+        "tokens_a_parameter": round(tokens / parameters(spec.width, spec.seq_length), 3),
         "budget_flops": spec.budget_flops,
         "expected_flops": round(spec.expected_flops),
         **_losses(spec, metrics, flops, diverged),
@@ -180,8 +184,8 @@ def _train(spec: Spec, config: Path, run_dir: Path, place: Place) -> int:
 
 
 def _check_text(spec: Spec, work: Path) -> None:
-    needed, there = spec.iterations * SAMPLES * SEQ_LENGTH, data.tokens_of(work, "train", spec.width)
-    if spec.regime == "once" and needed > there:
+    needed, there = spec.iterations * TOKENS, data.tokens_of(work, "train", spec.width)
+    if spec.regime != "epochs" and needed > there:
         raise StudyError(f"{spec.name} reads {needed:,} tokens, but the text has {there:,}: it would be read twice")
 
 

@@ -16,9 +16,20 @@ from benchmarks.study.methods import METHODS, SENSITIVITY
 from benchmarks.study.plan import GRID, Measure, Plan, seconds
 from benchmarks.study.rows import Point, Results, append_row, curve, executed_flops, read_rows
 from benchmarks.study.saving import flops_at, saving, seed_deviation, share_needed
-from benchmarks.study.settings import LAYERS, VOCABULARY, Spec, iteration_flops, parameters, settings
+from benchmarks.study.settings import (
+    LAYERS,
+    VOCABULARY,
+    Spec,
+    iteration_flops,
+    model_settings,
+    parameters,
+    settings,
+)
+from megatron_sbld.config.flops import layer_flops_per_token
+from megatron_sbld.config.sections import ModelConfig
 from megatron_sbld.method.build import build_policy
 from megatron_sbld.method.config import DropConfig
+from megatron_sbld.sensitivity.file import SensitivityFile
 
 UNDROPPED = Spec(width=32, method="undropped", budget=5.0, lr=2e-3, seed=1, drop={"policy": "none"})
 LAYERDROP = dataclasses.replace(UNDROPPED, method="layerdrop", drop={"policy": "layerdrop", "theta": 0.75})
@@ -159,6 +170,7 @@ def test_the_learning_rate_is_chosen_by_successive_halving() -> None:
     def rates(rows: list[dict[str, Any]], budget: float) -> list[float]:
         planned = Plan(Results(rows), {}).all()
         wanted = [spec for spec in planned if isinstance(spec, Spec) and spec.method == "undropped"]
+        wanted = [spec for spec in wanted if spec.regime == "once"]
         return [spec.lr for spec in wanted if (spec.width, spec.budget, spec.seed) == (32, budget, 1)]
 
     def rows_at(budget: float, losses: dict[float, float | None]) -> list[dict[str, Any]]:
@@ -192,7 +204,39 @@ def test_the_plan_names_each_run_once_and_none_takes_over_70_minutes() -> None:
     names = [spec.name for spec in specs]
     assert len(names) == len(set(names))
     assert max(seconds(spec) for spec in specs) < 70 * 60
-    assert {"once", "epochs"} == {spec.regime for spec in specs}
+    assert {"once", "epochs", "tokens"} == {spec.regime for spec in specs}
+
+
+def test_token_dropping_is_held_against_equal_flops_and_equal_iterations_in_12_short_runs(tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity_w32.json"
+    SensitivityFile.from_gaps([0.1 * layer for layer in range(LAYERS)], [0.01] * LAYERS, {"command": "made up"}).save(
+        file
+    )
+    specs = [one for one in Plan(Results([]), {32: file}).all() if isinstance(one, Spec) and one.regime == "tokens"]
+    assert len(specs) == len({spec.key for spec in specs}) == 12
+    undropped = specs[0]
+    assert [spec.method for spec in specs[:3]] == ["undropped"] * 3
+    for spec in specs:
+        sections = settings(spec)
+        assert (spec.samples, sections["model"]["seq_length"]) == (4, 512)
+        assert sections["optimizer"].get("lr_schedule_by", "iterations") == spec.lr_by
+        if spec.equal == "flops":
+            assert spec.expected_flops == pytest.approx(undropped.expected_flops, rel=1e-3)
+        else:
+            assert spec.iterations == undropped.iterations
+        assert seconds(spec) < 8 * 60
+    assert sum(spec.lr_by == "layer_tokens" for spec in specs) == 6
+
+
+def test_expected_flops_of_tokens_are_those_of_shorter_samples() -> None:
+    """Layers on r of s tokens do what they do on a sample of r tokens."""
+    drop = {"policy": "none", "granularity": "token", "token_schedule": "steps", "token_steps": [[1.0, 128]]}
+    spec = dataclasses.replace(UNDROPPED, method="random-ltd", regime="tokens", drop=drop, equal="iterations")
+    short, long = (layer_flops_per_token(ModelConfig(**model_settings(32, length))) for length in (128, 512))
+    fixed = iteration_flops(32, 0, seq_length=512)
+    layer = (iteration_flops(32, LAYERS, seq_length=512) - fixed) / LAYERS
+    expected = fixed + 2 * layer + 10 * layer * 128 / 512 * short / long
+    assert spec.expected_flops == pytest.approx(spec.iterations * expected)
 
 
 def test_the_command_that_measures_a_sensitivity_is_one_that_there_is(tmp_path: Path) -> None:
@@ -238,7 +282,13 @@ def test_the_page_has_tables_plot_and_verdict(tmp_path: Path) -> None:
                 spec = dataclasses.replace(UNDROPPED, method=method, budget=budget, seed=seed)
                 loss = undropped_loss(spec.expected_flops / factor) + 0.001 * seed
                 rows.append(row_of(spec, loss))
+    for lr_by in ("iterations", "layer_tokens"):
+        spec = dataclasses.replace(UNDROPPED, method="random-ltd", regime="tokens", lr_by=lr_by)
+        spec = dataclasses.replace(spec, method="undropped") if lr_by == "iterations" else spec
+        rows.append(row_of(spec, 4.0, iterations=9, curve=[[1e11, 5.0], [2e11, 4.0]]))
     page = report.write(rows, tmp_path / "study.md", tmp_path / "header.md").read_text()
+    assert "| random-ltd | flops | layer-tokens | 1 | 9 |" in page
+    assert (tmp_path / "study_tokens.svg").stat().st_size < 100_000
     assert "staged-1 needs 60%" in page
     assert "- pld (" in page.partition("## Negative")[2]
     assert (tmp_path / "study_loss.svg").stat().st_size < 100_000
