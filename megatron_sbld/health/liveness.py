@@ -143,6 +143,8 @@ def find_hanging(sightings: Mapping[int, Sighting], limits: Limits) -> str | Non
     behind = [rank for rank, beat in beats.items() if beat.state == "running" and beat.iteration < furthest]
     suspects = busy or behind
     if not suspects:
+        if any(sightings[rank].silent_s >= limits.brief for rank in beats if beats[rank].state == "running"):
+            return None  # stopped while it waited, maybe: then find_lost is about to name it
         return (
             f"all ranks wait for one another in iteration {furthest}, for {longest:.0f} s and more: "
             f"{_describe(beats, beats)}"

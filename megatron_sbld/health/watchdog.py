@@ -299,11 +299,12 @@ class Watchdog:
 
 @contextmanager
 def _sigterm_ignored() -> Iterator[None]:
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Afterwards SIGTERM ends the process at once: all that it has left to do is to end, which may hang."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _own_connection(timeout_s: float) -> dist.Store:

@@ -60,11 +60,12 @@ def measure(config: Config, options: MeasureOptions, load: str | None = None, co
     request = build_request(plan, world_size, command, fractions)
     first = plan.config_of(plan.seeds[0])
     with (
+        stop_flag() as stop,
         distributed_run(first),
         microbatch_calculator(first),
-        stop_flag() as stop,
         run_folder_lock(options.out, "--out"),
     ):
+        stop.listen()
         _require_equal_requests(request, plan.layers)
         folder = on_rank_0(lambda: MeasurementFolder.open(Path(options.out), request))
         runs = TrainedRuns if plan.method == "train" else EvaluatedRuns

@@ -47,11 +47,12 @@ def pretrain(config: Config, tasks_of: Callable[[Config, Tokenizer], Tasks] = no
     data = check_data(config, tokenizer)
     tasks = tasks_of(config, tokenizer)
     with (
+        stop_flag() as stop,
         distributed_run(config),
         microbatch_calculator(config),
-        stop_flag() as stop,
         run_folder_lock(config.logging.run_dir, "logging.run_dir"),
     ):
+        stop.listen()
         start = find_start(config, tokenizer, data)  # not before the lock: a process that is just ending may still save
         length = planned_length(config, start)
         policy = build_policy(

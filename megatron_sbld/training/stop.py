@@ -18,16 +18,25 @@ class StopFlag:
 
     requested: bool = False
 
+    def listen(self) -> None:
+        """From now on a signal sets the flag; before, it ends the process, which may be waiting for ranks to come."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.request)
+
     def request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True
 
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    flag = StopFlag()
-    previous = {number: signal.signal(number, flag.request) for number in STOP_SIGNALS}
+    """A flag that can listen, and the handlers of before at the end.
+
+    It is the outermost part of a run: where a rank is lost, a launcher's SIGTERM must not end the others before they
+    have named it.
+    """
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        yield flag
+        yield StopFlag()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

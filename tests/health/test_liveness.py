@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -133,6 +134,16 @@ def test_of_ranks_that_all_wait_those_behind_are_named() -> None:
     assert verdict is not None
     assert verdict.startswith("all ranks wait for one another in iteration 17")
     assert "rank 1 in iteration 17 (training, p2p_communication.py:7 recv)" in verdict
+
+
+def test_a_rank_that_was_stopped_while_it_waited_is_named_by_its_silence() -> None:
+    """Its last heartbeat says that it waits as the others do."""
+    ranks = {0: waiting(), 1: dataclasses.replace(waiting(), silent_s=LIMITS.brief)}
+    assert find_hanging(ranks, LIMITS) is None
+    ranks[1] = dataclasses.replace(ranks[1], silent_s=LIMITS.patience)
+    assert str(find_lost(ranks, LIMITS)).startswith("rank 1 (node1) died or was stopped in iteration 17")
+    ranks[1] = dataclasses.replace(ranks[1], silent_s=LIMITS.brief - 1)
+    assert str(find_hanging(ranks, LIMITS)).startswith("all ranks wait for one another")
 
 
 def test_waiting_for_a_rank_that_saves_is_left_to_the_process_group() -> None:

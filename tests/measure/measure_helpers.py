@@ -57,7 +57,8 @@ def state_is_restored(case: tuple[Config, int]) -> str:
     case: the config, and the iterations before the snapshot; 0 is before the optimizer has any state.
     """
     config, before = case
-    with distributed_run(config), microbatch_calculator(config), stop_flag() as stop:
+    with stop_flag() as stop, distributed_run(config), microbatch_calculator(config):
+        stop.listen()
         run = full_depth_run(config)
         for chunk in run.chunks:
             chunk.train()

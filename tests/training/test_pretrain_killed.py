@@ -142,6 +142,7 @@ def test_sigterm_saves_after_the_iteration_and_says_that_the_run_goes_on(
 def test_both_of_slurms_signals_are_a_request_to_stop(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_flag() as flag:
+        flag.listen()
         assert not flag.requested
         os.kill(os.getpid(), number)
         assert flag.requested
