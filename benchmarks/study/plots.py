@@ -11,26 +11,36 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    LogFormatterSciNotation,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.rows import Results
+from benchmarks.study.rows import Point, Results
 from benchmarks.study.saving import seed_deviation
+from benchmarks.study.settings import parameters
 
 _MARKERS = "osD^v<>phX*Pd8H"
+_LONG = 64
+"""Characters of what a method is that still fit the legend."""
 
 
 def draw(results: Results, widths: Sequence[int], file: Path) -> None:
     """Write it as an SVG; equal rows give an equal file."""
     with mpl.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, len(widths), figsize=(1.5 + 5 * len(widths), 4.5), squeeze=False)
+        figure, axes = plt.subplots(1, len(widths), figsize=(3.3 + 5.2 * len(widths), 4.6), squeeze=False)
         for axis, width in zip(axes[0], widths, strict=True):
             _panel(axis, results, width)
         handles = {}
         for axis in axes[0]:
             found, labels = axis.get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", title="which layers run in training")
         figure.set_layout_engine("constrained")
         figure.savefig(file, metadata={"Date": None})
         plt.close(figure)
@@ -72,19 +82,29 @@ def _panel(axis: plt.Axes, results: Results, width: int) -> None:
             x,
             y,
             yerr=errors,
-            label=name,
+            label=f"{name}: {METHODS[name].says}" if len(METHODS[name].says) < _LONG else name,
             color="black" if undropped else plt.get_cmap("tab10")((number - 1) % 10),
             marker=_MARKERS[number % len(_MARKERS)],
             linestyle="-" if undropped else ":",
-            linewidth=1.4 if undropped else 0.7,
-            markersize=4,
+            linewidth=1.4 if undropped else 1.0,
+            markersize=5,
             capsize=2,
         )
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # labels at all minor ticks would overlap
     axis.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("training FLOPs of what ran")
-    axis.set_ylabel("held-out loss at full depth, nats a token")
-    axis.set_title(f"12 layers, width {width}")
+    axis.set_xlabel("training compute, FLOPs of what ran (less is better)")
+    axis.set_ylabel("validation loss at full depth, nats a token (lower is better)")
+    axis.set_title(f"12 layers, hidden size {width}, {parameters(width) / 1e6:.2g} M parameters\n", fontsize=9)
     axis.grid(alpha=0.3)
+    _mark_budgets(axis, points["undropped"])
+
+
+def _mark_budgets(axis: plt.Axes, undropped: Sequence[Point]) -> None:
+    """Tokens a parameter of the undropped runs, above the panel: what readers compare with other work."""
+    above = axis.secondary_xaxis("top")
+    above.xaxis.set_major_locator(FixedLocator([point.flops for point in undropped]))
+    above.xaxis.set_major_formatter(FixedFormatter([f"{point.budget:g}" for point in undropped]))
+    above.xaxis.set_minor_locator(NullLocator())
+    above.set_xlabel("tokens a parameter, undropped", fontsize=8)
