@@ -30,7 +30,8 @@ from benchmarks.common.predict_setup import SENSITIVITY, VOCAB_SIZE, make_setup
 from benchmarks.common.report import command_line, commit, publish
 from megatron_sbld.config.sections import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.predict.gain import Prediction, Predictor, mfu_tokens_per_s
+from megatron_sbld.predict.calibration import mfu_tokens_per_s
+from megatron_sbld.predict.gain import Prediction, Predictor
 from megatron_sbld.predict.hardware import KNOWN
 from megatron_sbld.predict.propose import propose_placement
 

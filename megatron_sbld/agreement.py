@@ -8,7 +8,7 @@ differs from rank 0 is named in an error on every rank, before it can hang.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +68,36 @@ def check_agreement(record: np.ndarray, group: dist.ProcessGroup | None) -> None
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     _raise_on_disagreement(torch.stack(everyone).cpu().numpy())
+
+
+class AgreedWindow:
+    """The iterations whose decisions all ranks have compared: `length` at a time, none at first."""
+
+    def __init__(self, length: int, group: dist.ProcessGroup | None) -> None:
+        self.length = length
+        self.group = group
+        self.forget()
+
+    def forget(self) -> None:
+        """What decides has changed: the next iteration is compared anew."""
+        self._first, self._end, self._num_microbatches = 0, 0, 0
+
+    def check(self, iteration: int, num_microbatches: int, record: Callable[[int, int], np.ndarray]) -> None:
+        """Compare the window from an iteration on, unless it was. Collective if several ranks run.
+
+        Args:
+            iteration: that is about to begin.
+            num_microbatches: of it.
+            record: makes this rank's record of the window.
+
+        Raises:
+            DropDisagreementError: as check_agreement.
+        """
+        if self._first <= iteration < self._end and num_microbatches == self._num_microbatches:
+            return
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            check_agreement(record(iteration, num_microbatches), self.group)
+        self._first, self._end, self._num_microbatches = iteration, iteration + self.length, num_microbatches
 
 
 def _raise_on_disagreement(records: np.ndarray) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_sbld.agreement import Settings, check_agreement, record_of_window
+from megatron_sbld.agreement import AgreedWindow, Settings, record_of_window
 from megatron_sbld.checks import check_choice, check_integer, check_keys, check_layer_number
 from megatron_sbld.growth import Growth
 from megatron_sbld.method.choices import DroppedUpdate, Granularity, Replicas, ResidualScale, Sampler, Scope
@@ -91,7 +91,8 @@ class DropController:
         check_choice("replicas", replicas, get_args(Replicas))
         check_choice("residual_scale", residual_scale, (*get_args(ResidualScale), None))
         check_granularity(granularity, num_samples, tokens, policy.num_layers)
-        self._replicas_run_alike = replicas_run_alike(replicas, granularity)
+        self.replicas_run_alike = replicas_run_alike(replicas, granularity)
+        """Whether all data-parallel replicas run the same layers, each on as many samples."""
         self.policy = policy
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.scope: Scope = scope
@@ -104,8 +105,7 @@ class DropController:
         self.refuse({})
         self.replica = check_integer("replica", replica, 0, MAX_REPLICA)
         self.scales_residual = (residual_scale or policy.residual_scale) == "inverse_keep_prob"
-        self.window = check_integer("window", window, 1)
-        self.group = group
+        self._agreed = AgreedWindow(check_integer("window", window, 1), group)
         self.begun = 0
         """How many times begin_iteration was called: tells the passes of a repeated iteration from the first ones."""
         self.iteration = 0
@@ -119,7 +119,6 @@ class DropController:
         """With granularity `token`: how many tokens of a sample its layers run in the present iteration."""
         self._rows: list[list[int]] = []  # how many samples, or 1 and 0
         self._scales = [1.0] * policy.num_layers
-        self._verified: tuple[int, int, int] | None = None  # first iteration, end, num_microbatches
         self._checks: list[Callable[[], None]] = []
         self.num_replicas = 1
         """Data-parallel replicas of the run; told by what attaches the controller, needed with `distinct` alone."""
@@ -151,9 +150,7 @@ class DropController:
     @property
     def attended_shares(self) -> NDArray[np.float64]:
         """The same of the pairs of tokens in each layer's attention, whose scores grow as the square."""
-        if self.sample_plan is None:
-            return self.plan * self.work.token_shares(self.iteration) ** 2
-        return self.kept_shares
+        return self.kept_shares**2 if self.sample_plan is None else self.kept_shares
 
     @property
     def kept_fraction(self) -> float:
@@ -161,20 +158,12 @@ class DropController:
         return float(self.kept_shares.mean())
 
     def layer_tokens(self, tokens: int) -> float:
-        """Layer-tokens that this iteration runs: of `tokens` tokens of its global batch, summed over all layers.
-
-        With any granularity, and the same on every rank; nothing dropped is `num_layers * tokens`.
-        """
+        """Layer-tokens that this iteration runs of `tokens` tokens, summed over all layers; the same on every rank."""
         return float(self.kept_shares.mean(axis=0).sum()) * tokens
 
     def expected_shares(self, iteration: int) -> NDArray[np.float64]:
         """Share of its tokens that each layer is expected to run in an iteration (1..T) of the run, [L]."""
         return self.work.kept(iteration)
-
-    @property
-    def replicas_run_alike(self) -> bool:
-        """Whether all data-parallel replicas run the same layers, each on as many samples."""
-        return self._replicas_run_alike
 
     def refuse(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError where this controller does not work with others' settings (method/combinations.py)."""
@@ -201,8 +190,7 @@ class DropController:
         for check in self._checks:
             check()
         self._checks.clear()
-        if not self._is_verified(iteration, num_microbatches):
-            self._verify_window(iteration, num_microbatches)
+        self._agreed.check(iteration, num_microbatches, self._record)
         keep_probs = self.policy.keep_probs(iteration)
         counts = self._draw(iteration, num_microbatches, keep_probs, self.replica)
         sample_plan = None
@@ -261,7 +249,7 @@ class DropController:
                 f"one of {self.policy.num_layers} and {self.policy.residual_scale!r}"
             )
         self.policy = policy
-        self._verified = None
+        self._agreed.forget()
 
     def set_stages(self, stages: Stages) -> None:
         """Use other stages of as many layers, before anything is loaded or begun: those of the pipeline as it is built.
@@ -271,7 +259,7 @@ class DropController:
         """
         self.policy = self.policy.with_stages(stages)
         self.growth.start(self.policy)
-        self._verified = None
+        self._agreed.forget()
 
     def kept(self, layer_number: int, microbatch: int) -> bool:
         """Whether the layer (1-based) runs in the microbatch (0-based) of the present iteration, on any sample."""
@@ -370,7 +358,7 @@ class DropController:
         if self.tokens is not None and "token_strata" in state:
             with named_as_fields():
                 self.tokens = replace(self.tokens, strata=state["token_strata"])
-        self._verified = None
+        self._agreed.forget()
         self.policy, line = self.growth.load_state_dict(state.get("growth"), self.policy, state["iteration"] + 1)
         state = {"granularity": "layer", "num_samples": None, **state}  # older states have neither
         present = self.state_dict()
@@ -394,19 +382,9 @@ class DropController:
             replica=0 if self.replicas_run_alike else replica,
         )
 
-    def _is_verified(self, iteration: int, num_microbatches: int) -> bool:
-        start, end, microbatches = self._verified or (0, 0, 0)
-        return start <= iteration < end and num_microbatches == microbatches
-
-    def _verify_window(self, iteration: int, num_microbatches: int) -> None:
-        """Compare this rank's decisions for the coming window with every other rank's."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            check_agreement(self._record(iteration, num_microbatches), self.group)
-        self._verified = (iteration, iteration + self.window, num_microbatches)
-
     def _record(self, iteration: int, num_microbatches: int) -> np.ndarray:
         """This rank's view of the window (agreement.py); for `distinct` replicas it is of replica 0's decisions."""
-        window = range(iteration, iteration + self.window)
+        window = range(iteration, iteration + self._agreed.length)
         keep_probs = [self.policy.keep_probs(t) for t in window]
         return record_of_window(
             Settings(iteration, num_microbatches, self.num_samples or 0, self.num_layers, self.seed),

@@ -165,7 +165,7 @@ def expected_layers(drop: str, iterations: int, seq_length: int = 128) -> tuple[
     else:
         for power in (1, 2):
             sums[power - 1] = math.fsum(
-                float(policy.keep_probs(t) @ tokens.shares(t, LAYERS, power)) for t in range(1, iterations + 1)
+                float(policy.keep_probs(t) @ tokens.shares(t, LAYERS) ** power) for t in range(1, iterations + 1)
             )
     return sums[0] / iterations, sums[1] / iterations
 

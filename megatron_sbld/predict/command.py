@@ -20,13 +20,13 @@ from megatron_sbld.layout.pipeline import Floats
 from megatron_sbld.method.config import DropConfig
 from megatron_sbld.method.in_force import drops, uses_theta
 from megatron_sbld.method.validate import validate_drop
+from megatron_sbld.predict.calibration import mfu_tokens_per_s
 from megatron_sbld.predict.cost import Attention
 from megatron_sbld.predict.gain import (
     ASSUMED_MFU,
     Prediction,
     Predictor,
     compared_sections,
-    mfu_tokens_per_s,
 )
 from megatron_sbld.predict.hardware import KNOWN, load_hardware
 from megatron_sbld.predict.iteration import Setup

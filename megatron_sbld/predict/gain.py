@@ -1,7 +1,6 @@
-"""Calibration on the undropped baseline, and what a drop section gains over it in a run.
+"""What a drop section gains over the undropped baseline in a run.
 
-One number is calibrated, the share of the peak that matrix products reach, so that the undropped model has the given
-throughput. A run's iterations are sampled at equal distances, of a run with stages (method/stages.py) those of each
+A run's iterations are sampled at equal distances, of a run with stages (method/stages.py) those of each
 stage, with the very decisions that it will take, in every replica. Their mean time, corrected for how many layers the
 sampled decisions happen to keep more or less than expected (a control variate), gives gain, hours and GPU hours. Every
 iteration counts as one of a full global batch, also during a batch-size ramp; with sensitivity_update dynamic the
@@ -18,10 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
-from megatron_sbld.checks import check_number
-from megatron_sbld.config.flops import attention_share, ideal_speedup, layer_share, model_flops_per_token
+from megatron_sbld.config.flops import attention_share, ideal_speedup, layer_share
 from megatron_sbld.config.stages import placement_of
 from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.config.validate import train_iterations
@@ -34,6 +31,7 @@ from megatron_sbld.method.config import DropConfig, fields_of
 from megatron_sbld.method.in_force import dropped_update, drops, drops_tokens, uses_theta
 from megatron_sbld.method.policy import Policy
 from megatron_sbld.method.work import Work
+from megatron_sbld.predict.calibration import calibrate
 from megatron_sbld.predict.iteration import IterationModel, IterationTimes, Setup
 from megatron_sbld.predict.memory import most_memory
 
@@ -47,7 +45,6 @@ _SAMPLED = 500  # iterations of a run that are simulated
 _SAMPLED_ROWS = 2**16  # microbatches whose decisions are drawn, where each has its own
 _SAMPLED_REPLICAS = 8  # with more that decide for themselves, fewer iterations are sampled
 _FEWEST_SAMPLED = 32
-_LOWEST_EFFICIENCY = 1e-6
 _NO_SPREAD = 1e-24  # mean square of shares of layers: rounding alone
 
 
@@ -347,37 +344,6 @@ def _expected(times: Floats, surplus: Floats) -> tuple[float, float]:
     corrected = times - slope * surplus
     apart = corrected - corrected[0]  # so that equal times have exactly their mean
     return float(corrected[0] + apart.mean()), float(apart.std()) / math.sqrt(len(times))
-
-
-def calibrate(setup: Setup, tokens_per_s: float) -> float:
-    """Share of the peak that matrix products reach for the undropped model to have this throughput, (0, 1].
-
-    Raises ValueError where memory and communication alone, or products at the peak, take longer than that.
-    """
-    check_number("tokens_per_s", tokens_per_s, "(0, inf)")
-    target = setup.tokens / tokens_per_s
-
-    def excess(log_efficiency: float) -> float:
-        return math.log(float(IterationModel(setup, math.exp(log_efficiency)).undropped.total[0]) / target)
-
-    at_peak = excess(0.0)
-    if at_peak > 0:
-        raise ValueError(
-            f"baseline of {tokens_per_s:,.0f} tokens/s is not allowed: with matrix products at the full peak of "
-            f"{setup.hardware.name} this model allows {tokens_per_s / math.exp(at_peak):,.0f} at most; check the "
-            "throughput (of all GPUs together), the bandwidths and the overlaps"
-        )
-    lowest = math.log(_LOWEST_EFFICIENCY)
-    if excess(lowest) < 0:
-        raise ValueError(f"baseline of {tokens_per_s:,.6f} tokens/s is not allowed: below a millionth of the peak")
-    return math.exp(brentq(excess, lowest, 0.0, xtol=1e-9))
-
-
-def mfu_tokens_per_s(setup: Setup, mfu: float) -> float:
-    """Tokens/s of all GPUs at a model FLOPs utilisation (Megatron-LM's count of FLOPs, without recomputation)."""
-    check_number("mfu", mfu, "(0, 1]")
-    flops = model_flops_per_token(setup.config.model, setup.vocab_size)
-    return mfu * setup.hardware.peak * setup.gpus / flops
 
 
 def compared_sections(drop: DropConfig, thetas: tuple[float, ...] = (0.9, 0.7, 0.5)) -> list[DropConfig]:

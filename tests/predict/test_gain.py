@@ -10,7 +10,8 @@ import pytest
 
 from megatron_sbld.config.flops import attention_share, model_flops_per_token
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.predict.gain import Predictor, calibrate, compared_sections, mfu_tokens_per_s
+from megatron_sbld.predict.calibration import calibrate, mfu_tokens_per_s
+from megatron_sbld.predict.gain import Predictor, compared_sections
 from megatron_sbld.predict.iteration import IterationModel
 from megatron_sbld.predict.target import find_target
 from megatron_sbld.sensitivity.file import SensitivityFile

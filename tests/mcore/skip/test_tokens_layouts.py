@@ -44,6 +44,7 @@ TWO_PROCESSES = {
     "PP 2, block recomputation": case(pp=2, config=BLOCK_RECOMPUTE),
     "PP 2, selective recomputation, given up": case(pp=2, config=SELECTIVE_RECOMPUTE, given_up=True),
     "PP 2 interleaved, both overlaps": case(pp=2, vpp=2, ddp=BOTH_OVERLAPS, config=BLOCK_RECOMPUTE),
+    "PP 2 interleaved, full recomputation": case(pp=2, vpp=2, config={**FULL_RECOMPUTE, "recompute_num_layers": 1}),
     "DP 2, both overlaps": case(ddp=BOTH_OVERLAPS),
     "DP 2, both overlaps, with layers dropped": case(policy="half", ddp={**BOTH_OVERLAPS, "bucket_size": 1}),
     "TP 2, full recomputation, distributed activations": case(
