@@ -60,16 +60,18 @@ def verdict(results: Results, widths: Sequence[int]) -> str:
                 continue
             name, share = best
             beyond = share.high is not None and share.high < 1.0
-            reaches = "reaches its goal" if share.high is not None and share.high <= goal else "misses its goal"
-            figure = f"{name} needs {_percent(share)} of the FLOPs at {budget:g} tokens a parameter"
+            reaches = "reached" if share.high is not None and share.high <= goal else "missed"
+            figure = (
+                f"At width {width} (hidden size) and {budget:g} tokens a parameter, {name} needs {_percent(share)} of "
+                "the undropped run's FLOPs to reach its loss"
+            )
             if beyond:
-                found.append(f"{figure} ({reaches} of {goal:.0%})")
+                found.append(f"{figure} (goal: at most {goal:.0%}, whole interval; {reaches}).")
             else:
-                found.append(f"{figure}, which is not beyond its interval")
-        if found:
-            sentences.append(f"Width {width}: to the undropped loss, {'; '.join(found)}.")
-        else:
-            sentences.append(f"Width {width}: no method has reached an undropped loss of the claims yet.")
+                found.append(f"{figure}, which is not beyond its interval.")
+        sentences += found or [
+            f"Width {width} (hidden size): no method has reached an undropped loss of the claims yet."
+        ]
     return " ".join(sentences)
 
 
@@ -100,6 +102,7 @@ def _facts(rows: Sequence[dict[str, Any]], left_out: int) -> str:
     dates = sorted(row["date"][:10] for row in rows)
     commits = list(dict.fromkeys(row["commit"] for row in rows))
     hours = sum(row["cpu_s"] for row in rows) / 3600
+    shown = {row["method"] for row in rows}
     lines = [
         "- Command: `python benchmarks/study/run.py run`, then `report`; every row of the study is a line of "
         "`benchmarks/study/rows.jsonl`",
@@ -109,7 +112,7 @@ def _facts(rows: Sequence[dict[str, Any]], left_out: int) -> str:
         f"- Seeds: {', '.join(map(str, sorted({row['seed'] for row in rows})))}, of weights, data order and decisions",
         f"- Models: {LAYERS} layers, 4 heads, sequence 128; "
         + "; ".join(
-            f"width {width}: vocabulary {VOCABULARY[width]}, {parameters(width):,} parameters, layers "
+            f"width {width} (hidden size): vocabulary {VOCABULARY[width]}, {parameters(width):,} parameters, layers "
             f"{1 - iteration_flops(width, 0) / iteration_flops(width, LAYERS):.0%} of the FLOPs"
             for width in sorted({row["width"] for row in rows})
         ),
@@ -118,8 +121,12 @@ def _facts(rows: Sequence[dict[str, Any]], left_out: int) -> str:
         "highest is the best, by successive halving at 1.3 and 5 tokens a parameter; each novel is read once. Loss: "
         "nats a token at full depth, of about 200,000 tokens of other novels, each with at least half of the context",
         "- Saving: 1 - FLOPs / FLOPs of undropped training to the same loss, by interpolation over undropped runs that "
-        "each have their own decay. Intervals are 95 %, over seeds (standard deviation pooled); without one there was "
-        "one seed. The claimed methods were chosen by their first seed, which is one of the three",
+        "each have their own decay. Intervals are 95 %: each loss is drawn anew with the standard deviation between "
+        "seeds, which is pooled over all points that have several seeds and taken for those that have one. The claimed "
+        "methods were chosen by their first seed, which is one of the three",
+        "- At equal FLOPs a run that skips layers takes more iterations and reads more text than the undropped run, "
+        "whose tokens a parameter the tables give",
+        "- Methods: " + "; ".join(f"{name}: {METHODS[name].says}" for name in METHODS if name in shown),
     ]
     return "\n".join([*lines, f"- Left out: {left_out} rows of other texts"] if left_out else lines)
 

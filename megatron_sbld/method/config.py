@@ -65,7 +65,8 @@ class DropConfig:
     schedule: ScheduleName | None = None
     """theta over training; None takes the policy's own: sbld pwegd, pld exponential, the others constant."""
     theta: PositiveShare = 0.9
-    """The schedule's limit: the keep probability it starts or ends at; below 0.4 warns (SBLD)."""
+    """The schedule's keep probability: exponential, linear and polynomial end at it, pwegd starts and ends at it,
+    plateau starts at it, constant stays at it; below 0.4 warns (SBLD)."""
     keep_layers: list[int] | None = None
     """Layers that are always kept, with any policy."""
     depth: Depth = "uniform"
