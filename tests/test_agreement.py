@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_sbld import controller as controller_module
+from megatron_sbld import agreement
 from megatron_sbld.agreement import DropDisagreementError
 from megatron_sbld.controller import DropController
 from megatron_sbld.mcore import grow_in_stages, make_switchable
@@ -51,20 +51,20 @@ def one_rank_is_odd(odd_rank: int) -> dict[str, tuple[str, float]]:
 def ranks_agree() -> tuple[list, int]:
     """(decisions of 100 iterations, collectives that they took)."""
     controller = build(window=20)
-    compare, count = controller_module.check_agreement, [0]
+    compare, count = agreement.check_agreement, [0]
 
     def counted(*args: Any) -> None:
         count[0] += 1
         compare(*args)
 
-    controller_module.check_agreement = counted
+    agreement.check_agreement = counted
     plans = []
     try:
         for iteration in range(1, 101):
             controller.begin_iteration(iteration, 2)
             plans.append(controller.plan.tolist())
     finally:
-        controller_module.check_agreement = compare
+        agreement.check_agreement = compare
     return plans, count[0]
 
 
