@@ -292,14 +292,14 @@ class DropController:
                 "forward-backward pass in training mode"
             )
         check_layer_number(layer_number)
-        if self.scope == "iteration":
+        if self.scope == "iteration" and self.tokens is None:
             return 0
         if not 0 <= microbatch < self.num_microbatches:
             raise RuntimeError(
                 f"microbatch {microbatch} of layer {layer_number} is outside of the {self.num_microbatches} "
-                "that begin_iteration was given; with scope 'microbatch' Megatron's schedules must number them"
+                "that begin_iteration was given; Megatron's schedules must number them"
             )
-        return microbatch
+        return 0 if self.scope == "iteration" else microbatch
 
     def dropped_throughout(self, layer_number: int) -> bool:
         """Whether no microbatch of the present iteration runs the layer (1-based), on any replica.

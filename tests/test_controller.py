@@ -12,8 +12,9 @@ import torch
 from megatron_sbld.agreement import _raise_on_disagreement
 from megatron_sbld.controller import DropController
 from megatron_sbld.method.decisions import draw_plan
-from megatron_sbld.method.policy import LayerDropPolicy, PLDPolicy
+from megatron_sbld.method.policy import FullDepthPolicy, LayerDropPolicy, PLDPolicy
 from megatron_sbld.method.schedule import Constant, Exponential
+from megatron_sbld.method.tokens import TokenDrop
 
 LAYERS = 6
 HALF = LayerDropPolicy(Constant(0.5), LAYERS)
@@ -105,6 +106,15 @@ def test_iterations_and_microbatches_out_of_range_are_refused() -> None:
     controller.begin_iteration(1, 2)
     with pytest.raises(RuntimeError, match="microbatch 2 of layer 1 is outside of the 2"):
         controller.kept(1, 2)
+
+
+def test_tokens_are_of_a_numbered_microbatch_also_with_one_decision_an_iteration() -> None:
+    tokens = TokenDrop(seq_length=16, layers=(2,), min_tokens=4, step=4, iterations=10)
+    controller = DropController(FullDepthPolicy(num_layers=3), granularity="token", tokens=tokens)
+    controller.begin_iteration(1, 2)
+    assert controller.kept(2, 1)
+    with pytest.raises(RuntimeError, match="microbatch -1 of layer 2 is outside of the 2"):
+        controller.kept(2, -1)  # of a loop without Megatron's schedules
 
 
 @pytest.mark.parametrize("scope", ["iteration", "microbatch"])
