@@ -11,8 +11,8 @@ They are plain shared libraries (residual.h), so one wheel serves every Python a
     MEGATRON_SBLD_CUDA_ARCHS="80;90;100+PTX"    for which GPUs, as far as this nvcc knows them
 
 Where torch can be imported (`pip install --no-build-isolation`), the extension of bindings.cpp is compiled as well, for
-this Python and torch alone; others do without. With MEGATRON_SBLD_EXTENSION=auto|build|off one that cannot be built is
-left out, is an error, or is not tried.
+this Python and torch alone. With MEGATRON_SBLD_EXTENSION=auto|build|off one that cannot be built there is left out, is an
+error, or is not tried.
 """
 
 from __future__ import annotations
@@ -170,9 +170,13 @@ class BuildLibraries(build_ext):
         setting = extension_setting(os.environ)
         if setting == "off":
             return
+        if importlib.util.find_spec("torch") is None:
+            print(
+                "megatron-sbld: installing without the extension: torch is not installed where this is built",
+                flush=True,
+            )
+            return  # with `build` the first use builds it, for the torch that it meets
         try:
-            if importlib.util.find_spec("torch") is None:
-                raise BuildError("torch is not installed where this is built (pip's --no-build-isolation takes yours)")
             self._built_extension = build_extension(folder, os.environ)
         except (BuildError, ImportError) as error:
             if setting == "build":
