@@ -11,8 +11,8 @@ They are plain shared libraries (residual.h), so one wheel serves every Python a
     MEGATRON_SBLD_CUDA_ARCHS="80;90;100+PTX"    for which GPUs, as far as this nvcc knows them
 
 Where torch can be imported (`pip install --no-build-isolation`), the extension of bindings.cpp is compiled as well, for
-this Python and torch alone. With MEGATRON_SBLD_EXTENSION=auto|build|off one that cannot be built there is left out, is an
-error, or is not tried.
+this Python and torch alone. With MEGATRON_SBLD_EXTENSION=auto|build|off one that cannot be built there is left out, is
+an error, or is not tried.
 """
 
 from __future__ import annotations
