@@ -120,10 +120,12 @@ def _facts(rows: Sequence[dict[str, Any]], left_out: int) -> str:
         "decay over the last fifth; a learning rate for each method from 2e-3, 4e-3, 8e-3, and higher ones while the "
         "highest is the best, by successive halving at 1.3 and 5 tokens a parameter; each novel is read once. Loss: "
         "nats a token at full depth, of about 200,000 tokens of other novels, each with at least half of the context",
-        "- Saving: 1 - FLOPs / FLOPs of undropped training to the same loss, by interpolation over undropped runs that "
-        "each have their own decay. Intervals are 95 %: each loss is drawn anew with the standard deviation between "
-        "seeds, which is pooled over all points that have several seeds and taken for those that have one. The claimed "
-        "methods were chosen by their first seed, which is one of the three",
+        "- Saving: 1 - FLOPs / FLOPs of undropped training to the same loss, interpolated over undropped runs that "
+        "each have their own decay (PCHIP of log FLOPs over loss). Share: FLOPs of the method to the undropped loss, "
+        "interpolated likewise over the method's own runs. The two differ where the curves bend between runs",
+        "- Intervals are 95 %: each loss is drawn anew with the standard deviation between seeds, which is pooled over "
+        "all points that have several seeds and taken for those that have one. The claimed methods were chosen by their "
+        "first seed, which is one of the three",
         "- At equal FLOPs a run that skips layers takes more iterations and reads more text than the undropped run, "
         "whose tokens a parameter the tables give",
         "- Methods: " + "; ".join(f"{name}: {METHODS[name].says}" for name in METHODS if name in shown),
