@@ -124,8 +124,8 @@ def _facts(rows: Sequence[dict[str, Any]], left_out: int) -> str:
         "each have their own decay (PCHIP of log FLOPs over loss). Share: FLOPs of the method to the undropped loss, "
         "interpolated likewise over the method's own runs. The two differ where the curves bend between runs",
         "- Intervals are 95 %: each loss is drawn anew with the standard deviation between seeds, which is pooled over "
-        "all points that have several seeds and taken for those that have one. The claimed methods were chosen by their "
-        "first seed, which is one of the three",
+        "all points that have several seeds and taken for those that have one. The claimed methods were chosen by "
+        "their first seed, which is one of the three",
         "- At equal FLOPs a run that skips layers takes more iterations and reads more text than the undropped run, "
         "whose tokens a parameter the tables give",
         "- Methods: " + "; ".join(f"{name}: {METHODS[name].says}" for name in METHODS if name in shown),
