@@ -28,7 +28,7 @@ OF_NO_CONCERN: dict[str, str] = {
         layernorm_zero_centered_gamma persist_layer_norm memory_efficient_layer_norm
         apply_residual_connection_post_layernorm add_qkv_bias apply_query_key_layer_scaling attention_softmax_in_fp32
         attention_backend attention_output_gate flash_attention_version softmax_scale softmax_type qk_layernorm
-        qk_l2_norm window_size window_attn_skip_freq no_rope_freq rotary_interleaved fused_single_qkv_rope mrope_section
+        qk_l2_norm window_attn_skip_freq no_rope_freq rotary_interleaved fused_single_qkv_rope mrope_section
         cp_comm_type use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp symmetric_ar_type
         disable_bf16_reduced_precision_matmul deterministic_mode batch_invariant_mode test_mode transformer_impl
     """,
