@@ -274,7 +274,8 @@ def test_a_damaged_line_of_the_rows_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_has_tables_plot_and_verdict(tmp_path: Path) -> None:
+def test_the_page_has_tables_plot_and_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.study.saving.DRAWS", 100)
     rows = []
     for method, factor in (("undropped", 1.0), ("staged-1", 0.6), ("pld", 1.5)):
         for budget in (1.3, 2.5, 5.0, 10.0, 20.0, 30.0):

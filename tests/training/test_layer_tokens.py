@@ -83,11 +83,11 @@ WEIGHT_DECAY = {"start_weight_decay": 0.1, "end_weight_decay": 0.3, "weight_deca
     ("optimizer", "length"),
     [
         (COSINE, "iterations"),
-        (COSINE, "ramp"),
         (WSD, "ramp"),
-        (WSD, "samples"),
-        (ROOT, "iterations"),
-        (WEIGHT_DECAY, "samples"),
+        pytest.param(COSINE, "ramp", marks=pytest.mark.slow),
+        pytest.param(WSD, "samples", marks=pytest.mark.slow),
+        pytest.param(ROOT, "iterations", marks=pytest.mark.slow),
+        pytest.param(WEIGHT_DECAY, "samples", marks=pytest.mark.slow),
     ],
 )
 def test_an_undropped_run_has_the_rate_of_its_iterations(
