@@ -34,7 +34,7 @@ from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.in_force import drop_settings, drops, drops_tokens
 from megatron_sbld.method.recipes import with_recipe
-from megatron_sbld.method.tokens import strata_of_layout
+from megatron_sbld.method.tokens import strata_needed
 from megatron_sbld.method.validate import validate_drop
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,7 @@ class LayerDropping:
             check_fused_residual(model.params_dtype, "drop.residual")
         tokens = None
         if drops_tokens(drop):
-            sequence_ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
-            strata = strata_of_layout(sequence_ranks, model.context_parallel_size)
+            strata = strata_needed(model)
             tokens = build_tokens(drop, num_layers, cfg.train.train_iters, chunk.max_sequence_length, strata)
         return AttachedDrops(drop, num_layers, cfg.train.train_iters, cfg.train.micro_batch_size, tokens)
 

@@ -13,10 +13,11 @@ from typing import Any
 from megatron_sbld.checkpoint.files import Layout
 from megatron_sbld.config.run_length import RunLength
 from megatron_sbld.config.sections import Config
-from megatron_sbld.config.tokens import strata_needed, tokens_of
+from megatron_sbld.config.tokens import tokens_of
 from megatron_sbld.method.build_tokens import with_strata
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.in_force import dropped_update, drops, drops_tokens
+from megatron_sbld.method.tokens import strata_needed
 
 BATCH_FIELDS = ("training.global_batch_size", "training.rampup_batch_size")
 """How many samples each iteration reads."""
@@ -171,7 +172,7 @@ def _check_strata(saved: SavedRun, config: Config) -> None:
     strata = (saved.train_state.get("drop") or {}).get("token_strata")
     tokens = tokens_of(config, 1)
     if strata is not None and tokens is not None and config.drop.token_strata is None:
-        with_strata(tokens, strata, strata_needed(config))
+        with_strata(tokens, strata, strata_needed(config.parallel))
 
 
 def _idle_reason(change: Change, changes: Sequence[Change], saved: SavedRun, config: Config) -> str | None:

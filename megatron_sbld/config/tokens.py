@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_sbld.config.sections import Config
 from megatron_sbld.method.build_tokens import build_tokens
 from megatron_sbld.method.config import DropConfig
-from megatron_sbld.method.tokens import TokenDrop, strata_of_layout
+from megatron_sbld.method.tokens import TokenDrop, strata_needed
 
 
 def tokens_of(config: Config, train_iters: int, drop: DropConfig | None = None) -> TokenDrop | None:
@@ -14,11 +14,6 @@ def tokens_of(config: Config, train_iters: int, drop: DropConfig | None = None) 
     drop: another section than the config's.
     """
     model = config.model
-    return build_tokens(drop or config.drop, model.num_layers, train_iters, model.seq_length, strata_needed(config))
-
-
-def strata_needed(config: Config) -> int:
-    """The number of strata that the layout needs, or a multiple of it."""
-    parallel = config.parallel
-    sequence_ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return strata_of_layout(sequence_ranks, parallel.context_parallel_size)
+    return build_tokens(
+        drop or config.drop, model.num_layers, train_iters, model.seq_length, strata_needed(config.parallel)
+    )

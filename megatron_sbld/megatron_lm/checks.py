@@ -13,7 +13,6 @@ from megatron_sbld.megatron_lm.arguments import argument_name, named_as_argument
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.config import DropConfig, drop_field_names
 from megatron_sbld.method.in_force import drop_settings, drops
-from megatron_sbld.method.tokens import strata_of_layout
 from megatron_sbld.method.validate import validate_drop
 from megatron_sbld.residual.choice import library_for
 
@@ -49,12 +48,6 @@ def check_arguments(args: Namespace, train_iters: int, config: DropConfig) -> No
         refuse_combinations(_settings(args, config), _name, program="Megatron-LM")
     if config.residual == "fused":
         check_fused_residual(args.params_dtype, argument_name("residual"))
-
-
-def strata_of_arguments(args: Namespace) -> int:
-    """The number of token strata that Megatron-LM's layout needs, or a multiple of it."""
-    sequence_ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    return strata_of_layout(sequence_ranks, args.context_parallel_size)
 
 
 def check_fused_residual(dtype: torch.dtype, name: str) -> None:

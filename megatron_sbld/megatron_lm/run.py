@@ -14,11 +14,12 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_sbld.controller import DropController
 from megatron_sbld.megatron_lm.arguments import drop_config, lr_schedule_by, named_as_arguments, policy_layers
 from megatron_sbld.megatron_lm.attached import AttachedDrops
-from megatron_sbld.megatron_lm.checks import check_arguments, strata_of_arguments
+from megatron_sbld.megatron_lm.checks import check_arguments
 from megatron_sbld.megatron_lm.layer_tokens import BY_LAYER_TOKENS, LayerTokenRate
 from megatron_sbld.megatron_lm.scalars import Scalars
 from megatron_sbld.method.build_tokens import build_tokens
 from megatron_sbld.method.in_force import drops_tokens
+from megatron_sbld.method.tokens import strata_needed
 
 
 class LayerDropping:
@@ -41,7 +42,7 @@ class LayerDropping:
             num_layers = policy_layers(args, drop)
             tokens = None
             if drops_tokens(drop):
-                tokens = build_tokens(drop, num_layers, train_iters, args.seq_length, strata_of_arguments(args))
+                tokens = build_tokens(drop, num_layers, train_iters, args.seq_length, strata_needed(args))
             self._drops = AttachedDrops(drop, num_layers, train_iters, args.micro_batch_size, tokens)
         self._rate: LayerTokenRate | None = None
         self._scalars = Scalars(args, self.controller, training, drop.unit)

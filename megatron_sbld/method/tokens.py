@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +123,16 @@ def strata_of_layout(sequence_ranks: int, context_ranks: int) -> int:
     if context_ranks == 1:
         return sequence_ranks
     return context_ranks * math.lcm(2, sequence_ranks)
+
+
+def strata_needed(layout: Any) -> int:
+    """The number of strata that a layout needs, or a multiple of it.
+
+    layout: has Megatron's tensor_model_parallel_size, sequence_parallel and context_parallel_size, as a config's
+    parallel section, Megatron-LM's arguments and a TransformerConfig do.
+    """
+    sequence_ranks = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    return strata_of_layout(sequence_ranks, layout.context_parallel_size)
 
 
 def draw_tokens(

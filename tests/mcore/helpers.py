@@ -75,6 +75,21 @@ def forget_moe_losses() -> None:
         moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
+def saved_bytes(chunk: torch.nn.Module, layer: Callable[..., Any], hidden: torch.Tensor) -> int:
+    """Bytes that a layer's forward pass keeps for backward, the model's parameters left out."""
+    parameters = {param.data_ptr() for param in chunk.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _output = layer(hidden_states=hidden, attention_mask=None)
+        return sum(saved.values())
+
+
 def tiny_config(**overrides: Any) -> TransformerConfig:
     """4 layers of width 32 with 4 heads, fp32 and no dropout, laid out as Megatron's parallel state says."""
     values: dict[str, Any] = {

@@ -17,7 +17,6 @@ from tests.training.trainer_helpers import (
     change,
     decisions,
     losses,
-    prepare_corpus,
     run_here,
     sbld,
     stop_and_resume,
@@ -50,11 +49,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 QUICK = {"bf16", "scaled branches"}  # each compiles for seconds
 TOLERANCE = {"bf16": 5e-3}
 MOST_GRAPHS = {"scaled branches": 3, "samples": 4, "full recomputation": 4, "samples, full recomputation": 7}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

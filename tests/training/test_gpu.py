@@ -16,7 +16,6 @@ from tests.training.trainer_helpers import (
     NO_DROPOUT,
     change,
     losses,
-    prepare_corpus,
     run_here,
     sbld,
     stop_and_resume,
@@ -35,11 +34,6 @@ OPTIMIZERS: dict[str, dict[str, dict[str, Any]]] = {
     "fused residual": {"drop": {"residual": "fused"}},
     "compiled": {"training": {"torch_compile": True}},
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

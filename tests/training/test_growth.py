@@ -20,7 +20,6 @@ from tests.training.trainer_helpers import (
     decisions,
     in_folder,
     losses,
-    prepare_corpus,
     rows,
     run_here,
     sbld,
@@ -33,11 +32,6 @@ from tests.training.trainer_helpers import (
 
 pytestmark = pytest.mark.slow  # mcore/skip/test_growth.py has a fast part
 STAGES = [[0.5, 1], [0.75, 2], [1.0, 4]]  # grows after iterations 4 and 6 of 8
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def staged_run(folder: Path, corpus: Path, drop: dict[str, Any] | None = None, **sections: Any) -> Config:

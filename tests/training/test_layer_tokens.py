@@ -22,7 +22,6 @@ from tests.training.trainer_helpers import (
     SEQUENCE,
     change,
     in_folder,
-    prepare_corpus,
     rows,
     run_here,
     sbld,
@@ -34,11 +33,6 @@ from tests.training.trainer_helpers import (
 BATCH, WARMUP = 8, 2 * 8
 BY_LAYER_TOKENS = {"lr_schedule_by": "layer_tokens"}
 LR, MIN_LR = 1e-2, 1e-3
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from tests.training.trainer_helpers import (
     decisions,
     in_folder,
     losses,
-    prepare_corpus,
     rows,
     run_here,
     sbld,
@@ -90,11 +89,6 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "selective, MLP": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

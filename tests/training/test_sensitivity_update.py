@@ -37,7 +37,6 @@ from tests.training.trainer_helpers import (
     dynamic,
     in_folder,
     losses,
-    prepare_corpus,
     run_here,
     stop_and_resume,
     tiny_run,
@@ -48,11 +47,6 @@ from tests.training.trainer_helpers import (
 
 BASE = [0.0, 1 / 3, 2 / 3, 1.0]
 """The sensitivity of `sbld`'s file."""
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

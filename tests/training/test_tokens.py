@@ -25,7 +25,6 @@ from tests.training.trainer_helpers import (
     SEQUENCE,
     change,
     losses,
-    prepare_corpus,
     run_here,
     stop_and_resume,
     tiny_run,
@@ -34,11 +33,6 @@ from tests.training.trainer_helpers import (
 )
 
 TOKENS: dict[str, Any] = {"granularity": "token", "min_tokens": 8, "token_step": 4, "token_iterations": 6}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture

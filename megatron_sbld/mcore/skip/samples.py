@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.method.choices import Granularity
 
 _BATCH_DIMENSION = {"attention_mask": 0, "attention_bias": 0, "padding_mask": 0, "rotary_pos_emb": 1}
 """Where a layer's other inputs have the microbatch's samples: [b or 1, ...], or rotary embeddings [s, b or 1, ...]."""
@@ -88,9 +89,7 @@ def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any,
     Raises:
         ValueError: an input that has the microbatch's samples in a way that is not known here.
     """
-    if args:
-        kwargs = dict(zip(("hidden_states", *_POSITIONAL), args, strict=False)) | kwargs
-        _refuse_positional(args)
+    kwargs = inputs_by_name("sample", args, kwargs)
     hidden_states = kwargs.pop("hidden_states")
     num_samples = hidden_states.size(1)
     selected = {name: _selected(name, value, index, num_samples) for name, value in kwargs.items()}
@@ -101,13 +100,15 @@ def run_on_samples(forward: Callable[..., Any], index: torch.Tensor, *args: Any,
     return hidden_states.index_copy(1, index, output), context
 
 
-def _refuse_positional(args: tuple[Any, ...]) -> None:
+def inputs_by_name(granularity: Granularity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A layer's inputs, all by name. Raises ValueError for more by position than hidden_states and _POSITIONAL."""
     allowed = 1 + len(_POSITIONAL)
     if len(args) > allowed:
         raise ValueError(
-            f"granularity 'sample' needs a layer's inputs by name, got {len(args)} by position: at most {allowed}, "
-            f"hidden_states and {', '.join(_POSITIONAL)}"
+            f"granularity {granularity!r} needs a layer's inputs by name, got {len(args)} by position: at most "
+            f"{allowed}, hidden_states and {', '.join(_POSITIONAL)}"
         )
+    return dict(zip(("hidden_states", *_POSITIONAL), args, strict=False)) | kwargs
 
 
 def _selected(name: str, value: Any, index: torch.Tensor, num_samples: int) -> Any:

@@ -19,12 +19,11 @@ from megatron.core import parallel_state
 from megatron.core.ssm.mamba_layer import MambaLayer
 
 from megatron_sbld.controller import DropController
+from megatron_sbld.mcore.skip.samples import inputs_by_name
 from megatron_sbld.mcore.skip.token_draws import Split, draw_tokens
 from megatron_sbld.method.combinations import refuse_combinations
 from megatron_sbld.method.tokens import TokenDrop
 
-_POSITIONAL = ("attention_mask",)
-"""Arguments of a layer after hidden_states that Megatron may give by position."""
 _FP8_TOKENS = 32
 """Tokens of which a rank's number is a multiple: blocks of MXFP8 and rows of FP8's products ask for 32 and 16."""
 _REMEMBERED = 2
@@ -223,12 +222,7 @@ def run_on_tokens(forward: Callable[..., Any], kept: KeptTokens, *args: Any, **k
     Raises:
         ValueError: an input that has the sequence's tokens in a way that is not known here.
     """
-    if len(args) > 1 + len(_POSITIONAL):
-        raise ValueError(
-            f"granularity 'token' needs a layer's inputs by name, got {len(args)} by position: at most "
-            f"{1 + len(_POSITIONAL)}, hidden_states and {', '.join(_POSITIONAL)}"
-        )
-    kwargs = dict(zip(("hidden_states", *_POSITIONAL), args, strict=False)) | kwargs
+    kwargs = inputs_by_name("token", args, kwargs)
     stream = kwargs.pop("hidden_states")
     selected = {name: _selected(name, value, kept) for name, value in kwargs.items()}
     gathered, passed = _Gather.apply(stream, kept.rows)

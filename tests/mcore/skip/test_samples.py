@@ -25,6 +25,7 @@ from tests.mcore.helpers import (
     build_optimizer,
     forget_moe_losses,
     moe_loss_sums,
+    saved_bytes,
     tiny_config,
     tiny_gpt,
     train_step,
@@ -239,19 +240,7 @@ def test_a_layer_saves_activations_of_its_kept_samples_alone() -> None:
         chunk, controller = switchable(Listed(count / SAMPLES))
         controller.begin_iteration(1, 1)
         hidden = torch.randn(SEQUENCE, SAMPLES, WIDTH, requires_grad=True)
-        parameters = {param.data_ptr() for param in chunk.parameters()}
-        saved: dict[int, int] = {}
-
-        def note(
-            tensor: torch.Tensor, saved: dict[int, int] = saved, parameters: set[int] = parameters
-        ) -> torch.Tensor:
-            if tensor.data_ptr() not in parameters:
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            _output = chunk.decoder.layers[0](hidden_states=hidden, attention_mask=None)
-            sizes[count] = sum(saved.values())
+        sizes[count] = saved_bytes(chunk, chunk.decoder.layers[0], hidden)
     # Indices, and a causal mask of the microbatch's size in attention, are all that does not grow with the samples.
     assert sizes[1] < 0.4 * sizes[SAMPLES]
     assert sizes[1] < sizes[2] < 0.65 * sizes[SAMPLES]

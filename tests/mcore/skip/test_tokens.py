@@ -17,7 +17,7 @@ from megatron_sbld.mcore import fuse_residual, make_switchable
 from megatron_sbld.method.policy import FullDepthPolicy, Policy
 from megatron_sbld.method.tokens import TokenDrop, draw_tokens
 from tests.harness import model_parallel, single_process
-from tests.mcore.helpers import SEQUENCE, Listed, forget_moe_losses, tiny_config, tiny_gpt
+from tests.mcore.helpers import SEQUENCE, Listed, forget_moe_losses, saved_bytes, tiny_config, tiny_gpt
 from tests.mcore.hybrid import tiny_hybrid
 from tests.mcore.skip.test_samples import (
     LAYERS,
@@ -241,19 +241,7 @@ def test_a_layer_saves_activations_of_its_kept_tokens_alone() -> None:
         chunk, controller = switchable()
         controller.begin_iteration(iteration, 1)
         hidden = torch.randn(SEQUENCE, SAMPLES, WIDTH, requires_grad=True)
-        parameters = {param.data_ptr() for param in chunk.parameters()}
-        saved: dict[int, int] = {}
-
-        def note(
-            tensor: torch.Tensor, saved: dict[int, int] = saved, parameters: set[int] = parameters
-        ) -> torch.Tensor:
-            if tensor.data_ptr() not in parameters:
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            _output = chunk.decoder.layers[1](hidden_states=hidden, attention_mask=None)
-            sizes[controller.num_tokens] = sum(saved.values())
+        sizes[controller.num_tokens] = saved_bytes(chunk, chunk.decoder.layers[1], hidden)
     assert sizes[4] < 0.3 * sizes[SEQUENCE]
     assert sizes[4] < sizes[8] < 0.6 * sizes[SEQUENCE]
 
